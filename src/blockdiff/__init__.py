@@ -1,0 +1,72 @@
+"""Block diffusion language models: train, measure and sample.
+
+The names below are loaded when first used, so that the command line starts at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blockdiff.api import TextGeneration, generate, load, stream
+    from blockdiff.errors import InputError
+    from blockdiff.evaluation.likelihood import Likelihood, likelihood
+    from blockdiff.layout import BlockLayout
+    from blockdiff.models.config import DiTConfig
+    from blockdiff.models.dit import DiT
+    from blockdiff.models.hub import load_model, save_model
+    from blockdiff.sampling.generate import Step
+    from blockdiff.sampling.options import SamplingOptions
+    from blockdiff.training.config import TrainConfig
+    from blockdiff.training.run import train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "TextGeneration": "api",
+    "generate": "api",
+    "load": "api",
+    "stream": "api",
+    "InputError": "errors",
+    "Likelihood": "evaluation.likelihood",
+    "likelihood": "evaluation.likelihood",
+    "BlockLayout": "layout",
+    "DiT": "models.dit",
+    "DiTConfig": "models.config",
+    "load_model": "models.hub",
+    "save_model": "models.hub",
+    "SamplingOptions": "sampling.options",
+    "Step": "sampling.generate",
+    "TrainConfig": "training.config",
+    "train": "training.run",
+}
+
+__all__ = [
+    "BlockLayout",
+    "DiT",
+    "DiTConfig",
+    "InputError",
+    "Likelihood",
+    "SamplingOptions",
+    "Step",
+    "TextGeneration",
+    "TrainConfig",
+    "generate",
+    "likelihood",
+    "load",
+    "load_model",
+    "save_model",
+    "stream",
+    "train",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'blockdiff' has no attribute {name!r}")
+    value = getattr(import_module(f"blockdiff.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,126 @@
+"""Categorical distributions and the random numbers to draw from them.
+
+Randomness is addressed, not streamed: the number used at (seed, row, position, step) is a hash of
+that address. A row therefore comes out the same alone or in a batch, and nothing depends on how
+many numbers were drawn before. One uniform per token through the inverse distribution function
+replaces the V Gumbel variables of a Gumbel-max draw: the same distribution, V times fewer numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blockdiff.errors import InputError
+
+# SplitMix64's odd constants, as the signed 64-bit integers torch has.
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical shift; torch's own keeps the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): every bit in moves every bit out."""
+    z = (z ^ _shift_right(z, 30)) * _MIX_1
+    z = (z ^ _shift_right(z, 27)) * _MIX_2
+    return z ^ _shift_right(z, 31)
+
+
+def real_dtype(device: torch.device) -> torch.dtype:
+    """float64, but float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def uniform(seed: int, *address: Tensor | int) -> Tensor:
+    """Uniform numbers in (0, 1), in `real_dtype`, one for each address.
+
+    `address`: integers and int64 tensors that broadcast against each other, such as
+    (row, position, step). The same seed and address always give the same number, on every device.
+    """
+    device = next((part.device for part in address if isinstance(part, Tensor)), None)
+    state = _mix(torch.tensor(_signed(seed), device=device) + _GOLDEN)
+    for part in address:
+        part = torch.as_tensor(part, dtype=torch.int64, device=device)
+        # The multiplier tells the parts' order: without it (0, 1) and (1, 0) would collide.
+        state = _mix(state * _MIX_2 + _mix(part + _GOLDEN))
+    # Bits at the middle of their cell: never 0 and never 1, so log and floor(u·n) are safe.
+    dtype = real_dtype(state.device)
+    bits = 52 if dtype == torch.float64 else 23
+    return (_shift_right(state, 64 - bits).to(dtype) + 0.5) * 2.0**-bits
+
+
+def _signed(seed: int) -> int:
+    """Any Python integer as a signed 64-bit one."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def fold_seed(seed: int, *address: int) -> int:
+    """A new 52-bit seed that depends on `seed` and each part of the address."""
+    return int(uniform(seed, *address).item() * 2**52)
+
+
+def warp(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    top_p_rule: str = "nucleus",
+) -> Tensor:
+    """Logits [..., V] after temperature, top-k and top-p; what is cut off is −inf.
+
+    `top_p_rule` "nucleus" keeps the smallest set whose probability reaches p (Holtzman et al.
+    2020); "paper" keeps the tokens whose cumulative probability is at most p and always the first,
+    as the paper's public code does: it drops the token that crosses p. Temperature 0 keeps the
+    most likely token only. Raises `InputError` on values outside their range.
+    """
+    check_warp(temperature, top_k, top_p, top_p_rule)
+    if temperature == 0:
+        best = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+    if temperature != 1:
+        logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kept, index = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, index, kept)
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(-1)
+        cumulative = probability.cumsum(-1)
+        # Before the token itself: the first that reaches p is still inside.
+        crossed = cumulative - probability if top_p_rule == "nucleus" else cumulative
+        drop = crossed >= top_p if top_p_rule == "nucleus" else crossed > top_p
+        drop[..., 0] = False
+        ordered = ordered.masked_fill(drop, -torch.inf)
+        logits = torch.empty_like(logits).scatter(-1, index, ordered)
+    return logits
+
+
+def check_warp(temperature: float, top_k: int | None, top_p: float | None, top_p_rule: str) -> None:
+    """Raises `InputError` when a value is out of its range; see `warp`."""
+    if temperature < 0:
+        raise InputError(f"temperature {temperature} must not be negative (0 is greedy)")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top-k {top_k} must be at least 1; leave it out to keep every token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top-p {top_p} must be above 0 and at most 1")
+    if top_p_rule not in ("nucleus", "paper"):
+        raise InputError(f"no top-p rule {top_p_rule!r}; choose nucleus or paper")
+
+
+def sample(logits: Tensor, u: Tensor) -> Tensor:
+    """Draws from softmax(logits) [..., V] with one uniform u [...] each; int64 [...] out.
+
+    Inverse distribution function in `real_dtype`, so that rare tokens of a large vocabulary keep
+    their probability; tokens at −inf are never drawn.
+    """
+    cumulative = logits.to(real_dtype(logits.device)).softmax(-1).cumsum(-1)
+    total = cumulative[..., -1:]
+    # The first token whose cumulative probability exceeds u; one at −inf adds nothing to it.
+    index = torch.searchsorted(cumulative, u.to(total)[..., None] * total, right=True)
+    return index.squeeze(-1).clamp_(max=logits.shape[-1] - 1)

@@ -1,0 +1,113 @@
+"""Which position may look at which: the block structure of a sequence.
+
+A sequence of L tokens is cut into N = L/L' blocks. The network reads two streams, the noised x_t
+and the clean x_0, both at positions 0…L−1. With block(i) the block of position i, query i may
+attend to key j when (section 3.1 and appendix B of the paper)
+
+    M_BD   both in x_t, block(i) = block(j)               a noised block sees itself
+    M_OBC  query in x_t, key in x_0, block(i) > block(j)  and the clean blocks before it
+    M_BC   both in x_0, block(i) ≥ block(j)               a clean block sees itself and those before
+
+(in x_0 the paper's M_BD is part of M_BC). One stream alone under M_BC is, with L' = L, the
+bidirectional network of MDLM, and with L' = 1 a causal one: AR. `window` bounds how far back a
+query sees, for text longer than the context it was trained on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from blockdiff.errors import InputError
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """L positions in blocks of L'; frozen and hashable, so masks can be cached under it.
+
+    `window`: a query sees its own block and the clean tokens of the `window / block_size − 1`
+    blocks before it; None means all. Raises `InputError` when the sizes do not fit each other.
+    """
+
+    length: int
+    block_size: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.block_size < 1:
+            raise InputError(
+                f"length {self.length} and block size {self.block_size} must both be at least 1"
+            )
+        if self.length % self.block_size:
+            raise InputError(
+                f"block size {self.block_size} does not divide length {self.length}; "
+                f"choose a divisor, for example {self._nearest_divisor()}"
+            )
+        if self.window is not None and (self.window < 1 or self.window % self.block_size):
+            raise InputError(
+                f"window {self.window} is not a positive multiple of the block size "
+                f"{self.block_size}"
+            )
+
+    def _nearest_divisor(self) -> int:
+        divisors = (d for d in range(1, self.length + 1) if self.length % d == 0)
+        return min(divisors, key=lambda d: abs(d - self.block_size))
+
+    @property
+    def blocks(self) -> int:
+        """N, the number of blocks."""
+        return self.length // self.block_size
+
+    def block_of(self, position: Tensor) -> Tensor:
+        return position // self.block_size
+
+    def in_window(self, query: Tensor, key: Tensor) -> Tensor | bool:
+        """Whether the block of `key` is not too far before the block of `query`."""
+        if self.window is None:
+            return True
+        reach = self.window // self.block_size
+        return self.block_of(query) - self.block_of(key) < reach
+
+    def m_bd(self, query: Tensor, key: Tensor) -> Tensor:
+        """Noised query, noised key; positions broadcast, bool out."""
+        return self.block_of(query) == self.block_of(key)
+
+    def m_obc(self, query: Tensor, key: Tensor) -> Tensor:
+        """Noised query, clean key."""
+        return (self.block_of(query) > self.block_of(key)) & self.in_window(query, key)
+
+    def m_bc(self, query: Tensor, key: Tensor) -> Tensor:
+        """Clean query, clean key."""
+        return (self.block_of(query) >= self.block_of(key)) & self.in_window(query, key)
+
+    def noised_sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """A noised query over the 2L keys x_0 ⊕ x_t; `key` counts through both."""
+        in_x_t = key >= self.length
+        position = key % self.length
+        return torch.where(in_x_t, self.m_bd(query, position), self.m_obc(query, position))
+
+    def two_stream_sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Query and key both count through the 2L tokens x_0 ⊕ x_t: the paper's whole mask."""
+        clean = (key < self.length) & self.m_bc(query, key)
+        noised = self.noised_sees(query % self.length, key)
+        return torch.where(query < self.length, clean, noised)
+
+
+@lru_cache(maxsize=64)
+def dense_mask(layout: BlockLayout, kind: str, device: torch.device) -> Tensor:
+    """The whole mask as a bool tensor, True = may attend.
+
+    `kind` "clean": [L, L]; "noised": [L, 2L] over x_0 ⊕ x_t; "two_stream": [2L, 2L].
+    """
+    predicates = {
+        "clean": (layout.m_bc, 1, 1),
+        "noised": (layout.noised_sees, 1, 2),
+        "two_stream": (layout.two_stream_sees, 2, 2),
+    }
+    sees, query_streams, key_streams = predicates[kind]
+    query = torch.arange(query_streams * layout.length, device=device)[:, None]
+    key = torch.arange(key_streams * layout.length, device=device)[None, :]
+    return sees(query, key)
