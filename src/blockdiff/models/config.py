@@ -1,0 +1,113 @@
+"""Sizes and kinds of the network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from blockdiff.errors import InputError
+from blockdiff.layout import BlockLayout
+
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "cond_size")
+
+# About 1M and 5M parameters without embeddings; `small` and `medium` are the paper's size and GPT-2
+# medium's.
+PRESETS: dict[str, dict[str, int]] = {
+    name: dict(zip(_SIZES, sizes, strict=True))
+    for name, sizes in {
+        "nano": (128, 5, 2, 32),
+        "micro": (256, 6, 4, 64),
+        "small": (768, 12, 12, 128),
+        "medium": (1024, 24, 16, 128),
+    }.items()
+}
+
+
+class DiTConfig(PreTrainedConfig):
+    """Sizes and kind of a `DiT`.
+
+    `length` is the training context L and `block_size` L'; `causal` makes it AR (block size 1).
+    `mask_token_id`, the last id by default, is never predicted by any kind. `adaln` adds the
+    modulations, which see σ only with `time_conditioning` (otherwise σ = 0 and they are constants).
+    `keep_first`: position 0 is never masked and has no loss. `clip`: the (β, ω) a clipped run was
+    last trained with, for information. `initial_shift`: standard deviation of the adaLN shifts at
+    initialisation. `initial_gate`: the adaLN gates there; 0 makes every layer start as the
+    identity, 1 as a plain transformer layer.
+    """
+
+    model_type = "blockdiff"
+
+    def __init__(
+        self,
+        vocab_size: int = 50258,
+        length: int = 1024,
+        block_size: int = 16,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        cond_size: int = 128,
+        dropout: float = 0.1,
+        causal: bool = False,
+        adaln: bool = True,
+        time_conditioning: bool = False,
+        keep_first: bool = True,
+        mask_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        initial_shift: float = 0.0,
+        initial_gate: float = 0.0,
+        clip: tuple[float, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.length = length
+        self.block_size = 1 if causal else block_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.cond_size = cond_size
+        self.dropout = dropout
+        self.causal = causal
+        self.adaln = adaln and not causal
+        self.time_conditioning = time_conditioning
+        self.keep_first = keep_first
+        self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.initial_shift = initial_shift
+        self.initial_gate = initial_gate
+        self.clip = list(clip) if clip is not None else None
+        _check_sizes(self)
+        kwargs.pop("tie_word_embeddings", None)
+        super().__init__(**kwargs)
+        self.tie_word_embeddings = False
+
+    @property
+    def kind(self) -> str:
+        """ "ar", "bd3lm" or "mdlm" (L' = L)."""
+        if self.causal:
+            return "ar"
+        return "mdlm" if self.block_size == self.length else "bd3lm"
+
+    @property
+    def layout(self) -> BlockLayout:
+        return BlockLayout(self.length, self.block_size)
+
+
+def _check_sizes(config: DiTConfig) -> None:
+    for name in ("vocab_size", "length", "block_size", "hidden_size", "num_hidden_layers"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if config.hidden_size % (2 * config.num_attention_heads):
+        raise InputError(
+            f"hidden_size {config.hidden_size} must be an even multiple of the "
+            f"{config.num_attention_heads} heads (RoPE turns pairs)"
+        )
+    if not 0 <= config.dropout < 1:
+        raise InputError(f"dropout {config.dropout} must be at least 0 and under 1")
+    if not 0 <= config.mask_token_id < config.vocab_size:
+        raise InputError(
+            f"mask token id {config.mask_token_id} is outside the vocabulary of {config.vocab_size}"
+        )
+    BlockLayout(config.length, config.block_size)
