@@ -1,0 +1,322 @@
+"""Generation block by block (algorithm 2 of the paper).
+
+    for each block: start from masks; fix positions until none is masked, each step reading the
+    cached clean blocks before it; then run the finished block once to append its keys and values
+
+Sampling is a generator of `Step`s: text, terminal view and pages all consume the same steps.
+Rows have their own blocks, their own progress and their own random numbers: a row's tokens are the
+same alone and in a batch, whatever the others do.
+
+Shapes: B rows, n rows still active, S canvas length, K block size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockdiff.cache import BlockCache
+from blockdiff.categorical import check_warp, sample, uniform, warp
+from blockdiff.errors import InputError
+from blockdiff.layout import BlockLayout
+from blockdiff.models.dit import DiT
+from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.order import check_sampler, events, next_positions
+from blockdiff.sampling.stopping import finished_length
+
+# What a random number is for, the last part of its address.
+_ORDER, _TOKEN = 0, 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after one network evaluation.
+
+    `tokens` int64 [B, S]: prompt and text so far, the mask token where nothing is fixed.
+    `fixed` bool [B, S]: the positions this step fixed. `nfe` int64 [B]: network evaluations of each
+    row so far, the prompt's and the caching ones included. `lengths` int64 [B]: final length of a
+    finished row (prompt and EOS included), −1 while it goes on.
+    """
+
+    tokens: Tensor
+    fixed: Tensor
+    nfe: Tensor
+    lengths: Tensor
+
+    @property
+    def done(self) -> Tensor:
+        return self.lengths >= 0
+
+
+def stream_tokens(
+    model: DiT,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    rows: Sequence[int] | None = None,
+) -> Iterator[Step]:
+    """Yields a `Step` after every network evaluation.
+
+    `prompts`: token ids of each row, none empty, of any lengths. `rows`: each row's number in the
+    address of its random numbers, 0, 1, … by default; give a row's number to get it alone.
+    Raises `InputError` for options out of range, an empty prompt, or one with the mask token.
+    """
+    _check(model, prompts, options)
+    row_ids = torch.tensor(rows if rows is not None else range(len(prompts)), device=model.device)
+    canvas, starts = _canvas(model, prompts, options)
+    walk = _autoregressive if model.config.causal else _blocks
+    was_training = model.training
+    model.eval()
+    # The mode is entered for each step only, never while the consumer runs.
+    steps = walk(model, canvas, starts, row_ids, options)
+    try:
+        while True:
+            with torch.inference_mode():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+    finally:
+        model.train(was_training)
+
+
+def _check(model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> None:
+    check_warp(options.temperature, options.top_k, options.top_p, options.top_p_rule)
+    check_sampler(options.sampler, options.steps)
+    config = model.config
+    if config.time_conditioning:
+        raise InputError("this model is conditioned on time; its sampler is not available yet")
+    if options.max_new_tokens < 1:
+        raise InputError(f"max_new_tokens {options.max_new_tokens} must be at least 1")
+    if not prompts:
+        raise InputError("no prompt; give at least one row")
+    for prompt in prompts:
+        if not len(prompt):
+            raise InputError("an empty prompt: start it with the beginning-of-text token")
+        if config.mask_token_id in prompt and not config.causal:
+            raise InputError("a prompt contains the mask token; take it out")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise InputError(
+                f"a prompt's token ids run outside the model's vocabulary of {config.vocab_size}; "
+                "is this the model's tokenizer?"
+            )
+    BlockLayout(config.length, options.block_size or config.block_size)
+
+
+def _canvas(
+    model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOptions
+) -> tuple[Tensor, Tensor]:
+    """Prompts followed by masks [B, S], and each row's prompt length [B]."""
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    size = int(starts.max()) + options.max_new_tokens
+    block = options.block_size or model.config.block_size
+    size += -size % block
+    canvas = torch.full((len(prompts), size), model.config.mask_token_id, device=model.device)
+    for row, prompt in enumerate(prompts):
+        canvas[row, : len(prompt)] = torch.as_tensor(prompt, device=model.device)
+    return canvas, starts
+
+
+class _Progress:
+    """What all rows share: the canvas, the counts, and the making of steps."""
+
+    def __init__(
+        self,
+        model: DiT,
+        canvas: Tensor,
+        starts: Tensor,
+        row_ids: Tensor,
+        options: SamplingOptions,
+    ) -> None:
+        self.canvas, self.starts, self.row_ids, self.options = canvas, starts, row_ids, options
+        self.ends = starts + options.max_new_tokens
+        self.nfe = torch.zeros_like(starts)
+        self.lengths = torch.full_like(starts, -1)
+        self.mask_token_id = model.config.mask_token_id
+        self.eos_token_id = model.config.eos_token_id if options.stop_at_eos else None
+
+    def active(self) -> Tensor:
+        return (self.lengths < 0).nonzero().squeeze(-1)
+
+    def draw(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Tokens for `rows` [P] at `positions` [P] from logits [P, V]."""
+        logits = logits.float()
+        logits[:, self.mask_token_id] = -torch.inf
+        logits = warp(
+            logits,
+            temperature=self.options.temperature,
+            top_k=self.options.top_k,
+            top_p=self.options.top_p,
+            top_p_rule=self.options.top_p_rule,
+        )
+        return sample(logits, uniform(self.options.seed, self.row_ids[rows], positions, _TOKEN))
+
+    def step(self, rows: Tensor, fixed_rows: Tensor, fixed_positions: Tensor) -> Step:
+        """Counts an evaluation of `rows`, sees which are finished, and reports."""
+        self.nfe[rows] += 1
+        fixed = torch.zeros_like(self.canvas, dtype=torch.bool)
+        fixed[fixed_rows, fixed_positions] = True
+        self.lengths[rows] = finished_length(
+            self.canvas[rows],
+            self.starts[rows],
+            self.ends[rows],
+            self.mask_token_id,
+            self.eos_token_id,
+        )
+        return Step(self.canvas.clone(), fixed, self.nfe.clone(), self.lengths.clone())
+
+
+def _blocks(
+    model: DiT, canvas: Tensor, starts: Tensor, row_ids: Tensor, options: SamplingOptions
+) -> Iterator[Step]:
+    """Block diffusion. With L' = L nothing is cached and the window moves by half of itself."""
+    config = model.config
+    size = options.block_size or config.block_size
+    capacity = config.length - size
+    stride = size if capacity else max(size // 2, 1)
+    progress = _Progress(model, canvas, starts, row_ids, options)
+    cache = _new_cache(model, len(canvas), capacity)
+    # The block with the first free position; without a cache, one with as much before it as fits.
+    first = starts // stride * stride
+    if not capacity:
+        first = (first + stride - size).clamp(min=0)
+    # Blocks are sampled whole; a window of MDLM only as far as text is wanted.
+    limit = (progress.ends + size - 1) // size * size if capacity else progress.ends
+    everyone = torch.arange(len(canvas), device=canvas.device)
+    if capacity and int(first.max()) > 0:
+        _prefill(model, cache, canvas, first, size, config.length)
+        yield progress.step(everyone[first > 0], everyone[:0], everyone[:0])
+    offset = torch.arange(size, device=canvas.device)
+    event = torch.zeros(len(canvas), size, dtype=torch.int64, device=canvas.device)
+
+    def look(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions, tokens and what is still to be fixed, [n, K], of the rows' blocks."""
+        position = first[rows, None] + offset
+        x = _read(canvas, rows, position, config.mask_token_id)
+        return position, x, (x == config.mask_token_id) & (position < limit[rows, None])
+
+    def plan(rows: Tensor) -> None:
+        position, _, masked = look(rows)
+        u = uniform(options.seed, row_ids[rows, None], position, _ORDER)
+        event[rows] = events(u, masked, options.sampler, options.steps, options.schedule)
+
+    plan(everyone)
+    while len(rows := progress.active()):
+        position, x, masked = look(rows)
+        complete = ~masked.any(-1)
+        if not capacity and bool(complete.any()):
+            # Nothing to cache: move on without an evaluation.
+            first[rows[complete]] += stride
+            plan(rows[complete])
+            continue
+        fix = next_positions(event[rows], masked)
+        logits, keys, values = model.decode(x, position, cache, rows, at=fix)
+        at_row, at_offset = fix.nonzero(as_tuple=True)
+        fixed_rows, fixed_positions = rows[at_row], position[at_row, at_offset]
+        canvas[fixed_rows, fixed_positions] = progress.draw(logits, fixed_rows, fixed_positions)
+        if bool(complete.any()):
+            finished = rows[complete]
+            count = torch.full_like(finished, size)
+            cache.append(finished, keys[:, complete], values[:, complete], count)
+            first[finished] += size
+            plan(finished)
+        yield progress.step(rows, fixed_rows, fixed_positions)
+
+
+def _read(canvas: Tensor, rows: Tensor, position: Tensor, fill: int) -> Tensor:
+    """canvas at `position` [n, K] of `rows` [n]; `fill` past its end."""
+    inside = position < canvas.shape[1]
+    x = canvas[rows[:, None], position.clamp(max=canvas.shape[1] - 1)]
+    return torch.where(inside, x, fill)
+
+
+def _autoregressive(
+    model: DiT, canvas: Tensor, starts: Tensor, row_ids: Tensor, options: SamplingOptions
+) -> Iterator[Step]:
+    """AR: each evaluation feeds a row's last token and fixes the next one."""
+    progress = _Progress(model, canvas, starts, row_ids, options)
+    cache = _new_cache(model, len(canvas), model.config.length - 1)
+    everyone = torch.arange(len(canvas), device=canvas.device)
+    last = starts - 1
+    if int(last.max()) > 0:
+        _prefill(model, cache, canvas, last, 1, model.config.length)
+        yield progress.step(everyone[last > 0], everyone[:0], everyone[:0])
+    while len(rows := progress.active()):
+        position = last[rows, None]
+        x = canvas[rows[:, None], position]
+        logits, keys, values = model.decode(
+            x, position, cache, rows, at=torch.ones_like(x, dtype=torch.bool)
+        )
+        cache.append(rows, keys, values, torch.ones_like(rows))
+        last[rows] += 1
+        canvas[rows, last[rows]] = progress.draw(logits, rows, last[rows])
+        yield progress.step(rows, rows, last[rows])
+
+
+def _new_cache(model: DiT, rows: int, capacity: int) -> BlockCache:
+    config = model.config
+    return BlockCache(
+        rows,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.hidden_size // config.num_attention_heads,
+        capacity,
+        dtype=model.dtype,
+        device=model.device,
+    )
+
+
+def _prefill(
+    model: DiT, cache: BlockCache, canvas: Tensor, counts: Tensor, block_size: int, window: int
+) -> None:
+    """Caches the first `counts` [B] tokens of each row, whole blocks, in one evaluation."""
+    size = int(counts.max())
+    context = model.encode(canvas[:, :size], BlockLayout(size, block_size, window))
+    rows = torch.arange(len(canvas), device=canvas.device)
+    cache.append(rows, torch.stack(context.keys), torch.stack(context.values), counts)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Finished rows. `tokens`: new ids of each row, EOS included; `finish`: "eos" or "length"."""
+
+    tokens: list[list[int]]
+    nfe: list[int]
+    finish: list[str]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all rows over wall time, the prompt's evaluation included."""
+        return sum(map(len, self.tokens)) / max(self.seconds, 1e-9)
+
+    @property
+    def tokens_per_nfe(self) -> float:
+        return sum(map(len, self.tokens)) / max(sum(self.nfe), 1)
+
+
+def generate_tokens(
+    model: DiT,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    rows: Sequence[int] | None = None,
+) -> Generation:
+    """The last item of `stream_tokens`, with its cost."""
+    begin = time.perf_counter()
+    *_, step = stream_tokens(model, prompts, options, rows)
+    return collect(step, prompts, model.config.eos_token_id, time.perf_counter() - begin)
+
+
+def collect(
+    step: Step, prompts: Sequence[Sequence[int]], eos_token_id: int | None, seconds: float
+) -> Generation:
+    """The `Generation` a last step describes."""
+    tokens = [
+        step.tokens[row, len(prompt) : int(step.lengths[row])].tolist()
+        for row, prompt in enumerate(prompts)
+    ]
+    finish = ["eos" if new and new[-1] == eos_token_id else "length" for new in tokens]
+    return Generation(tokens, step.nfe.tolist(), finish, seconds)

@@ -1,0 +1,36 @@
+"""How to sample; imports nothing heavy, for the command line's sake."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to sample.
+
+    Attributes:
+        max_new_tokens: New tokens per row, any number; past the context the window slides.
+        sampler: first_hitting (one network evaluation a token) or ancestral.
+        steps: Steps per block of the ancestral sampler.
+        schedule: Noise schedule of the ancestral sampler.
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Keep the k most likely tokens.
+        top_p: Keep the smallest set of tokens whose probability reaches p.
+        top_p_rule: nucleus, or paper for the public code's variant (drops the token crossing p).
+        seed: Seed of every random number; the same seed gives the same text.
+        stop_at_eos: End a row at its first end-of-text token.
+        block_size: Block size L' to sample with; the model's own when left out.
+    """
+
+    max_new_tokens: int = 128
+    sampler: str = "first_hitting"
+    steps: int | None = None
+    schedule: str = "linear"
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    top_p_rule: str = "nucleus"
+    seed: int = 0
+    stop_at_eos: bool = True
+    block_size: int | None = None

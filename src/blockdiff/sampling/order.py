@@ -1,0 +1,55 @@
+"""Which masked positions are fixed next.
+
+With a network that ignores t, when a token is unmasked does not depend on what the network says.
+Each position therefore gets its unmasking event up front, from one uniform u: it is masked at time
+t exactly when u < 1 − α_t (the forward process run once, then read backwards).
+
+    ancestral      T steps t_i = 1 − i/T; event i is the step in which u crosses 1 − α
+    first_hitting  T → ∞: one position an event, in descending order of u (Zheng et al. 2024)
+
+A step in which nothing is unmasked needs no network evaluation and simply never comes up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blockdiff.errors import InputError
+from blockdiff.schedules import get_schedule
+
+SAMPLERS = ("first_hitting", "ancestral")
+
+
+def events(u: Tensor, masked: Tensor, sampler: str, steps: int | None, schedule: str) -> Tensor:
+    """The event number int64 [n, K] at which each masked position of a block is fixed.
+
+    `u` [n, K] uniform in (0, 1); `masked` bool [n, K]. Lower numbers come first; positions with
+    the same number are fixed together. Unmasked positions get a number past every event.
+    """
+    check_sampler(sampler, steps)
+    if sampler == "first_hitting":
+        event = (-u).argsort(-1).argsort(-1)
+    else:
+        assert steps is not None
+        time = get_schedule(schedule).inverse(u)
+        event = ((1 - time) * steps).ceil().long().clamp(1, steps) - 1
+    return event.masked_fill(~masked, torch.iinfo(torch.int64).max)
+
+
+def check_sampler(sampler: str, steps: int | None) -> None:
+    """Raises `InputError` unless the sampler exists and its steps make sense."""
+    if sampler not in SAMPLERS:
+        raise InputError(f"no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+    if sampler == "ancestral" and (steps is None or steps < 1):
+        raise InputError("the ancestral sampler needs a number of steps per block, at least 1")
+    if sampler == "first_hitting" and steps is not None:
+        raise InputError(
+            "first_hitting takes one step per token: leave steps out or use the ancestral sampler"
+        )
+
+
+def next_positions(event: Tensor, masked: Tensor) -> Tensor:
+    """bool [n, K]: the masked positions of each row's earliest pending event."""
+    pending = event.masked_fill(~masked, torch.iinfo(torch.int64).max)
+    return masked & (pending == pending.amin(-1, keepdim=True))
