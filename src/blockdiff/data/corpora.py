@@ -1,0 +1,216 @@
+"""Where text comes from: local files, Hugging Face data sets, and the embedded corpus `pydoc`."""
+
+import glob
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from blockdiff.data.files import (
+    find_files,
+    first_line,
+    format_of,
+    read_file,
+    require_column,
+    text_of,
+)
+from blockdiff.data.pydoc import pydoc_documents
+from blockdiff.errors import InputError
+
+# Below this many documents a choice of whole ones cannot come near a fraction such as 0.05.
+_FEW_DOCUMENTS = 10
+# A document taken for validation may carry it past its share by this factor, never further:
+# one book among short notes would otherwise leave the training side without it.
+_LARGEST_OVERSHOOT = 1.5
+_LINE_OR_SENTENCE_END = re.compile(r"\n+|[.!?][\"')\]]*\s+")
+_FURTHEST_END = 2000  # characters
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents that can be read again and again.
+
+    Iterating yields `str` documents; those without a visible character are left out.
+
+    Attributes:
+        name: what the corpus was asked for as, for messages and logs.
+        readers: each gives the documents of one file or data set, opened anew at every call.
+    """
+
+    name: str
+    readers: tuple[Callable[[], Iterable[str]], ...]
+
+    def __iter__(self) -> Iterator[str]:
+        for read in self.readers:
+            for document in read():
+                if document and not document.isspace():
+                    yield document
+
+
+def load_corpus(
+    source: str | os.PathLike[str] | Sequence[str],
+    *,
+    split: str = "train",
+    text_column: str = "text",
+    streaming: bool = False,
+    subset: str | None = None,
+) -> Corpus:
+    """Open a corpus; its text is read when it is iterated, file by file.
+
+    Args:
+        source: `pydoc` (the documentation of the running Python), a file, a folder, a glob or
+            several of these, or the id of a data set on the Hugging Face hub. Files are `.txt`
+            (one document each), `.jsonl`/`.json` (one JSON object a line) or `.parquet`, each
+            also compressed (`.gz`, `.xz`); a folder written by `Dataset.save_to_disk` works too.
+        split: split of a data set; local files have none.
+        text_column: the column (JSON key) that holds the text.
+        streaming: read a hub data set over the network as it is used instead of downloading it.
+        subset: configuration of a hub data set.
+
+    Raises:
+        InputError: nothing is there, it cannot be reached or read, or it holds no text. Faults
+            further inside a file are raised when the iteration comes to them.
+    """
+    sources = [os.fspath(source)] if isinstance(source, str | os.PathLike) else list(source)
+    if not sources or "" in sources:
+        raise InputError("no corpus given: name a file, a folder, a data set or 'pydoc'")
+    name = ", ".join(sources)
+    readers: list[Callable[[], Iterable[str]]] = []
+    for one in sources:
+        local = Path(os.path.expanduser(one))
+        if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
+            readers.append(_saved_data_set(local, split, text_column))
+        elif one != "pydoc" and not local.exists() and not looks_like_path(one):
+            readers.append(_hub_data_set(one, subset, split, streaming, text_column))
+        elif split != "train" or subset is not None:
+            raise InputError(
+                f"{one} is not a data set and has no splits or subsets "
+                f"(split={split!r}, subset={subset!r}): leave both out"
+            )
+        elif one == "pydoc":
+            readers.append(pydoc_documents)
+        else:
+            readers += [partial(read_file, path, text_column) for path in find_files(one)]
+    corpus = Corpus(name, tuple(readers))
+    if next(iter(corpus), None) is None:
+        raise InputError(f"the corpus {name} holds no text: all its documents are empty")
+    return corpus
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether a name that is not on disk was meant as a local path, not as a hub id."""
+    return (
+        source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or glob.has_magic(source)
+        or format_of(Path(source)) is not None
+    )
+
+
+def split_documents(
+    documents: Iterable[str], validation_fraction: float = 0.05, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """Split a corpus by document into training and validation text.
+
+    Whole documents are drawn for validation until they hold `validation_fraction` of the
+    characters; with fewer than 10 documents, each gives up its tail instead, cut at the end of
+    a line or sentence. Both sides keep the order of the corpus. The same documents and seed give
+    the same split on any machine.
+
+    Returns:
+        (training documents, validation documents), neither empty.
+
+    Raises:
+        InputError: the fraction is not inside (0, 1), or there is too little text to split.
+    """
+    if not 0 < validation_fraction < 1:
+        raise InputError(
+            f"validation_fraction is {validation_fraction}: give a number between 0 and 1"
+        )
+    documents = list(documents)
+    if len(documents) >= _FEW_DOCUMENTS:
+        return _split_whole(documents, validation_fraction, seed)
+    cuts = [(text, _cut_point(text, validation_fraction)) for text in documents]
+    training = [text[:cut] for text, cut in cuts]
+    validation = [text[cut:] for text, cut in cuts if cut < len(text)]
+    if not validation:
+        raise InputError("the corpus is too small to split: give more text")
+    return training, validation
+
+
+def _split_whole(documents: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    # Of all `random` draws, only random() is documented to stay the same in later Pythons.
+    draw = random.Random(seed)
+    order = sorted(range(len(documents)), key=lambda _: draw.random())
+    target = fraction * sum(map(len, documents))
+    chosen: set[int] = set()
+    held = 0
+    for index in order:
+        if held >= target or len(chosen) == len(documents) - 1:
+            break
+        if held + len(documents[index]) <= _LARGEST_OVERSHOOT * target:
+            chosen.add(index)
+            held += len(documents[index])
+    if not chosen:
+        chosen = {min(order, key=lambda index: len(documents[index]))}
+    training = [text for index, text in enumerate(documents) if index not in chosen]
+    return training, [documents[index] for index in sorted(chosen)]
+
+
+def _cut_point(text: str, fraction: float) -> int:
+    """Where the validation tail begins; `len(text)` when there is nothing to give up."""
+    place = round(len(text) * (1 - fraction))
+    reach = min(_FURTHEST_END, int(len(text) * min(fraction, 1 - fraction) / 2))
+    ends = _LINE_OR_SENTENCE_END.finditer(text, max(0, place - reach), place + reach)
+    cut = min((end.end() for end in ends), key=lambda end: abs(end - place), default=place)
+    worthwhile = text[:cut].strip() and text[cut:].strip()
+    return cut if worthwhile else len(text)
+
+
+def _saved_data_set(folder: Path, split: str, text_column: str) -> Callable[[], Iterable[str]]:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise InputError(f"cannot read the data set in {folder}: {first_line(error)}") from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise InputError(f"{folder}: no split {split!r}; it has {', '.join(data)}")
+        data = data[split]
+    elif split != "train":
+        raise InputError(f"{folder}: no split {split!r}; it has no splits, leave split out")
+    return partial(_read_rows, data, text_column, str(folder))
+
+
+def _hub_data_set(
+    name: str, subset: str | None, split: str, streaming: bool, text_column: str
+) -> Callable[[], Iterable[str]]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, subset, split=split, streaming=streaming)
+    # The hub's clients raise everything from OSError to bare HTTP errors of their transport.
+    except Exception as error:
+        raise InputError(
+            f"{name!r} is no local file, and the Hugging Face hub did not give it (subset "
+            f"{subset!r}, split {split!r}): {first_line(error)}; check the name and the network"
+        ) from error
+    return partial(_read_rows, data, text_column, name)
+
+
+def _read_rows(data: Any, text_column: str, name: str) -> Iterator[str]:
+    if data.column_names is not None:  # a streamed data set may not know its columns yet
+        require_column(data.column_names, text_column, name)
+        data = data.select_columns([text_column])
+    try:
+        for number, row in enumerate(data, start=1):
+            yield text_of(row, text_column, f"{name}, row {number}")
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"reading {name} stopped: {first_line(error)}") from error

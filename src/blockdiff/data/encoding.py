@@ -1,0 +1,137 @@
+"""From documents to token ids, in batches, as plain text: no special token comes out of text."""
+
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from blockdiff.data.tokenizers import bos_id, eos_id
+from blockdiff.errors import InputError
+
+# An encoding costs about 140 bytes a character while it is made, so a whole book is cut up.
+_BATCH = 2**20  # characters
+_LONGEST_PIECE = 2**17  # characters
+_SEAM = re.compile(r"(?<=\S)\n(?=\S)")
+_SEAM_TRIALS = 8
+_SEAM_CONTEXT = 256  # characters
+
+
+def encode_documents(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool, eos: bool
+) -> Iterator[np.ndarray]:
+    """Encode documents one after the other.
+
+    The tokenizer adds no tokens of its own, and a special token spelt out in a text is encoded
+    as the plain characters it is.
+
+    Args:
+        documents: the texts.
+        tokenizer: any tokenizer of transformers.
+        bos: begin each document with `bos_id(tokenizer)`.
+        eos: end each document with `eos_id(tokenizer)`.
+
+    Returns:
+        An iterator of int32 arrays, one for each document, shape [its tokens].
+
+    Raises:
+        InputError: the tokenizer has no such token, or a text is not Unicode or encodes to the
+            mask id all the same.
+    """
+    first = _special("BOS", bos_id(tokenizer)) if bos else []
+    last = _special("EOS", eos_id(tokenizer)) if eos else []
+    return _encode(documents, tokenizer, first, last)
+
+
+def utf8(document: str) -> bytes:
+    """The bytes of a text; `InputError` when it is not valid Unicode."""
+    try:
+        return document.encode()
+    except UnicodeEncodeError as error:
+        around = document[max(0, error.start - 20) : error.start]
+        raise InputError(
+            f"a document holds half a surrogate pair after {around!r}: repair or drop it"
+        ) from error
+
+
+def _special(kind: str, token: int | None) -> list[int]:
+    if token is None:
+        name = kind.lower()
+        raise InputError(
+            f"{name}=True, but the tokenizer has no {kind} token: set {name}=False or add one"
+        )
+    return [token]
+
+
+def _encode(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    first: list[int],
+    last: list[int],
+) -> Iterator[np.ndarray]:
+    parts = [first]
+    for batch in _batches(_pieces(documents, tokenizer)):
+        encoded = _ids_of([text for text, _ in batch], tokenizer)
+        for (text, ends_document), ids in zip(batch, encoded, strict=True):
+            if tokenizer.mask_token_id in ids:
+                raise InputError(
+                    f"the text {text[:40]!r}... encodes to the mask token "
+                    f"{tokenizer.mask_token!r}: remove it from the text or choose another one"
+                )
+            parts.append(ids)
+            if ends_document:
+                yield np.concatenate([np.asarray(part, np.int32) for part in [*parts, last]])
+                parts = [first]
+
+
+def _ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    encoding = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,  # windows are cut later, so "longer than the maximum length" is no news
+    )
+    return encoding["input_ids"]
+
+
+def _batches(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[0]) + 1
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, bool]]:
+    """(text, whether it ends its document): documents, the long ones cut where it is safe."""
+    for document in documents:
+        utf8(document)  # the tokenizer itself would only speak of a wrong type
+        start = 0
+        while len(document) - start > _LONGEST_PIECE:
+            seam = _find_seam(document, start + _LONGEST_PIECE, tokenizer)
+            if seam is None:
+                break
+            yield document[start:seam], False
+            start = seam
+        yield document[start:], True
+
+
+def _find_seam(document: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Where to cut without changing the ids: both sides apart must encode as they do together."""
+    for _, newline in zip(range(_SEAM_TRIALS), _SEAM.finditer(document, start), strict=False):
+        seam = newline.end()
+        left = document[max(0, seam - _SEAM_CONTEXT) : seam]
+        right = document[seam : seam + _SEAM_CONTEXT]
+        together, before, after = _ids_of([left + right, left, right], tokenizer)
+        if together == before + after:
+            return seam
+    return None

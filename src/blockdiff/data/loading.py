@@ -1,0 +1,51 @@
+"""A model together with the tokenizer that fits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from blockdiff.data.tokenizers import load_tokenizer
+from blockdiff.errors import InputError
+from blockdiff.models.dit import DiT
+from blockdiff.models.hub import load_model, resolve
+
+
+def load(
+    source: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[DiT, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a folder or hub id.
+
+    `tokenizer` names another place for the tokenizer: released checkpoints come without one (the
+    OpenWebText models use GPT-2's). Raises `InputError` when either is missing or they do not fit.
+    """
+    folder = resolve(source)
+    model = load_model(folder, dtype=dtype)
+    model.to(device=device)  # type: ignore[call-arg]
+    if tokenizer is None and not (folder / "tokenizer_config.json").is_file():
+        raise InputError(f"{source} has no tokenizer; name one, for example --tokenizer gpt2")
+    loaded = load_tokenizer(tokenizer or folder)
+    check_tokenizer(model, loaded)
+    if model.config.eos_token_id is None:
+        model.config.eos_token_id = loaded.eos_token_id
+    return model, loaded
+
+
+def check_tokenizer(model: DiT, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `InputError` unless the tokenizer's ids fit the model's vocabulary and mask."""
+    size, known = len(tokenizer), model.config.vocab_size
+    if size > known:
+        raise InputError(
+            f"the tokenizer has {size} tokens but the model knows {known}; use the model's own"
+        )
+    if not model.config.causal and tokenizer.mask_token_id != model.config.mask_token_id:
+        raise InputError(
+            f"the tokenizer's mask token has id {tokenizer.mask_token_id} but the model's is "
+            f"{model.config.mask_token_id}; use the model's own tokenizer"
+        )

@@ -1,0 +1,195 @@
+"""Windows of token ids: packed once into a memory-mapped cache, or on the fly from a stream."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from blockdiff.data.encoding import encode_documents, utf8
+from blockdiff.data.tokenizers import eos_id, fingerprint
+from blockdiff.data.windows import Windows, build_windows, open_windows
+from blockdiff.errors import InputError
+
+__all__ = ["StreamedWindows", "Windows", "pack", "stream_windows"]
+
+_FORMAT_VERSION = 1  # part of every key: raise it when the files or the encoding change
+
+
+def pack(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    bos: bool = False,
+    eos: bool = True,
+    across_documents: bool = True,
+    cache_dir: Path | None = None,
+    progress: bool = False,
+) -> Windows:
+    """Cut a corpus into windows of `length` tokens, or find them in the cache.
+
+    The entry is complete or absent whatever happens to this process, and several processes may
+    pack the same corpus at once.
+
+    Args:
+        documents: the texts; read twice (an iterator is first gathered into a list).
+        tokenizer: encodes the texts, without the special tokens it would add by itself.
+        length: tokens in a window, at least 1.
+        bos: begin each document with the tokenizer's BOS (or CLS, or EOS).
+        eos: end each document with the tokenizer's EOS (or SEP).
+        across_documents: True cuts the concatenated documents and drops the tail that fills no
+            window; False begins each document in a new window and pads its last one.
+        cache_dir: where entries are kept; by default $BLOCKDIFF_CACHE, else ~/.cache/blockdiff.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: `length` below 1; a BOS, EOS or padding token is needed and missing; the
+            corpus is empty or shorter than one window; a text encodes to the mask token; the
+            cache cannot be written.
+    """
+    _require_length(length)
+    if iter(documents) is documents:
+        documents = list(documents)
+    size, count, text_hash = _measure(documents)
+    # Before the key, so that what cannot be packed is refused whether cached or not.
+    encoded = encode_documents(_tracked(documents, count, progress), tokenizer, bos=bos, eos=eos)
+    padding = None if across_documents else _padding_id(tokenizer)
+    settings = {
+        "format": _FORMAT_VERSION,
+        "text": text_hash,
+        "tokenizer": fingerprint(tokenizer),
+        "length": length,
+        "bos": bos,
+        "eos": eos,
+        "across_documents": across_documents,
+    }
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    entry = (cache_dir or _default_cache()) / key
+    cached = open_windows(entry)
+    if cached is not None:
+        return cached
+    # Not len(tokenizer): some vocabularies have gaps, and ids beyond their size.
+    dtype = "<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4"
+    meta = {"key": key, "length": length, "dtype": dtype, "bytes": size, "settings": settings}
+    try:
+        return build_windows(entry, encoded, padding, meta)
+    except OSError as error:
+        raise InputError(
+            f"cannot pack into {entry.parent}: {error.strerror or error}; make room or choose "
+            "another cache_dir (BLOCKDIFF_CACHE)"
+        ) from error
+
+
+class StreamedWindows(IterableDataset[dict[str, Tensor]]):
+    """Windows packed across documents while a corpus is read; nothing is cached.
+
+    Yields `{"x_0": int64 [length]}`. Of n DataLoader workers, each reads the whole corpus, takes
+    every n-th document and drops its own tail.
+
+    Attributes:
+        length: tokens in a window.
+    """
+
+    def __init__(
+        self,
+        documents: Iterable[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        length: int,
+        bos: bool,
+        eos: bool,
+    ) -> None:
+        _require_length(length)
+        encode_documents((), tokenizer, bos=bos, eos=eos)  # a missing token is refused here
+        self.length = length
+        self._documents = documents
+        self._tokenizer = tokenizer
+        self._marks = {"bos": bos, "eos": eos}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        worker = get_worker_info()
+        shard, shards = (worker.id, worker.num_workers) if worker else (0, 1)
+        documents = islice(self._documents, shard, None, shards)
+        carry = np.empty(0, np.int32)
+        found = False
+        for ids in encode_documents(documents, self._tokenizer, **self._marks):
+            tokens = np.concatenate([carry, ids])
+            full = len(tokens) // self.length * self.length
+            for window in tokens[:full].reshape(-1, self.length):
+                found = True
+                yield {"x_0": torch.from_numpy(window.astype(np.int64))}
+            carry = tokens[full:]
+        if not found:
+            raise InputError(
+                f"the stream (part {shard + 1} of {shards}) ended after {len(carry)} tokens, "
+                f"before one window of {self.length}: give more text, a smaller length or fewer "
+                "workers; a generator can be read only once"
+            )
+
+
+def stream_windows(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    bos: bool = False,
+    eos: bool = True,
+) -> StreamedWindows:
+    """Pack a corpus on the fly; arguments and windows are those of `pack` across documents.
+
+    Raises:
+        InputError: `length` below 1, or BOS or EOS asked of a tokenizer without; while iterating,
+            a stream shorter than one window or a text that encodes to the mask token.
+    """
+    return StreamedWindows(documents, tokenizer, length=length, bos=bos, eos=eos)
+
+
+def _require_length(length: int) -> None:
+    if length < 1:
+        raise InputError(f"length is {length}: a window needs at least 1 token")
+
+
+def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (eos_id(tokenizer), tokenizer.pad_token_id):
+        if token is not None:
+            return token
+    raise InputError(
+        "across_documents=False pads, but the tokenizer has no EOS or padding token: add one"
+    )
+
+
+def _measure(documents: Iterable[str]) -> tuple[int, int, str]:
+    """(UTF-8 bytes, documents, SHA-256 of the text and where its documents end)."""
+    size = count = 0
+    digest = hashlib.sha256()
+    for document in documents:
+        data = utf8(document)
+        digest.update(len(data).to_bytes(8, "little") + data)
+        size += len(data)
+        count += 1
+    if size == 0:
+        raise InputError("the corpus is empty: give documents that are not empty")
+    return size, count, digest.hexdigest()
+
+
+def _tracked(documents: Iterable[str], count: int, progress: bool) -> Iterable[str]:
+    if not progress:
+        return documents
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(file=sys.stderr)
+    return track(documents, "Tokenising", total=count, console=console, transient=True)
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("BLOCKDIFF_CACHE") or "~/.cache/blockdiff").expanduser()

@@ -1,0 +1,177 @@
+"""The windows of a packed corpus: a folder of memory-mapped files, complete or absent."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from blockdiff.errors import InputError
+
+_IDS, _REAL, _META = "ids.bin", "real.bin", "meta.json"
+_DAMAGE = (OSError, ValueError, KeyError)  # what opening an absent or damaged entry raises
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """The windows of a packed corpus, read from its memory-mapped cache folder.
+
+    Item `i` is `{"x_0": int64 [length]}`. When windows do not cross documents it also has
+    `"documents": int64 [length]`, 0 at the document's tokens and -1 at the padding behind them.
+
+    Attributes:
+        length: tokens in a window.
+        tokens: tokens of the corpus in all windows; padding is not counted.
+        corpus_tokens: tokens of the whole corpus, BOS and EOS included, with the tail that fills
+            no window.
+        bytes: UTF-8 bytes of the whole corpus, so `bytes / corpus_tokens` is bytes per token.
+        key: what the cache entry is called: a hash of the text, the tokenizer and the settings.
+    """
+
+    length: int
+    tokens: int
+    corpus_tokens: int
+    bytes: int
+    key: str
+
+    def __init__(self, folder: Path) -> None:
+        """Open an entry; OSError, ValueError or KeyError when it is absent or damaged."""
+        self.folder = folder.resolve()
+        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+        self.length = meta["length"]
+        self.tokens = meta["tokens"]
+        self.corpus_tokens = meta["corpus_tokens"]
+        self.bytes = meta["bytes"]
+        self.key = meta["key"]
+        self._count: int = meta["windows"]
+        self._dtype: str = meta["dtype"]
+        self._padded: bool = meta["padded"]
+        self._map()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = {"x_0": torch.from_numpy(self._ids[index].astype(np.int64))}
+        if self._real is not None:
+            is_padding = torch.arange(self.length) >= int(self._real[index])
+            item["documents"] = -is_padding.long()
+        return item
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickling a memory map would copy the corpus into every DataLoader worker.
+        return {key: value for key, value in vars(self).items() if key not in ("_ids", "_real")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._map()
+
+    def _map(self) -> None:
+        shape = (self._count, self.length)
+        self._ids = np.memmap(self.folder / _IDS, self._dtype, "r", shape=shape)
+        self._real = (
+            np.memmap(self.folder / _REAL, "<u4", "r", shape=(self._count,))
+            if self._padded
+            else None
+        )
+
+
+def open_windows(entry: Path) -> Windows | None:
+    """The entry in this folder, or None when it is absent or damaged."""
+    try:
+        return Windows(entry)
+    except _DAMAGE:
+        return None
+
+
+def build_windows(
+    entry: Path, encoded: Iterable[np.ndarray], padding: int | None, meta: dict[str, Any]
+) -> Windows:
+    """Write an entry beside its place and move it there in one step.
+
+    Args:
+        entry: its folder; the name is the key.
+        encoded: the ids of each document, int32 [its tokens].
+        padding: id that fills each document's last window; None lets windows cross documents.
+        meta: `key`, `length`, `dtype` and `bytes`, and what else `meta.json` shall tell.
+
+    Raises:
+        InputError: the documents do not fill a window.
+        OSError: the entry cannot be written. Like any other error, it leaves nothing behind.
+    """
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{entry.name[:16]}-", dir=entry.parent))
+    try:
+        counts = _write(draft, encoded, padding, meta["length"], meta["dtype"])
+        _require_windows(counts, meta["length"])
+        text = json.dumps(meta | counts, indent=2)
+        (draft / _META).write_text(text, encoding="utf-8")
+        draft.chmod(0o755)  # mkdtemp's is private, but a cache may be shared
+        try:
+            draft.rename(entry)
+        except OSError:
+            return _settle(draft, entry)
+        return Windows(entry)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _settle(draft: Path, entry: Path) -> Windows:
+    """The place is taken: by another process that was faster, or by a damaged entry."""
+    theirs = open_windows(entry)
+    if theirs is not None:
+        return theirs
+    shutil.rmtree(entry, ignore_errors=True)
+    draft.rename(entry)
+    return Windows(entry)
+
+
+def _write(
+    folder: Path, encoded: Iterable[np.ndarray], padding: int | None, length: int, dtype: str
+) -> dict[str, Any]:
+    """Stream the windows to disk; returns their counts for `meta.json`."""
+    written = corpus_tokens = 0
+    with (folder / _IDS).open("wb") as ids_file, (folder / _REAL).open("wb") as real_file:
+        for ids in encoded:
+            corpus_tokens += len(ids)
+            if padding is not None:
+                windows = -(-len(ids) // length)
+                real = np.full(windows, length)
+                real[-1:] -= windows * length - len(ids)
+                real_file.write(real.astype("<u4").tobytes())
+                ids = np.pad(ids, (0, windows * length - len(ids)), constant_values=padding)
+            ids_file.write(ids.astype(dtype).tobytes())
+            written += len(ids)
+        windows = written // length
+        ids_file.truncate(windows * length * np.dtype(dtype).itemsize)
+    tokens = corpus_tokens if padding is not None else windows * length
+    return {
+        "windows": windows,
+        "tokens": tokens,
+        "corpus_tokens": corpus_tokens,
+        "padded": padding is not None,
+    }
+
+
+def _require_windows(counts: dict[str, Any], length: int) -> None:
+    if counts["windows"] == 0:
+        tokens = counts["corpus_tokens"]
+        raise InputError(
+            f"the corpus has {tokens} tokens, less than one window of {length}: give more text, "
+            f"a length of at most {tokens} or across_documents=False"
+            if tokens
+            else "the corpus has no tokens: give documents that are not empty"
+        )
+
+
+def stack(windows: Windows, count: int) -> dict[str, Tensor]:
+    """Up to `count` windows (0: all), evenly spread, as tensors [B, L]."""
+    total = len(windows)
+    count = min(count, total) if count else total
+    items = [windows[i * total // count] for i in range(count)]
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
