@@ -1,0 +1,125 @@
+"""The likelihood of a whole corpus: text in, one record out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from blockdiff.data.corpora import load_corpus, split_documents
+from blockdiff.data.loading import load
+from blockdiff.data.packing import pack
+from blockdiff.data.windows import stack
+from blockdiff.errors import InputError
+from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.models.hub import default_device
+
+PARTS = ("all", "train", "validation")
+
+
+def evaluate_corpus(
+    model: str | Path,
+    data: str,
+    *,
+    part: str = "all",
+    validation_fraction: float = 0.05,
+    split_seed: int = 0,
+    text_column: str = "text",
+    split: str = "train",
+    subset: str | None = None,
+    tokenizer: str | None = None,
+    length: int | None = None,
+    block_size: int | None = None,
+    bos: bool = False,
+    across_documents: bool = True,
+    estimator: str = "auto",
+    draws: int = 8,
+    windows: int = 0,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Measures a corpus under the model in a folder or hub repository.
+
+    Returns `Likelihood.record()` with the model, the data and the same figures per UTF-8 byte:
+    nats per token times tokens per byte of the whole corpus. Raises `InputError` on bad input.
+    """
+    if part not in PARTS:
+        raise InputError(f"no part {part!r}; choose one of {', '.join(PARTS)}")
+    if windows < 0:
+        raise InputError(f"--windows is {windows}; it must not be negative (0 is all)")
+    network, words = load(model, tokenizer=tokenizer, device=default_device())
+    documents: Iterable[str] = load_corpus(
+        data, split=split, text_column=text_column, subset=subset
+    )
+    if part != "all":
+        train, held_out = split_documents(documents, validation_fraction, split_seed)
+        documents = train if part == "train" else held_out
+    packed = pack(
+        documents,
+        words,
+        length=network.config.length if length is None else length,
+        bos=bos,
+        across_documents=across_documents,
+    )
+    sequences = {name: x.to(network.device) for name, x in stack(packed, windows).items()}
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"{network.config.kind} on {data}", total=len(sequences["x_0"]))
+        result = likelihood(
+            network,
+            sequences["x_0"],
+            estimator,
+            draws,
+            seed,
+            block_size=block_size,
+            documents=sequences.get("documents"),
+            batch_size=batch_size,
+            progress=lambda done: bar.advance(task, done),
+        )
+    per_byte = packed.corpus_tokens / packed.bytes
+    return {
+        "model": str(model),
+        "kind": network.config.kind,
+        "block_size": block_size or network.config.block_size,
+        "length": packed.length,
+        "data": data,
+        "part": part,
+        **result.record(),
+        "tokens_per_byte": per_byte,
+        "nats_per_byte": result.nats_per_token * per_byte,
+        "bits_per_byte": result.bits_per_token * per_byte,
+        "bits_per_byte_stderr": result.stderr / math.log(2) * per_byte,
+    }
+
+
+def summary_table(record: dict[str, object]) -> str:
+    """A record for people."""
+    bound = "" if record["estimator"] == "ar" else "≤ "
+    table = Table(title=f"{record['model']} on {record['data']} ({record['part']})")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_column("± standard error", justify="right")
+    per_token, error = record["nats_per_token"], record["stderr"]
+    assert isinstance(per_token, float) and isinstance(error, float)
+    rows = (
+        ("perplexity per token", "perplexity", record["perplexity_stderr"], 3),
+        ("nats per token", "nats_per_token", error, 4),
+        ("bits per token", "bits_per_token", error / math.log(2), 4),
+        ("bits per byte", "bits_per_byte", record["bits_per_byte_stderr"], 4),
+    )
+    for label, key, spread, digits in rows:
+        table.add_row(label, f"{bound}{record[key]:.{digits}f}", f"{spread:.{digits}f}")
+    masks = record["mask_stderr"]
+    assert isinstance(masks, float)
+    noise = "none" if masks == 0 else f"{masks:.4f} nats per token"
+    table.caption = (
+        f"{record['kind']}, L' = {record['block_size']}, {record['sequences']} sequences of "
+        f"{record['length']} tokens; estimator {record['estimator']}, noise of the masks: {noise}"
+    )
+    console = Console(width=88, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()

@@ -1,0 +1,213 @@
+"""How likely a model finds a text, with error bars.
+
+AR gives its exact negative log-likelihood; block diffusion an upper bound on it (eq. 8 of the
+paper), exact by `enumerate` for small blocks and by unbiased draws otherwise. Biased draws
+(`clipped`) bound nothing and are refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from blockdiff import objectives
+from blockdiff.errors import InputError
+from blockdiff.layout import BlockLayout
+from blockdiff.models.dit import DiT
+from blockdiff.noising import Noise, addressed_noise, make_estimator
+
+# Enumerated by default up to here: 15 noised passes.
+AUTO_ENUMERATE = 4
+# Tokens in one network evaluation: enough to fill the machine, bounded in memory.
+TOKENS_PER_PASS = 16_384
+
+_BIASED = "{} draws are biased and bound no likelihood; measure with exact_k or enumerate"
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A measured likelihood; all in nats unless named otherwise.
+
+    `nats` [B] float64: the bound (for AR the exact value) of each sequence, averaged over draws.
+    `tokens` [B]: how many tokens of each sequence count. `nats_per_token`: total over total.
+    `stderr`: its standard error over sequences, which holds the noise of the text and of the masks;
+    NaN for a single sequence. `mask_stderr`: the part due to the masks alone, 0 when there is none
+    (`exact`) and NaN with a single draw.
+    """
+
+    nats: Tensor
+    tokens: Tensor
+    nats_per_token: float
+    stderr: float
+    mask_stderr: float
+    estimator: str
+    draws: int
+    exact: bool
+
+    @property
+    def bits_per_token(self) -> float:
+        return self.nats_per_token / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats_per_token)
+
+    @property
+    def perplexity_stderr(self) -> float:
+        """By the delta method: perplexity · stderr."""
+        return self.perplexity * self.stderr
+
+    def record(self) -> dict[str, object]:
+        """Everything but the per-sequence tensors, for JSON."""
+        fields = {k: v for k, v in asdict(self).items() if not isinstance(v, Tensor)}
+        return {
+            **fields,
+            "bits_per_token": self.bits_per_token,
+            "perplexity": self.perplexity,
+            "perplexity_stderr": self.perplexity_stderr,
+            "sequences": len(self.nats),
+            "counted_tokens": int(self.tokens.sum()),
+        }
+
+
+@torch.no_grad()
+def likelihood(
+    model: DiT,
+    x_0: Tensor,
+    estimator: str = "auto",
+    draws: int = 8,
+    seed: int = 0,
+    *,
+    block_size: int | None = None,
+    schedule: str = "linear",
+    keep_first: bool | None = None,
+    documents: Tensor | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Likelihood:
+    """Measures sequences x_0 int64 [B, L] under the model.
+
+    `estimator`: "auto" (`enumerate` up to L' = 4, else `exact_k`), "bernoulli", "exact_k",
+    "paired" or "enumerate"; AR models ignore it. `draws` noised copies per sequence (pairs for
+    `paired`); every draw of a sequence shares one pass over its clean tokens. The noise depends on
+    `seed` and the sequence's number only, never on the batching. `keep_first` defaults to the
+    model's own setting; `progress` is called with the number of sequences done. Raises
+    `InputError` for biased draws, sizes below 1, or tokens outside the vocabulary.
+    """
+    _check(model, x_0, draws, batch_size)
+    layout = BlockLayout(x_0.shape[1], block_size or model.config.block_size)
+    if keep_first is None:
+        keep_first = model.config.keep_first
+    maskable = objectives.maskable_positions(x_0, keep_first, documents)
+    if model.config.causal:
+        estimator, draws, maskable = "ar", 1, maskable.clone()
+        maskable[:, 0] = False
+    elif estimator == "auto":
+        small = layout.block_size <= AUTO_ENUMERATE and not model.config.time_conditioning
+        estimator = "enumerate" if small else "exact_k"
+    if estimator == "clipped":
+        raise InputError(_BIASED.format(estimator))
+    if estimator == "enumerate" and model.config.time_conditioning:
+        raise InputError(
+            "enumerate leaves no time to condition on, and this model is conditioned on it: "
+            "use exact_k"
+        )
+    if estimator in ("ar", "enumerate"):
+        draws = 1
+    rows = batch_size or max(1, TOKENS_PER_PASS // (2 * x_0.shape[1]))
+    was_training = model.training
+    model.eval()
+    per_draw = []
+    for start in range(0, len(x_0), rows):
+        part = slice(start, start + rows)
+        index = torch.arange(start, min(start + rows, len(x_0)), device=x_0.device)
+        own = None if documents is None else documents[part]
+        if estimator == "ar":
+            nats = objectives.ar(model, x_0[part], maskable[part], own).cpu().double().sum(-1)[None]
+        else:
+            nats = _bound(
+                model, x_0[part], index, maskable[part], layout, own,
+                estimator=estimator, schedule=schedule, draws=draws, seed=seed,
+            )  # fmt: skip
+        per_draw.append(nats)
+        if progress is not None:
+            progress(len(index))
+    model.train(was_training)
+    exact = estimator in ("ar", "enumerate")
+    return _summary(torch.cat(per_draw, dim=1), maskable.sum(-1).cpu(), estimator, exact)
+
+
+def _check(model: DiT, x_0: Tensor, draws: int, batch_size: int | None) -> None:
+    if x_0.dim() != 2 or x_0.numel() == 0:
+        raise InputError(
+            f"x_0 must be a non-empty [B, L] tensor of token ids, not {list(x_0.shape)}"
+        )
+    if draws < 1 or (batch_size is not None and batch_size < 1):
+        raise InputError("draws and batch_size must be at least 1")
+    low, high = int(x_0.min()), int(x_0.max())
+    if low < 0 or high >= model.config.vocab_size:
+        raise InputError(
+            f"token ids run from {low} to {high}, outside the model's vocabulary of "
+            f"{model.config.vocab_size}; is this the model's tokenizer?"
+        )
+
+
+def _bound(
+    model: DiT,
+    x_0: Tensor,
+    index: Tensor,
+    maskable: Tensor,
+    layout: BlockLayout,
+    documents: Tensor | None,
+    *,
+    estimator: str,
+    schedule: str,
+    draws: int,
+    seed: int,
+) -> Tensor:
+    """The bound by each draw, float64 [R, B]; R = 1 for `enumerate`."""
+    make = make_estimator(estimator, schedule)
+    context = model.encode(x_0, layout, documents=documents)
+    if estimator == "enumerate":
+        noise = Noise(x_0, x_0)  # unread
+        rounds = [make(x_0, layout, noise, maskable, model.config.mask_token_id)]
+    else:
+        noise = addressed_noise(index, layout, seed, draws)
+        rounds = [
+            make(x_0, layout, Noise(block, token), maskable, model.config.mask_token_id)
+            for block, token in zip(noise.block.chunk(draws), noise.token.chunk(draws), strict=True)
+        ]
+    nats = []
+    for draw in rounds:
+        if not draw.unbiased:
+            raise InputError(_BIASED.format(estimator))
+        # The copies of a round add up; they go through the network a few at a time.
+        total = torch.zeros(len(x_0), dtype=torch.float64)
+        for part in draw.split(len(x_0)):
+            tokens = objectives.bd3lm(
+                model, x_0, part, documents, context, block_size=layout.block_size
+            )
+            total += tokens.cpu().double().sum(-1)
+        nats.append(total)
+    return torch.stack(nats)
+
+
+def _summary(per_draw: Tensor, tokens: Tensor, estimator: str, exact: bool) -> Likelihood:
+    draws, sequences = per_draw.shape
+    nats, total = per_draw.mean(0), tokens.sum().item()
+    if total == 0:
+        raise InputError("nothing to measure: no token of these sequences counts")
+    rate = nats.sum().item() / total
+    # A ratio of totals: its error is that of the residuals nats − rate · tokens.
+    residual = (nats - rate * tokens).square().sum().item()
+    stderr = math.nan
+    if sequences > 1:
+        stderr = math.sqrt(residual * sequences / (sequences - 1)) / total
+    mask_stderr = 0.0 if exact else math.nan
+    if not exact and draws > 1:
+        mask_stderr = math.sqrt((per_draw.var(0) / draws).sum().item()) / total
+    return Likelihood(nats, tokens, rate, stderr, mask_stderr, estimator, draws, exact)

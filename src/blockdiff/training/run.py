@@ -1,0 +1,222 @@
+"""A training run from its configuration to a finished model folder."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from blockdiff.data.corpora import Corpus, load_corpus, split_documents
+from blockdiff.data.packing import StreamedWindows, Windows, pack, stream_windows
+from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
+from blockdiff.data.windows import stack
+from blockdiff.errors import InputError
+from blockdiff.models.config import PRESETS, DiTConfig
+from blockdiff.models.dit import DiT
+from blockdiff.models.hub import default_device, load_model, save_model
+from blockdiff.training.callbacks import MetricsLog, ProgressBar
+from blockdiff.training.config import CONFIG_FILE, TrainConfig, merge_resumed, save_config
+from blockdiff.training.trainer import BlockDiffusionTrainer, last_checkpoint, reporters
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: its folder, the validation of its averaged weights, and its cost."""
+
+    folder: Path
+    metrics: dict[str, float]
+    tokens_seen: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """`train`: windows to train on; `validation`: x_0 [B, L] (and documents [B, L])."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Windows | StreamedWindows
+    validation: dict[str, Tensor]
+
+
+def train(config: TrainConfig, *, progress: bool = True, device: str | None = None) -> Trained:
+    """Runs or resumes the training `config` describes and leaves the model in `config.out`.
+
+    The folder then holds the averaged weights, the tokenizer, the resolved configuration
+    (run.json), metrics.jsonl and the checkpoints. Raises `InputError` for bad input, before
+    anything that was in the folder is touched.
+    """
+    out = Path(config.out)
+    if config.resume:
+        config = merge_resumed(config)
+    else:
+        _check_free(out, config.overwrite)
+    reporters(config)
+    where = torch.device(device) if device else default_device()
+    processes = PartialState(cpu=where.type == "cpu")
+    set_seed(config.seed)
+    start = load_model(config.init_from) if config.init_from else None
+    with processes.main_process_first():  # the others find the corpus packed
+        data = prepare_data(config)
+    model = build_model(config, data.tokenizer, start)
+    if processes.is_main_process and not config.resume:
+        _begin(out, config, data.tokenizer)
+    processes.wait_for_everyone()
+    tokens_per_step = config.batch_size * config.length * processes.num_processes
+    bar = ProgressBar(f"{model.config.kind} → {config.out}", tokens_per_step)
+    trainer = BlockDiffusionTrainer(
+        model,
+        config,
+        data.train,
+        data.validation,
+        where,
+        [MetricsLog(out, tokens_per_step), *([bar] if progress else [])],
+    )
+    checkpoint = last_checkpoint(out) if config.resume else None
+    try:
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        metrics = trainer.evaluate()
+    finally:
+        bar.stop()
+    if trainer.is_world_process_zero():
+        save_model(trainer.averaged_model, out)
+        save_config(config, out)
+    seen = result.global_step * tokens_per_step
+    return Trained(out, metrics, seen, float(result.metrics["train_runtime"]))
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Raises `InputError` unless a new run may use the folder."""
+    if out.is_file():
+        raise InputError(f"{out} is a file; choose another --out")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / CONFIG_FILE).is_file():
+        raise InputError(f"{out} is not empty and holds no run of ours; choose another --out")
+    if not overwrite:
+        raise InputError(
+            f"{out} already holds a run; continue it with --resume, replace it with --overwrite, "
+            "or choose another --out"
+        )
+
+
+def _begin(out: Path, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The run's folder with tokenizer and configuration; it replaces an earlier one in one go."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        tokenizer.save_pretrained(fresh)
+        save_config(config, fresh)
+        fresh.chmod(0o755)  # mkdtemp's is private
+        if out.exists():
+            shutil.rmtree(out)
+        fresh.rename(out)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def prepare_data(config: TrainConfig) -> TrainingData:
+    """Corpus, split, tokenizer and windows of a run."""
+    corpus = load_corpus(
+        config.data,
+        split=config.split,
+        text_column=config.text_column,
+        streaming=config.streaming,
+        subset=config.subset,
+    )
+    documents: Iterable[str] = corpus
+    if config.streaming:
+        if config.validation_data is None or not (config.tokenizer or config.init_from):
+            raise InputError("a streamed corpus needs --validation_data and --tokenizer")
+        held_out = list(_validation_corpus(config))
+    elif config.validation_data is not None:
+        held_out = list(_validation_corpus(config))
+    else:
+        documents, held_out = split_documents(corpus, config.validation_fraction, config.seed)
+    tokenizer = _tokenizer(config, documents)
+    options: dict[str, Any] = {"length": config.length, "bos": config.bos}
+    windows: Windows | StreamedWindows
+    if config.streaming:
+        windows = stream_windows(documents, tokenizer, **options)
+    else:
+        windows = pack(documents, tokenizer, across_documents=config.across_documents, **options)
+        if len(windows) < config.batch_size:
+            raise InputError(
+                f"{config.data} fills {len(windows)} windows of {config.length} tokens, less than "
+                f"a batch of {config.batch_size}: give more text, or lower --batch_size or --length"
+            )
+    validation = pack(held_out, tokenizer, across_documents=config.across_documents, **options)
+    return TrainingData(tokenizer, windows, stack(validation, config.eval_windows))
+
+
+def _validation_corpus(config: TrainConfig) -> Corpus:
+    assert config.validation_data is not None
+    return load_corpus(config.validation_data, text_column=config.text_column)
+
+
+def _tokenizer(config: TrainConfig, documents: Iterable[str]) -> PreTrainedTokenizerBase:
+    if config.resume:
+        return load_tokenizer(config.out)
+    if config.tokenizer or config.init_from:
+        return load_tokenizer(str(config.tokenizer or config.init_from))
+    return train_tokenizer(documents, config.vocab_size)
+
+
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: DiT | None) -> DiT:
+    """A new network, or one that continues from `start` under another objective or block size.
+
+    From an AR model a block diffusion model takes every weight; its adaLN, which AR does not have,
+    starts with open gates and no shift or scale, so at first it computes exactly what AR did.
+    """
+    causal = config.objective == "ar"
+    sizes: dict[str, Any] = dict(PRESETS[config.preset])
+    adaln = config.adaln
+    if start is not None:
+        sizes = {name: getattr(start.config, name) for name in sizes}
+        if start.config.vocab_size < len(tokenizer):
+            raise InputError(
+                f"the tokenizer has {len(tokenizer)} tokens but {config.init_from} was trained "
+                f"with {start.config.vocab_size}; use its own tokenizer"
+            )
+        adaln = adaln or start.config.adaln
+    model = DiT(
+        DiTConfig(
+            vocab_size=start.config.vocab_size if start is not None else len(tokenizer),
+            length=config.length,
+            block_size=config.effective_block_size,
+            causal=causal,
+            adaln=adaln,
+            dropout=config.dropout,
+            keep_first=True,
+            mask_token_id=tokenizer.mask_token_id,
+            bos_token_id=bos_id(tokenizer),
+            eos_token_id=eos_id(tokenizer),
+            initial_shift=config.initial_shift,
+            initial_gate=0.0 if start is None else 1.0,
+            clip=config.clip_range(),
+            **sizes,
+        )
+    )
+    model.attention_backend = config.backend
+    if start is not None:
+        _take_weights(model, start)
+    if config.compile:
+        model.compile_layers()
+    return model
+
+
+def _take_weights(model: DiT, start: DiT) -> None:
+    """Copies every weight both networks have; only adaLN may be on one side alone."""
+    own, given = model.state_dict(), start.state_dict()
+    for name, tensor in own.items():
+        if name in given:
+            tensor.copy_(given[name])
+        elif "modulation" not in name and not name.startswith("sigma."):
+            raise InputError(f"the model to start from has no {name}")

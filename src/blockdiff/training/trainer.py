@@ -1,0 +1,253 @@
+"""Training: `transformers.Trainer` with block diffusion's loss, an EMA and safe checkpoints.
+
+    x_0 → Draw(x_t, sigma, weight) → logits at the masked positions → nats [B, L] → scalar
+
+Resuming, accumulation, precision, clipping and several processes come from transformers and
+accelerate. Masks and dropout are seeded by (seed, step, micro-batch, process), so a resumed run
+sees the very numbers it would have seen uninterrupted.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from blockdiff import objectives
+from blockdiff.categorical import fold_seed
+from blockdiff.errors import InputError
+from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.layout import BlockLayout
+from blockdiff.models.dit import DiT
+from blockdiff.noising import make_estimator, stratified_noise
+from blockdiff.training.config import TrainConfig
+from blockdiff.training.ema import make_ema
+from blockdiff.training.precision import use_bf16
+
+# Written last: a checkpoint without it was interrupted and is ignored.
+COMPLETE = "complete"
+EMA_WEIGHTS = "ema.safetensors"
+
+
+def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
+    """transformers' arguments for a run; checkpoints go to `out/checkpoints`."""
+    schedulers = {
+        "constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine",
+    }  # fmt: skip
+    return TrainingArguments(
+        output_dir=str(Path(config.out) / "checkpoints"),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size // config.accumulate,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.lr,
+        lr_scheduler_type=schedulers[config.lr_schedule],
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=use_bf16(config.precision, device),
+        use_cpu=device.type == "cpu",
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_strategy="steps",
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=2,
+        eval_strategy="steps" if config.eval_every else "no",
+        eval_steps=config.eval_every or None,
+        dataloader_drop_last=True,
+        dataloader_num_workers=config.workers,
+        remove_unused_columns=False,
+        report_to=[name for name in reporters(config) if name != "tensorboard"],
+        disable_tqdm=True,
+    )
+
+
+def reporters(config: TrainConfig) -> list[str]:
+    """Where metrics go beside metrics.jsonl; raises `InputError` when a package is missing."""
+    names = [name for name in config.report_to.split(",") if name and name != "none"]
+    for name in names:
+        if find_spec(name) is None:
+            raise InputError(f"--report_to {name} needs a package: pip install {name}")
+    return names
+
+
+class BlockDiffusionTrainer(Trainer):
+    """Trains a `DiT` by the objective its own configuration names."""
+
+    def __init__(
+        self,
+        model: DiT,
+        config: TrainConfig,
+        train_dataset: Dataset,
+        eval_windows: dict[str, Tensor] | None,
+        device: torch.device,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        """`eval_windows`: x_0 [B, L] and, where windows are padded, documents [B, L]."""
+        self.run = config
+        self.eval_windows = eval_windows
+        self.estimator = make_estimator(config.estimator, config.schedule, config.clip_range())
+        self.ema = make_ema(model, config.ema) if config.ema else None
+        self._micro = (-1, 0)
+        super().__init__(
+            model=model,
+            args=training_arguments(config, device),
+            train_dataset=train_dataset,
+            # Trainer only asks whether there is one; `evaluate` reads `eval_windows`.
+            eval_dataset=train_dataset if eval_windows is not None else None,
+            callbacks=[_Bookkeeping(self), *_tensorboard(config), *callbacks],
+        )
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        # The loss is a mean over equal micro-batches, for the Trainer to divide by their number.
+        self.model_accepts_loss_kwargs = False
+
+    # the law
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        x_0, documents = inputs["x_0"], inputs.get("documents")
+        seed = self._seed_micro_batch()
+        core: DiT = self.accelerator.unwrap_model(model)
+        maskable = objectives.maskable_positions(x_0, core.config.keep_first, documents)
+        if core.config.causal:
+            nats = objectives.ar(model, x_0, maskable, documents)
+        else:
+            layout = BlockLayout(x_0.shape[1], core.config.block_size)
+            generator = torch.Generator(x_0.device).manual_seed(seed)
+            noise = stratified_noise(len(x_0), layout, generator)
+            draw = self.estimator(x_0, layout, noise, maskable, core.config.mask_token_id)
+            nats = objectives.bd3lm(model, x_0, draw, documents)
+        loss = nats.sum() / maskable.sum().clamp(min=1)
+        return (loss, {"nats": nats}) if return_outputs else loss
+
+    def _seed_micro_batch(self) -> int:
+        """Seeds dropout and gives the masks' seed, by (seed, step, micro-batch, process)."""
+        step, micro = self._micro
+        micro = micro + 1 if step == self.state.global_step else 0
+        self._micro = (self.state.global_step, micro)
+        seed = fold_seed(
+            self.run.seed, self.state.global_step, micro, self.accelerator.process_index
+        )
+        torch.manual_seed(seed)
+        return seed
+
+    # what is measured and saved is the average
+
+    @property
+    def averaged_model(self) -> DiT:
+        """The EMA of the weights, or the weights themselves without one."""
+        own = self.accelerator.unwrap_model(self.model)
+        return cast(DiT, own if self.ema is None else self.ema.module)
+
+    def evaluate(self, *unused: object, **options: object) -> dict[str, float]:
+        assert self.eval_windows is not None
+        model = self.averaged_model
+        windows = {name: x.to(self.args.device) for name, x in self.eval_windows.items()}
+        result = likelihood(
+            model,
+            windows["x_0"],
+            draws=self.run.eval_draws,
+            seed=self.run.seed,
+            documents=windows.get("documents"),
+        )
+        metrics = {
+            "eval_nats_per_token": result.nats_per_token,
+            "eval_stderr": result.stderr,
+            "eval_perplexity": result.perplexity,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.run.out) / "checkpoints" / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # a half-written one of the same step
+            folder.mkdir(parents=True)
+            if self.ema is not None:
+                save_file(self.ema.module.state_dict(), folder / EMA_WEIGHTS)
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            (folder / COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            self.ema.module.load_state_dict(load_file(Path(resume_from_checkpoint) / EMA_WEIGHTS))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not estimated: transformers' formula is for one stream of tokens."""
+        return 0
+
+
+def _tensorboard(config: TrainConfig) -> list[TrainerCallback]:
+    """Event files in the run's own folder; transformers would put them among the checkpoints."""
+    if "tensorboard" not in reporters(config):
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    return [TensorBoardCallback(SummaryWriter(str(Path(config.out) / "tensorboard")))]
+
+
+class _Bookkeeping(TrainerCallback):
+    """The EMA's update, a log line before each checkpoint, and the end by the clock."""
+
+    def __init__(self, trainer: BlockDiffusionTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.n_averaged.fill_(state.global_step)
+        self.begin = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.update_parameters(
+                self.trainer.accelerator.unwrap_model(self.trainer.model)
+            )
+        minutes = self.trainer.run.minutes
+        if minutes and time.perf_counter() - self.begin > 60 * minutes:
+            control.should_training_stop = control.should_save = True
+        if control.should_save:
+            # A log line averages since the one before; ending it here makes a resumed run's
+            # lines equal to an uninterrupted one's.
+            control.should_log = True
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run; half-written ones are removed."""
+    whole = []
+    for folder in (run / "checkpoints").glob("checkpoint-*"):
+        if (folder / COMPLETE).is_file():
+            whole.append(folder)
+        else:
+            shutil.rmtree(folder)
+    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
