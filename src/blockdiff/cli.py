@@ -1,0 +1,345 @@
+"""The command line: `blockdiff train | evaluate | generate | tokenizer | benchmark | demo`.
+
+Bad input ends in one line on standard error and exit code 2. Nothing heavy is imported before a
+command is known.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+from blockdiff.benchmark.options import BenchmarkOptions
+from blockdiff.errors import InputError
+from blockdiff.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure the likelihood of a text under a model.
+
+    Attributes:
+        data: Corpus: pydoc, files (txt, jsonl, parquet; .xz and .gz too), a folder, or a hub id.
+        part: all, or the train or validation documents of the split training made.
+        validation_fraction: Share of the text held out in that split.
+        split_seed: Seed of that split.
+        text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
+        split: Split of a hub data set.
+        subset: Subset of a hub data set.
+        tokenizer: Folder or hub id of the tokenizer, where the model has none.
+        length: Tokens per sequence; the model's own context when left out.
+        block_size: Block size L'; the model's own when left out.
+        bos: Put a beginning-of-text token before each document.
+        across_documents: Let windows run across documents; otherwise pad at each document's end.
+        estimator: auto (enumerate up to L' = 4, else exact_k), or one of the four unbiased ones:
+            enumerate, exact_k, paired, bernoulli.
+        draws: Noised copies per sequence, where masks are not enumerated.
+        windows: Sequences measured, evenly spread; 0 is all of them.
+        batch_size: Sequences per pass; chosen by size when left out.
+        seed: Seed of the masks.
+        json: Print one JSON object.
+    """
+
+    data: str
+    part: str = "all"
+    validation_fraction: float = 0.05
+    split_seed: int = 0
+    text_column: str = "text"
+    split: str = "train"
+    subset: str | None = None
+    tokenizer: str | None = None
+    length: int | None = None
+    block_size: int | None = None
+    bos: bool = False
+    across_documents: bool = True
+    estimator: str = "auto"
+    draws: int = 8
+    windows: int = 0
+    batch_size: int | None = None
+    seed: int = 0
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Write text.
+
+    Attributes:
+        prompt: Text to continue; without one a new text is begun.
+        prompt_file: File with one prompt a line.
+        samples: Texts per prompt.
+        tokenizer: Folder or hub id of the tokenizer, where the model has none.
+        watch: Show the denoising live in the terminal.
+        delay: Seconds to wait after each step of --watch.
+        page: Also write an HTML page that replays the first text's denoising.
+        json: Print one JSON object with texts, nfe and tokens per second.
+    """
+
+    prompt: str | None = None
+    prompt_file: str | None = None
+    samples: int = 1
+    tokenizer: str | None = None
+    watch: bool = False
+    delay: float = 0.0
+    page: str | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """Train a byte-level BPE tokenizer on a corpus.
+
+    Attributes:
+        data: Corpus, as for train.
+        out: Folder for the tokenizer.
+        vocab_size: Tokens in all, special ones included.
+        text_column: Column that holds the text.
+        overwrite: Replace a tokenizer that is there.
+    """
+
+    data: str = "pydoc"
+    out: str = "runs/tokenizer"
+    vocab_size: int = 2048
+    text_column: str = "text"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Train AR and a BD3-LM on the machine's own Python documentation and compare them.
+
+    Attributes:
+        out: Folder for models, report, plot and page.
+        minutes: Time to stay within; fewer steps are trained on a slow machine.
+        seed: Seed of everything random.
+        overwrite: Replace the demo that is there.
+    """
+
+    out: str = "runs/demo"
+    minutes: float = 8.0
+    seed: int = 0
+    overwrite: bool = False
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser with errors of one line and `--two-words` for `--two_words`."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        fail(_one_line(message, self))
+
+    def format_help(self, *args: Any, **options: Any) -> str:
+        text = super().format_help(*args, **options)
+        return re.sub(r"--\w+(_\w+)+", lambda m: m[0].replace("_", "-"), text)
+
+
+def _one_line(message: str, parser: ArgumentParser) -> str:
+    """argparse's and jsonargparse's messages, shortened to what is wrong and how to mend it."""
+    unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", message)
+    if unknown:
+        option = unknown[1].split("=")[0]
+        near = difflib.get_close_matches(option, _options(parser), n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0].replace('_', '-')}?" if near else "; see --help"
+        return f"unknown option {option.replace('_', '-')}{hint}"
+    bad_value = re.search(r'(?:Parser key|key) "([\w.]+)"', message)
+    given = re.search(r"(?:Given|Got) value: (.*)", message)
+    if bad_value and given:
+        wanted = sorted(set(re.findall(r"Expected an? (?:type )?<class '(\w+)'>", message)))
+        expected = " or ".join(w for w in wanted if w != "NoneType")
+        option = bad_value[1].split(".")[-1].replace("_", "-")
+        return f"--{option} cannot be {given[1]!r}" + (f"; expected {expected}" if expected else "")
+    return " ".join(message.split())
+
+
+def _options(parser: ArgumentParser) -> list[str]:
+    """Every option of the parser and of its subcommands."""
+    found = [option for action in parser._actions for option in action.option_strings]
+    for action in parser._actions:
+        choices = getattr(action, "choices", None)
+        if isinstance(choices, dict):
+            for sub in choices.values():
+                found += [option for a in sub._actions for option in a.option_strings]
+    return [option for option in found if option.startswith("--")]
+
+
+def fail(message: str) -> NoReturn:
+    print(f"blockdiff: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# the commands
+
+
+def _train(given: Namespace) -> None:
+    from blockdiff.plots import loss_plot
+    from blockdiff.training.callbacks import METRICS_FILE, read_metrics
+    from blockdiff.training.run import train
+
+    result = train(_dataclass(TrainConfig, given))
+    loss_plot(
+        {"training": read_metrics(result.folder / METRICS_FILE)},
+        result.folder / "loss.png",
+        title=str(result.folder),
+    )
+    print(
+        f"{result.folder}: perplexity {result.metrics['eval_perplexity']:.2f} "
+        f"({result.metrics['eval_nats_per_token']:.4f} ± {result.metrics['eval_stderr']:.4f} "
+        f"nats per token) after {result.tokens_seen:,} tokens in {result.seconds:.0f} s"
+    )
+
+
+def _evaluate(given: Namespace) -> None:
+    from blockdiff.evaluation.corpus import evaluate_corpus, summary_table
+
+    options = _dataclass(EvaluateOptions, given)
+    arguments = {k: v for k, v in asdict(options).items() if k != "json"}
+    record = evaluate_corpus(given.model, **arguments)
+    print(json.dumps(record, indent=2) if options.json else summary_table(record))
+
+
+def _generate(given: Namespace) -> None:
+    from blockdiff.sampling.options import SamplingOptions
+    from blockdiff.writing import write_texts
+
+    write_texts(given.model, _dataclass(GenerateOptions, given), _dataclass(SamplingOptions, given))
+
+
+def _tokenizer(given: Namespace) -> None:
+    from blockdiff.data.corpora import load_corpus
+    from blockdiff.data.tokenizers import train_tokenizer
+    from blockdiff.models.hub import staging
+
+    options = _dataclass(TokenizerOptions, given)
+    out = Path(options.out)
+    if out.exists() and any(out.iterdir()) and not options.overwrite:
+        raise InputError(f"{out} is not empty; replace what is there with --overwrite")
+    corpus = load_corpus(options.data, text_column=options.text_column)
+    tokenizer = train_tokenizer(corpus, options.vocab_size)
+    out.mkdir(parents=True, exist_ok=True)
+    with staging(out) as temporary:
+        tokenizer.save_pretrained(temporary)
+    print(f"{out}: {len(tokenizer)} tokens, mask token {tokenizer.mask_token!r}")
+
+
+def _benchmark(given: Namespace) -> None:
+    from blockdiff.benchmark.training import benchmark_training, describe
+
+    options = _dataclass(BenchmarkOptions, given)
+    record = benchmark_training(options)
+    print(json.dumps(record, indent=2) if options.json else describe(record))
+
+
+def _demo(given: Namespace) -> None:
+    from blockdiff.demo import demo
+
+    demo(**asdict(_dataclass(DemoOptions, given)))
+
+
+Command = tuple[type, tuple[type, ...], Callable[[Namespace], None], bool]
+
+
+def _commands() -> dict[str, Command]:
+    """name → (first options class, others, what to run, whether it takes a model)."""
+    from blockdiff.sampling.options import SamplingOptions
+
+    return {
+        "train": (TrainConfig, (), _train, False),
+        "evaluate": (EvaluateOptions, (), _evaluate, True),
+        "generate": (GenerateOptions, (SamplingOptions,), _generate, True),
+        "tokenizer": (TokenizerOptions, (), _tokenizer, False),
+        "benchmark": (BenchmarkOptions, (), _benchmark, False),
+        "demo": (DemoOptions, (), _demo, False),
+    }
+
+
+def _dataclass(kind: type, given: Namespace) -> Any:
+    return kind(**{field.name: getattr(given, field.name) for field in fields(kind)})
+
+
+def build_parser() -> ArgumentParser:
+    """The whole command line; each option's help is its dataclass's attribute text."""
+    from blockdiff import __version__
+
+    parser = _Parser(prog="blockdiff", description="Block diffusion language models.")
+    parser.add_argument("--version", action="version", version=f"blockdiff {__version__}")
+    subcommands = parser.add_subcommands(dest="command", required=True)
+    for name, (first, others, _, takes_model) in _commands().items():
+        summary = (first.__doc__ or "").strip().splitlines()[0]
+        command = _Parser(description=summary)
+        command.add_argument("--config", action="config", help="YAML file with these options.")
+        if takes_model:
+            command.add_argument("model", help="Model folder or hub id.")
+        for options in (first, *others):
+            command.add_class_arguments(options)
+        subcommands.add_subcommand(name, command, help=summary)
+    return parser
+
+
+def _normalise(argv: Sequence[str]) -> list[str]:
+    """`--two-words` → `--two_words`, and a bare switch → `--switch=true`."""
+    kinds = [kind for first, others, *_ in _commands().values() for kind in (first, *others)]
+    switches = {f"--{f.name}" for kind in kinds for f in fields(kind) if f.type in ("bool", bool)}
+    words = []
+    for i, word in enumerate(argv):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = name.replace("-", "_").replace("__", "--", 1)
+            following = argv[i + 1].lower() if i + 1 < len(argv) else ""
+            if name in switches and not equals and following not in ("true", "false"):
+                equals, value = "=", "true"
+            word = name + equals + value
+        words.append(word)
+    return words
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command; exit code 0, or 2 with one line on standard error."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    given = build_parser().parse_args(_normalise(sys.argv[1:] if argv is None else argv))
+    run = _commands()[given.command][2]
+    try:
+        _quiet()
+        run(given[given.command])
+    except InputError as error:
+        fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        fail("interrupted; what was saved before is whole (train: continue with --resume)")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if not _disk_full(error):
+            raise
+        fail("the disk is full; what was saved before is whole: free some space and --resume")
+
+
+def _disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if "No space left on device" in str(error) or "os error 28" in str(error):
+        return True
+    # torch's own writer reports a short write without the reason behind it.
+    return "PytorchStreamWriter failed writing" in str(error)
+
+
+def _quiet() -> None:
+    """Keeps the libraries' chatter out of our output."""
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""`blockdiff demo`: the whole house in a few minutes, on the machine's own Python documentation.
+
+An AR model first, then a BD3-LM (L' = 4) that starts from its weights: a mask token must learn to
+look one position back, which AR training has taught the network already. Both perplexities, three
+passages, a plot, a page that replays one passage's denoising, and a report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+import timeit
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from blockdiff import objectives
+from blockdiff.api import TextGeneration, encode_prompts, to_text
+from blockdiff.data.loading import load
+from blockdiff.errors import InputError
+from blockdiff.evaluation.corpus import evaluate_corpus
+from blockdiff.models.config import PRESETS, DiTConfig
+from blockdiff.models.dit import DiT
+from blockdiff.models.hub import default_device
+from blockdiff.noising import exact_k, stratified_noise
+from blockdiff.plots import loss_plot
+from blockdiff.replay import Recorder, write_page
+from blockdiff.sampling.generate import collect, stream_tokens
+from blockdiff.sampling.options import SamplingOptions
+from blockdiff.training.callbacks import METRICS_FILE, read_metrics
+from blockdiff.training.config import TrainConfig
+from blockdiff.training.run import Trained, train
+from blockdiff.watch import printable
+
+# The recipe both models share; docs/performance.md tells what else was tried.
+RECIPE = TrainConfig(
+    data="pydoc",
+    vocab_size=1024,
+    length=128,
+    block_size=4,
+    preset="nano",
+    batch_size=16,
+    lr=3e-3,
+    lr_schedule="linear",
+    warmup=30,
+    dropout=0.0,
+    ema=0.99,
+    log_every=10,
+    eval_windows=16,  # a glance; the comparison below measures more
+    save_every=10_000,
+    report_to="none",
+)
+# Steps where time allows, and the share of the time that goes to AR.
+MOST_STEPS = {"ar": 700, "bd3lm": 600}
+AR_SHARE = 0.35
+# Minutes kept for everything but training: reading, packing, measuring, writing.
+OTHER_MINUTES = 1.2
+MEASURED_WINDOWS = 192
+PROMPTS = ("", "This module provides", "Return the")
+# So small a model says more at a low temperature.
+SAMPLING = SamplingOptions(max_new_tokens=96, temperature=0.6, seed=1)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """One model of the demo: its run, its likelihood record and the steps it was given."""
+
+    name: str
+    run: Trained
+    record: dict[str, object]
+    tokens_before: int = 0
+
+    def row(self) -> tuple[str, str, str, str]:
+        bound = "" if self.record["kind"] == "ar" else "≤ "
+        return (
+            self.name,
+            f"{bound}{self.record['perplexity']:.2f} ± {self.record['perplexity_stderr']:.2f}",
+            f"{bound}{self.record['bits_per_byte']:.3f}",
+            f"{self.run.tokens_seen:,}"
+            + (f" + {self.tokens_before:,} as AR" if self.tokens_before else ""),
+        )
+
+
+def demo(out: str, minutes: float = 8.0, seed: int = 0, overwrite: bool = False) -> None:
+    """Runs the demo and leaves models, metrics, report, plot and page in `out`.
+
+    Raises `InputError` when `out` holds something already, or `minutes` is not positive.
+    """
+    folder = Path(out)
+    _check(folder, minutes, overwrite)
+    begin = time.perf_counter()
+    console = Console(highlight=False)
+    plan = _plan(minutes)
+    if folder.exists():
+        shutil.rmtree(folder)
+    ar_folder, bd_folder = folder / "ar", folder / "bd3lm"
+    recipe = replace(RECIPE, seed=seed)
+    console.print(
+        f"[bold]1[/] AR, {plan['ar']['steps']} steps, on the Python documentation of this machine"
+    )
+    ar = train(replace(recipe, objective="ar", **plan["ar"], out=str(ar_folder)))
+    console.print(f"[bold]2[/] BD3-LM, L' = 4, {plan['bd3lm']['steps']} steps, from the AR weights")
+    bd = train(replace(recipe, **plan["bd3lm"], out=str(bd_folder), init_from=str(ar_folder)))
+    console.print("[bold]3[/] Perplexity of documents neither has seen")
+    results = [
+        _Result("AR", ar, _measure(ar_folder, recipe)),
+        _Result("BD3-LM L' = 4", bd, _measure(bd_folder, recipe), ar.tokens_seen),
+    ]
+    console.print(_table(results))
+    console.print("[bold]4[/] Three passages, block by block")
+    model, tokenizer = load(bd_folder, device=default_device())
+    texts = _write(model, tokenizer, folder / "denoising.html")
+    for prompt, text in zip(PROMPTS, texts.texts, strict=True):
+        console.print()
+        console.print(prompt, style="bold", end="", markup=False)
+        console.print(printable(text), markup=False)
+    _gather_metrics(folder, results)
+    seconds = time.perf_counter() - begin
+    (folder / "report.md").write_text(_report(results, texts, seconds, seed), encoding="utf-8")
+    console.print(
+        f"\n{seconds / 60:.1f} minutes. In {folder}: bd3lm/ (the model), report.md, loss.png, "
+        "metrics.jsonl, and denoising.html to open in a browser."
+    )
+
+
+def _check(folder: Path, minutes: float, overwrite: bool) -> None:
+    if minutes <= 0:
+        raise InputError(f"--minutes is {minutes}; it must be above 0")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    ours = (folder / "ar").is_dir()
+    if not ours:
+        raise InputError(f"{folder} is not empty and holds no demo; choose another --out")
+    if not overwrite:
+        raise InputError(f"{folder} holds a demo; replace it with --overwrite, or choose an --out")
+
+
+def _plan(minutes: float) -> dict[str, dict[str, Any]]:
+    """Steps of each model that fit the time on this machine, at most `MOST_STEPS`.
+
+    `minutes` ends a training that turns out slower than its steps were timed.
+    """
+    budget = max(minutes - OTHER_MINUTES, 0.5 * minutes)
+    shares = {"ar": AR_SHARE * budget, "bd3lm": (1 - AR_SHARE) * budget}
+    return {
+        kind: {
+            "minutes": share,
+            "steps": max(5, min(MOST_STEPS[kind], int(60 * share / _seconds_per_step(kind)))),
+        }
+        for kind, share in shares.items()
+    }
+
+
+def _seconds_per_step(kind: str) -> float:
+    """Times a training step of the recipe on random tokens."""
+    size, length, causal = RECIPE.vocab_size, RECIPE.length, kind == "ar"
+    sizes: dict[str, Any] = dict(PRESETS[RECIPE.preset])
+    model = DiT(DiTConfig(size, length, RECIPE.block_size, causal=causal, dropout=0.0, **sizes))
+    model.to(device=default_device())  # type: ignore[call-arg]
+    generator = torch.Generator(model.device).manual_seed(0)
+    x_0 = torch.randint(
+        size - 1, (RECIPE.batch_size, length), generator=generator, device=model.device
+    )
+    maskable = objectives.maskable_positions(x_0)
+    layout = model.config.layout
+
+    def step() -> None:
+        if causal:
+            nats = objectives.ar(model, x_0, maskable)
+        else:
+            noise = stratified_noise(len(x_0), layout, generator)
+            nats = objectives.bd3lm(model, x_0, exact_k(x_0, layout, noise, maskable, size - 1))
+        nats.mean().backward()
+
+    # The best of five: a moment's disturbance must not cost steps, and the clock ends a training
+    # that stays slower. Optimizer, clipping, EMA and loading come on top.
+    return 1.1 * min(timeit.repeat(step, number=1, repeat=5))
+
+
+def _measure(folder: Path, recipe: TrainConfig) -> dict[str, object]:
+    return evaluate_corpus(
+        folder,
+        recipe.data,
+        part="validation",
+        validation_fraction=recipe.validation_fraction,
+        split_seed=recipe.seed,
+        windows=MEASURED_WINDOWS,
+    )
+
+
+def _table(results: list[_Result]) -> Table:
+    table = Table()
+    for title in ("model", "perplexity ± s.e.", "bits per byte", "tokens seen"):
+        table.add_column(title, justify="left" if title == "model" else "right")
+    for result in results:
+        table.add_row(*result.row())
+    return table
+
+
+def _write(model: DiT, tokenizer: PreTrainedTokenizerBase, page: Path) -> TextGeneration:
+    """The passages; the last one's denoising becomes the page."""
+    ids = encode_prompts(model, list(PROMPTS), tokenizer)
+    shown = len(ids) - 1
+    recorder = Recorder(tokenizer, len(ids[shown]), model.config.block_size, row=shown)
+
+    begin = time.perf_counter()
+    *_, last = recorder.follow(stream_tokens(model, ids, SAMPLING))
+    done = collect(last, ids, model.config.eos_token_id, time.perf_counter() - begin)
+    write_page(
+        recorder.recording(),
+        page,
+        title="Block diffusion, step by step",
+        subtitle="A small BD3-LM (L' = 4) trained for minutes on the Python documentation.",
+    )
+    return to_text(done, tokenizer)
+
+
+def _gather_metrics(folder: Path, results: list[_Result]) -> None:
+    """One metrics.jsonl and one plot for both models."""
+    curves = {result.name: read_metrics(result.run.folder / METRICS_FILE) for result in results}
+    with (folder / METRICS_FILE).open("w", encoding="utf-8") as file:
+        for name, lines in curves.items():
+            for line in lines:
+                file.write(json.dumps({"model": name, **line}) + "\n")
+        for result in results:
+            file.write(json.dumps({"model": result.name, "final": result.record}) + "\n")
+    loss_plot(curves, folder / "loss.png", title="Training on pydoc, nats per token")
+
+
+def _report(results: list[_Result], texts: TextGeneration, seconds: float, seed: int) -> str:
+    lines = [
+        "# blockdiff demo",
+        "",
+        f"Trained and measured in {seconds / 60:.1f} minutes on {os.cpu_count()} cores "
+        f"({platform.machine()}, torch {torch.__version__}), seed {seed}: the `{RECIPE.preset}` "
+        f"network, a BPE of {RECIPE.vocab_size} tokens, context {RECIPE.length}, on `pydoc`.",
+        "",
+        "| model | perplexity per token | bits per byte | tokens seen | steps | training |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        steps = result.run.tokens_seen // (RECIPE.batch_size * RECIPE.length)
+        cells = [*result.row(), str(steps), f"{result.run.seconds:.0f} s"]
+        lines.append(f"| {' | '.join(cells)} |")
+    record = results[0].record
+    lines += [
+        "",
+        f"Measured on {record['sequences']} windows of documents held out of training; ± is one "
+        "standard error over windows. The BD3-LM's figure is its bound, exact over masks "
+        "(all 15 masks of a block), and it starts from the AR weights, so it has seen the AR "
+        "model's tokens as well as its own.",
+        "",
+        "![loss](loss.png)",
+        "",
+        "## Three passages (first-hitting, "
+        f"temperature {SAMPLING.temperature}, seed {SAMPLING.seed})",
+    ]
+    for prompt, text, nfe in zip(PROMPTS, texts.texts, texts.nfe, strict=True):
+        lines += ["", f"{nfe} network evaluations:", "", "```text", f"{prompt}{text}", "```"]
+    lines += ["", "`denoising.html` replays the last one step by step.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,128 @@
+"""Loss curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    EngFormatter,
+    FormatStrFormatter,
+    Locator,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
+
+from blockdiff.errors import InputError
+
+# Okabe and Ito's colours, distinct to colour-blind eyes too, darkest first.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_SMOOTHING = 1 / 25  # width of the moving average, as a share of the curve
+_FEWEST_TO_SMOOTH = 20
+
+Curve = Sequence[Mapping[str, float]]
+
+
+def loss_plot(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:
+    """Draws losses in nats per token over tokens seen, as a PNG; perplexity on the right.
+
+    `curves`: a name → the lines of its metrics.jsonl, each with `tokens` and `loss` (training) or
+    `eval_nats_per_token` with `eval_stderr` (validation); others are passed over. Training losses
+    are drawn raw and faint beneath their moving average, validation as points ± 1 standard error.
+    With a single curve its name is left to the title. Raises `InputError` if no line has a loss.
+    """
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    important: list[float] = []  # what the vertical range must hold; raw noise may leave it
+    for i, (name, lines) in enumerate(curves.items()):
+        prefix = f"{name}, " if len(curves) > 1 else ""
+        colour = _COLOURS[i % len(_COLOURS)]
+        important += _training(axes, lines, colour, f"{prefix}training loss")
+        important += _validation(axes, lines, colour, f"{prefix}validation ± standard error")
+    if not important:
+        raise InputError("no losses to draw: the metrics hold none yet")
+
+    margin = 0.06 * (max(important) - min(important)) or 0.1
+    axes.set_ylim(min(important) - margin, max(important) + margin)
+    axes.set_xlim(left=0)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("tokens seen")
+    axes.set_ylabel("nats per token")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines["top"].set_visible(False)
+    axes.legend(frameon=False)
+    _perplexity_axis(axes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def _having(lines: Curve, key: str) -> Curve:
+    """The lines where `key` is there and finite."""
+    return [line for line in lines if math.isfinite(line.get(key, math.nan))]
+
+
+def _column(lines: Curve, key: str) -> np.ndarray:
+    return np.array([line[key] for line in lines], dtype=float)
+
+
+def _training(axes: Axes, lines: Curve, colour: str, label: str) -> list[float]:
+    lines = _having(lines, "loss")
+    if not lines:
+        return []
+    tokens, losses = _column(lines, "tokens"), _column(lines, "loss")
+    if len(losses) < _FEWEST_TO_SMOOTH:
+        axes.plot(tokens, losses, color=colour, linewidth=1.3, label=label)
+        return losses.tolist()
+    width = max(3, round(len(losses) * _SMOOTHING))
+    window = np.ones(width)
+    # Divided by the values there are, so that the ends are not pulled towards zero.
+    smooth = np.convolve(losses, window, "same") / np.convolve(np.ones_like(losses), window, "same")
+    axes.plot(tokens, losses, color=colour, linewidth=0.7, alpha=0.3)
+    axes.plot(tokens, smooth, color=colour, linewidth=1.4, label=f"{label}, smoothed")
+    return smooth.tolist()
+
+
+def _validation(axes: Axes, lines: Curve, colour: str, label: str) -> list[float]:
+    lines = _having(_having(lines, "eval_nats_per_token"), "eval_stderr")
+    if not lines:
+        return []
+    tokens, nats = _column(lines, "tokens"), _column(lines, "eval_nats_per_token")
+    bars = _column(lines, "eval_stderr")
+    axes.errorbar(
+        tokens,
+        nats,
+        yerr=bars,
+        fmt="o",
+        color=colour,
+        markersize=5,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        capsize=2.5,
+        elinewidth=1,
+        zorder=3,
+        label=label,
+    )
+    return [*(nats - bars), *(nats + bars)]
+
+
+def _perplexity_axis(axes: Axes) -> None:
+    right = axes.secondary_yaxis(
+        "right",
+        functions=(
+            lambda nats: np.exp(np.minimum(nats, 700.0)),
+            lambda perplexity: np.log(np.maximum(perplexity, 1e-300)),
+        ),
+    )
+    low, high = axes.get_ylim()
+    ticks: Locator = LogLocator(subs=(1, 2, 5)) if high - low > math.log(8) else MaxNLocator(6)
+    right.yaxis.set_major_locator(ticks)
+    right.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    right.yaxis.set_minor_formatter(NullFormatter())
+    right.set_ylabel("perplexity")
+    right.spines["right"].set_alpha(0.4)

@@ -1,0 +1,99 @@
+"""What `blockdiff generate` shows: text, a live view, a page, or JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from blockdiff.api import encode_prompts, to_text
+from blockdiff.data.loading import load
+from blockdiff.errors import InputError
+from blockdiff.models.hub import default_device
+from blockdiff.replay import Recorder, write_page
+from blockdiff.sampling.generate import collect, stream_tokens
+from blockdiff.sampling.options import SamplingOptions
+from blockdiff.watch import printable, watch
+
+
+def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:
+    """Generates as asked and prints; `wish` is the command line's `GenerateOptions`."""
+    prompts = _prompts(wish.prompt, wish.prompt_file)
+    if wish.page and Path(wish.page).exists():
+        raise InputError(f"{wish.page} exists; name another file for --page")
+    model, tokenizer = load(source, tokenizer=wish.tokenizer, device=default_device())
+    ids = encode_prompts(model, prompts, tokenizer, wish.samples)
+    block_size = options.block_size or model.config.block_size
+    recorder = Recorder(tokenizer, len(ids[0]), block_size)
+    begin = time.perf_counter()
+
+    steps = stream_tokens(model, ids, options)
+    if wish.page:
+        steps = recorder.follow(steps)
+    if wish.watch and not wish.json:
+        last = watch(
+            steps,
+            tokenizer,
+            [len(row) for row in ids],
+            model.config.mask_token_id,
+            block_size,
+            delay=wish.delay,
+        )
+    else:
+        for last in steps:  # noqa: B007 - the last step holds the result
+            pass
+    done = to_text(
+        collect(last, ids, model.config.eos_token_id, time.perf_counter() - begin), tokenizer
+    )
+    if wish.page:
+        write_page(recorder.recording(), Path(wish.page), title=f"{source} writes")
+    if wish.json:
+        record = {
+            "model": source,
+            "options": asdict(options),
+            "prompts": [prompt for prompt in prompts for _ in range(wish.samples)],
+            "texts": done.texts,
+            "tokens": [len(row) for row in done.tokens],
+            "finish": done.finish,
+            "nfe": done.nfe,
+            "seconds": done.seconds,
+            "tokens_per_second": done.tokens_per_second,
+            "tokens_per_nfe": done.tokens_per_nfe,
+        }
+        print(json.dumps(record, ensure_ascii=False, indent=2))
+        return
+    if not wish.watch:
+        _print_texts(prompts, wish.samples, done.texts)
+    Console(stderr=True, highlight=False).print(
+        f"{sum(map(len, done.tokens))} tokens, {sum(done.nfe)} network evaluations, "
+        f"{done.tokens_per_second:.1f} tokens/s",
+        style="dim",
+    )
+
+
+def _prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
+    if prompt is not None and prompt_file is not None:
+        raise InputError("--prompt and --prompt-file exclude each other; give one")
+    if prompt_file is None:
+        return [prompt or ""]
+    try:
+        lines = Path(prompt_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the prompts in {prompt_file}: {error}") from None
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"{prompt_file} holds no prompt")
+    return prompts
+
+
+def _print_texts(prompts: list[str], samples: int, texts: list[str]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for index, text in enumerate(texts):
+        if len(texts) > 1:
+            console.rule(f"text {index + 1}", style="dim")
+        console.print(prompts[index // samples], style="bold", end="", markup=False)
+        console.print(printable(text), markup=False)
