@@ -1,0 +1,428 @@
+import json
+import pickle
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from blockdiff.data import encoding, packing
+from blockdiff.data.packing import Windows, pack, stream_windows
+from blockdiff.data.tokenizers import add_mask_token, train_tokenizer
+from blockdiff.errors import InputError
+
+DOCUMENTS = ["the cat sat on the mat\n", "zwölf 🙂 世界, and the dog", "x", "the end\n" * 20]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(DOCUMENTS, 300)
+
+
+def word_level(size=6, **special) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[CLS]", "[SEP]", "a", "b", "c"])}
+    vocabulary |= {f"w{i}": i for i in range(6, size)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def ids_of(document, tokenizer) -> list[int]:
+    return tokenizer(document, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def stream_of(windows) -> list[int]:
+    return torch.cat([window["x_0"] for window in windows]).tolist()
+
+
+def is_empty(folder: Path) -> bool:
+    return not folder.exists() or not list(folder.iterdir())
+
+
+class Rereadable:
+    """Documents whose second reading (the one that is encoded) does something first."""
+
+    def __init__(self, documents, on_second_reading):
+        self.documents = documents
+        self.action = on_second_reading
+        self.readings = 0
+
+    def __iter__(self):
+        self.readings += 1
+        for number, document in enumerate(self.documents):
+            if self.readings == 2 and number == len(self.documents) - 1:
+                self.action()
+            yield document
+
+
+# -- windows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+def test_windows_across_documents_are_the_concatenation(tokenizer, tmp_path, bos, eos):
+    end = tokenizer.eos_token_id
+    expected = []
+    for document in DOCUMENTS:
+        expected += [end] * bos + ids_of(document, tokenizer) + [end] * eos
+    windows = pack(DOCUMENTS, tokenizer, length=8, bos=bos, eos=eos, cache_dir=tmp_path)
+    assert isinstance(windows, torch.utils.data.Dataset)
+    assert len(windows) == len(expected) // 8
+    assert stream_of(windows) == expected[: len(windows) * 8]
+    assert windows[0].keys() == {"x_0"}
+    assert windows[0]["x_0"].dtype == torch.int64 and windows[0]["x_0"].shape == (8,)
+    assert (windows.length, windows.tokens) == (8, len(windows) * 8)
+    assert windows.corpus_tokens == len(expected)
+    assert (tmp_path / windows.key / "ids.bin").stat().st_size == windows.tokens * 2
+    assert windows.bytes == sum(len(document.encode()) for document in DOCUMENTS)
+
+
+def test_windows_give_the_text_back(tokenizer, tmp_path):
+    windows = pack(DOCUMENTS, tokenizer, length=1, eos=False, cache_dir=tmp_path)
+    assert tokenizer.decode(stream_of(windows)) == "".join(DOCUMENTS)
+
+
+def test_windows_of_single_documents_are_padded_and_marked(tokenizer, tmp_path):
+    end = tokenizer.eos_token_id
+    windows = pack(
+        [*DOCUMENTS, ""], tokenizer, length=8, across_documents=False, cache_dir=tmp_path
+    )
+    position = 0
+    for document in [*DOCUMENTS, ""]:
+        left = [*ids_of(document, tokenizer), end]
+        while left:
+            item = windows[position]
+            real, left = left[:8], left[8:]
+            padding = 8 - len(real)
+            assert item["x_0"].tolist() == real + [end] * padding
+            assert item["documents"].tolist() == [0] * len(real) + [-1] * padding
+            assert item["documents"].dtype == torch.int64
+            position += 1
+    assert position == len(windows)
+    assert windows.tokens == windows.corpus_tokens
+    assert windows.tokens == sum(int((item["documents"] == 0).sum()) for item in windows)
+
+
+def test_documents_without_tokens_take_no_window(tokenizer, tmp_path):
+    options = {"eos": False, "across_documents": False, "cache_dir": tmp_path}
+    assert len(pack(["", "ab", ""], tokenizer, length=4, **options)) == 1
+
+
+def test_padding_is_the_pad_token_where_there_is_no_eos(tmp_path):
+    padded = word_level(pad_token="[CLS]")
+    options = {"length": 3, "eos": False, "across_documents": False, "cache_dir": tmp_path}
+    assert pack(["a b"], padded, **options)[0]["x_0"].tolist() == [3, 4, 1]
+    with pytest.raises(InputError, match="no EOS or padding token"):
+        pack(["a b"], word_level(), **options)
+
+
+def test_indices_behave_like_those_of_a_list(tokenizer, tmp_path):
+    windows = pack(DOCUMENTS, tokenizer, length=8, cache_dir=tmp_path)
+    assert torch.equal(windows[-1]["x_0"], windows[len(windows) - 1]["x_0"])
+    with pytest.raises(IndexError):
+        windows[len(windows)]
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")])
+def test_the_file_holds_every_id_of_the_vocabulary(tmp_path, size, dtype):
+    windows = pack([f"a w{size - 1}"], word_level(size), length=2, eos=False, cache_dir=tmp_path)
+    assert windows[0]["x_0"].tolist() == [3, size - 1]
+    raw = np.fromfile(tmp_path / windows.key / "ids.bin", dtype)
+    assert raw.tolist() == [3, size - 1]
+
+
+def test_special_tokens_spelt_out_in_a_text_stay_text(tokenizer, tmp_path):
+    text = "a <|mask|> and <|endoftext|> b"
+    special = {tokenizer.mask_token_id, tokenizer.eos_token_id}
+    assert special < set(tokenizer.encode(text))  # or there would be nothing to guard against
+    windows = pack([text], tokenizer, length=1, eos=False, cache_dir=tmp_path)
+    assert special.isdisjoint(stream_of(windows))
+    assert tokenizer.decode(stream_of(windows)) == text
+
+
+def test_a_text_that_still_gives_the_mask_is_refused(tmp_path):
+    stubborn = word_level(mask_token="b")
+    stubborn.backend_tokenizer.add_tokens([AddedToken("b", special=False)])
+    for read in (
+        lambda: pack(["a b c"], stubborn, length=1, eos=False, cache_dir=tmp_path),
+        lambda: list(stream_windows(["a b c"], stubborn, length=1, eos=False)),
+    ):
+        with pytest.raises(InputError, match="encodes to the mask token 'b'"):
+            read()
+    assert is_empty(tmp_path)
+
+
+def test_a_long_document_is_cut_up_without_changing_its_ids(tokenizer, monkeypatch, tmp_path):
+    text = "the cat sat\n\n  on the mat,\nand  the \n dog\nzwölf 🙂\n" * 40
+    whole = ids_of(text, tokenizer)
+    calls = []
+    encode = encoding._ids_of
+    monkeypatch.setattr(encoding, "_ids_of", lambda *a: (calls.append(a[0]), encode(*a))[1])
+    monkeypatch.setattr(encoding, "_LONGEST_PIECE", 100)
+    monkeypatch.setattr(encoding, "_BATCH", 300)
+    windows = pack([text, "x"], tokenizer, length=1, eos=True, cache_dir=tmp_path)
+    end = tokenizer.eos_token_id
+    assert stream_of(windows) == [*whole, end, *ids_of("x", tokenizer), end]
+    assert max(sum(map(len, texts)) for texts in calls) < 1100 < len(text)
+
+
+def test_a_tokenizer_that_would_notice_a_cut_gets_the_whole_document(monkeypatch, tmp_path):
+    class MarksBeginnings:
+        """Stands for SentencePiece: every text begins with a token of its own."""
+
+        mask_token_id = None
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [[99, *text.encode()] for text in texts]}
+
+    monkeypatch.setattr(encoding, "_LONGEST_PIECE", 10)
+    text = "some words\nand more\nwords\n" * 9
+    encoded = encoding.encode_documents([text], MarksBeginnings(), bos=False, eos=False)
+    assert [ids.tolist() for ids in encoded] == [[99, *text.encode()]]
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, -3])
+def test_a_window_needs_a_token(tokenizer, tmp_path, length):
+    with pytest.raises(InputError, match=f"length is {length}"):
+        pack(DOCUMENTS, tokenizer, length=length, cache_dir=tmp_path)
+    with pytest.raises(InputError, match=f"length is {length}"):
+        stream_windows(DOCUMENTS, tokenizer, length=length)
+
+
+@pytest.mark.parametrize("across_documents", [False, True])
+@pytest.mark.parametrize("documents", [[], ["", ""]])
+def test_an_empty_corpus(tokenizer, tmp_path, documents, across_documents):
+    options = {"across_documents": across_documents, "cache_dir": tmp_path}
+    with pytest.raises(InputError, match="corpus is empty"):
+        pack(documents, tokenizer, length=4, **options)
+    assert is_empty(tmp_path)
+
+
+def test_a_corpus_shorter_than_a_window_says_how_long_it_is(tokenizer, tmp_path):
+    tokens = len(ids_of("some words", tokenizer)) + 1
+    with pytest.raises(InputError, match=f"has {tokens} tokens, less than one window of 1000"):
+        pack(["some words"], tokenizer, length=1000, cache_dir=tmp_path)
+    assert is_empty(tmp_path)
+    windows = pack(
+        ["some words"], tokenizer, length=1000, across_documents=False, cache_dir=tmp_path
+    )
+    assert len(windows) == 1
+
+
+def test_texts_without_tokens(tmp_path):
+    silent = word_level()
+    silent.backend_tokenizer.model = WordLevel({"a": 0}, unk_token="a")
+    with pytest.raises(InputError, match="no tokens"):
+        pack(["  "], silent, length=2, eos=False, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bos", "eos"])
+def test_a_mark_the_tokenizer_does_not_have(tmp_path, kind):
+    marks = {"bos": False, "eos": False, kind: True}
+    with pytest.raises(InputError, match=f"{kind}=True.*no {kind.upper()} token"):
+        pack(["a"], word_level(), length=1, cache_dir=tmp_path, **marks)
+    with pytest.raises(InputError, match=f"{kind}=True"):
+        stream_windows(["a"], word_level(), length=1, **marks)
+
+
+def test_half_a_surrogate_pair(tokenizer, tmp_path):
+    with pytest.raises(InputError, match="surrogate pair after 'before '"):
+        pack(["before \ud800"], tokenizer, length=1, cache_dir=tmp_path)
+    with pytest.raises(InputError, match="surrogate pair after 'before '"):
+        list(stream_windows(["before \ud800"], tokenizer, length=1))
+
+
+def test_a_cache_that_cannot_be_written(tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot pack into .*BLOCKDIFF_CACHE"):
+        pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path / "file")
+
+
+# -- the cache ------------------------------------------------------------------------------------
+
+
+def test_the_second_call_does_not_tokenise(tokenizer, tmp_path, monkeypatch):
+    first = pack(iter(DOCUMENTS), tokenizer, length=8, cache_dir=tmp_path)
+    monkeypatch.setattr(encoding, "_ids_of", lambda *_: pytest.fail("tokenised again"))
+    second = pack(DOCUMENTS, tokenizer, length=8, cache_dir=tmp_path)
+    assert stream_of(second) == stream_of(first)
+    for name in ("key", "length", "tokens", "corpus_tokens", "bytes"):
+        assert getattr(second, name) == getattr(first, name)
+    assert [path.name for path in tmp_path.iterdir()] == [first.key]
+    meta = json.loads((tmp_path / first.key / "meta.json").read_text())
+    assert meta["settings"]["length"] == 8
+
+
+def test_every_setting_has_its_own_key(tokenizer, tmp_path):
+    default = {"length": 4, "cache_dir": tmp_path}
+    keys = [
+        pack(documents, which, **default | setting).key
+        for documents, which, setting in [
+            (DOCUMENTS, tokenizer, {}),
+            (DOCUMENTS[:-1], tokenizer, {}),
+            (DOCUMENTS[::-1], tokenizer, {}),
+            # The same characters in other documents.
+            ([DOCUMENTS[0] + DOCUMENTS[1], *DOCUMENTS[2:]], tokenizer, {}),
+            (DOCUMENTS, train_tokenizer(DOCUMENTS, 280), {}),
+            (DOCUMENTS, tokenizer, {"length": 5}),
+            (DOCUMENTS, tokenizer, {"bos": True}),
+            (DOCUMENTS, tokenizer, {"eos": False}),
+            (DOCUMENTS, tokenizer, {"across_documents": False}),
+        ]
+    ]
+    assert len(set(keys)) == len(keys) == len(list(tmp_path.iterdir()))
+    assert pack(list(DOCUMENTS), tokenizer, **default).key == keys[0]
+
+
+def test_the_format_version_is_part_of_the_key(tokenizer, tmp_path, monkeypatch):
+    before = pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path).key
+    monkeypatch.setattr(packing, "_FORMAT_VERSION", -1)
+    assert pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path).key != before
+
+
+def test_the_cache_goes_where_the_environment_says(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKDIFF_CACHE", str(tmp_path / "cache"))
+    key = pack(DOCUMENTS, tokenizer, length=4).key
+    assert (tmp_path / "cache" / key / "meta.json").is_file()
+    monkeypatch.delenv("BLOCKDIFF_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    pack(DOCUMENTS, tokenizer, length=4)
+    assert (tmp_path / "home" / ".cache" / "blockdiff" / key / "meta.json").is_file()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, InputError])
+def test_an_interruption_leaves_nothing(tokenizer, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(encoding, "_BATCH", 1)
+
+    def interrupt():
+        assert len(list(tmp_path.rglob("ids.bin"))) == 1  # it was under way
+        raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        pack(Rereadable(DOCUMENTS, interrupt), tokenizer, length=4, cache_dir=tmp_path)
+    assert is_empty(tmp_path)
+
+
+def test_a_full_disk_leaves_nothing(tokenizer, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(InputError, match=f"cannot pack into {tmp_path}: File too large"):
+            pack(DOCUMENTS * 1000, tokenizer, length=4, cache_dir=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert is_empty(tmp_path)
+
+
+def test_of_two_that_race_the_second_takes_the_entry_of_the_first(tokenizer, tmp_path):
+    winners = []
+
+    def overtake():
+        winners.append(pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path))
+
+    loser = pack(Rereadable(DOCUMENTS, overtake), tokenizer, length=4, cache_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [loser.key]
+    assert stream_of(loser) == stream_of(winners[0])
+
+
+@pytest.mark.parametrize("name", ["meta.json", "ids.bin"])
+@pytest.mark.parametrize("content", [b"", None])
+def test_a_damaged_entry_is_packed_again(tokenizer, tmp_path, name, content):
+    first = pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path)
+    expected = stream_of(first)
+    damaged = tmp_path / first.key / name
+    damaged.unlink()
+    if content is not None:
+        damaged.write_bytes(content)
+    assert stream_of(pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path)) == expected
+    assert [path.name for path in tmp_path.iterdir()] == [first.key]
+
+
+def test_progress_goes_to_stderr_only(tokenizer, tmp_path, capsys):
+    windows = pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path / "a")
+    assert capsys.readouterr() == ("", "")
+    shown = pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path / "b", progress=True)
+    assert capsys.readouterr().out == ""
+    assert stream_of(shown) == stream_of(windows)
+
+
+# -- workers and streams --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("across_documents", [False, True])
+def test_windows_pickle_without_their_data(tokenizer, tmp_path, monkeypatch, across_documents):
+    monkeypatch.chdir(tmp_path)
+    options = {"across_documents": across_documents, "cache_dir": Path("cache")}
+    windows = pack(DOCUMENTS * 100, tokenizer, length=8, **options)
+    data = pickle.dumps(windows)
+    assert len(data) < 1500 < windows.tokens
+    monkeypatch.chdir("/")  # a worker may start elsewhere
+    copy = pickle.loads(data)
+    assert isinstance(copy, Windows)
+    assert len(copy) == len(windows)
+    for index in (0, len(copy) - 1):
+        assert copy[index].keys() == windows[index].keys()
+        assert all(torch.equal(copy[index][name], windows[index][name]) for name in copy[index])
+
+
+def test_windows_load_in_workers(tokenizer, tmp_path):
+    windows = pack(DOCUMENTS, tokenizer, length=4, across_documents=False, cache_dir=tmp_path)
+    batches = list(DataLoader(windows, batch_size=4, num_workers=2))
+    assert torch.cat([b["x_0"] for b in batches]).flatten().tolist() == stream_of(windows)
+    assert batches[0]["documents"].shape == (4, 4)
+
+
+@pytest.mark.parametrize("marks", [{}, {"bos": True}, {"eos": False}])
+def test_a_stream_gives_the_windows_that_packing_gives(tokenizer, tmp_path, monkeypatch, marks):
+    monkeypatch.setattr(encoding, "_BATCH", 10)
+    packed = pack(DOCUMENTS, tokenizer, length=8, cache_dir=tmp_path, **marks)
+    stream = stream_windows(DOCUMENTS, tokenizer, length=8, **marks)
+    assert stream.length == 8
+    for _ in range(2):
+        windows = list(stream)
+        assert windows[0]["x_0"].dtype == torch.int64
+        assert stream_of(windows) == stream_of(packed)
+
+
+def test_a_stream_is_read_no_further_than_needed(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "_BATCH", 10)
+
+    def endless():
+        while True:
+            yield "the cat sat on the mat"
+
+    windows = iter(stream_windows(endless(), tokenizer, length=8))
+    assert [len(next(windows)["x_0"]) for _ in range(5)] == [8] * 5
+
+
+def test_stream_workers_share_the_documents(tokenizer):
+    documents = [chr(ord("a") + i) * 3 for i in range(20)]
+    stream = stream_windows(documents, tokenizer, length=1, eos=False)
+    loader = DataLoader(stream, batch_size=None, num_workers=2)
+    assert sorted(stream_of(loader)) == sorted(stream_of(stream))
+
+
+def test_a_stream_that_ends_too_soon(tokenizer):
+    with pytest.raises(InputError, match="ended after 2 tokens, before one window of 50"):
+        list(stream_windows(["x"], tokenizer, length=50))
+    once = stream_windows(iter(["x" * 10]), tokenizer, length=2)
+    assert list(once)
+    with pytest.raises(InputError, match="read only once"):
+        list(once)
+
+
+def test_a_tokenizer_given_a_mask_later_packs_the_same_text(tmp_path):
+    plain = word_level(eos_token="[SEP]")
+    before = pack(["a b c"], plain, length=2, cache_dir=tmp_path)
+    after = pack(["a b c"], add_mask_token(plain), length=2, cache_dir=tmp_path)
+    assert stream_of(before) == stream_of(after)
+    assert before.key != after.key

@@ -1,0 +1,133 @@
+"""The floors of the house: an import goes down or within its floor, never up, never in a circle."""
+
+import ast
+import subprocess
+import sys
+from fnmatch import fnmatch
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import blockdiff
+
+SOURCE = Path(blockdiff.__file__).parent
+FLOORS = [
+    ["errors", "schedules", "layout", "categorical"],
+    ["noising", "attention", "cache"],
+    ["models", "models.*"],
+    ["objectives", "sampling", "sampling.*", "data", "data.*"],
+    ["training", "training.*", "evaluation", "evaluation.*"],
+    ["", "__main__", "api", "benchmark*", "cli", "demo", "plots", "replay", "watch", "writing"],
+]
+LIGHT = ["training.config", "sampling.options", "cli"]
+
+
+def module_name(path):
+    """`models.dit` for models/dit.py, `models` for models/__init__.py, "" for the package."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+
+
+def floor(module):
+    floors = [i for i, names in enumerate(FLOORS) if any(fnmatch(module, n) for n in names)]
+    assert len(floors) == 1, f"{module!r} has no floor of its own; give it one in FLOORS"
+    return floors[0]
+
+
+def statements(tree):
+    """Every node but those under `if TYPE_CHECKING:`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from (inner for other in node.orelse for inner in [other, *statements(other)])
+            continue
+        yield node
+        yield from statements(node)
+
+
+def imports(tree, package):
+    """Names of our modules imported anywhere in the tree; `package` resolves relative ones."""
+    for node in statements(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = ["blockdiff", *package][: 1 + len(package) - (node.level - 1)]
+                base = ".".join([*above, base] if base else above)
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "blockdiff":
+                inner = name.partition(".")[2]
+                # `from blockdiff.layout import BlockLayout` names a thing in a module.
+                yield inner if inner in MODULES else inner.rpartition(".")[0]
+
+
+def graph():
+    edges = {}
+    for module, path in MODULES.items():
+        own_package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        package = [part for part in own_package.split(".") if part]
+        edges[module] = set(imports(tree, package)) - {module}
+    return edges
+
+
+GRAPH = graph()
+
+
+def test_every_module_has_a_floor():
+    assert {"", "cli", "models.dit", "training.config"} <= set(MODULES)
+    for module in MODULES:
+        floor(module)
+
+
+@pytest.mark.parametrize("module", list(MODULES), ids=lambda m: m or "blockdiff")
+def test_imports_never_go_up(module):
+    for imported in GRAPH[module]:
+        # The package itself holds nothing but its version; anything else in it is a floor above.
+        assert not imported or floor(imported) <= floor(module), f"{module} imports {imported}"
+
+
+def test_only_the_top_floor_imports_the_package_itself():
+    assert all(floor(module) == 5 for module, imported in GRAPH.items() if "" in imported)
+
+
+def test_there_is_no_circle():
+    try:
+        tuple(TopologicalSorter(GRAPH).static_order())
+    except CycleError as error:
+        pytest.fail(f"imports go in a circle: {error.args[1]}")
+
+
+def test_the_reading_of_imports_sees_what_it_should():
+    """The floors are only as good as this reader."""
+    code = """
+import blockdiff.cache
+from blockdiff import layout, __version__
+from blockdiff.models.dit import DiT
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from blockdiff import demo
+def f():
+    from .options import SamplingOptions
+    from ..errors import InputError
+"""
+    found = set(imports(ast.parse(code), ["sampling"]))
+    assert found == {"cache", "layout", "", "models.dit", "sampling.options", "errors"}
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_the_command_line_starts_without_torch(module):
+    """Neither directly nor through anything imported on the way."""
+    code = (
+        f"import sys, blockdiff.{module}; "
+        "print(*{'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []

@@ -1,0 +1,159 @@
+import pytest
+import torch
+
+from blockdiff import attention
+from blockdiff.attention import attend, choose_backend
+from blockdiff.errors import InputError
+from blockdiff.layout import BlockLayout
+from helpers import random_masks, random_tokens, tiny_model
+
+LAYOUTS = [
+    BlockLayout(12, 1),
+    BlockLayout(12, 3),
+    BlockLayout(12, 12),
+    BlockLayout(20, 4),  # not a multiple of a chunk of 8
+    BlockLayout(24, 4, window=4),
+    BlockLayout(24, 4, window=12),
+    BlockLayout(24, 3, window=9),
+    BlockLayout(24, 1, window=5),
+    BlockLayout(24, 2, window=48),
+]
+KINDS = {"clean": (1, 1), "noised": (1, 2), "two_stream": (2, 2)}
+
+
+@pytest.fixture(params=[1, 8, 128], ids=lambda size: f"chunk{size}")
+def chunk(request, monkeypatch):
+    """Chunks shorter than a block, of a few blocks, and longer than the sequence."""
+    monkeypatch.setattr(attention, "CHUNK", request.param)
+    attention._chunks.cache_clear()
+    yield request.param
+    attention._chunks.cache_clear()
+
+
+def inputs(layout, kind, rows=2):
+    queries, keys = KINDS[kind]
+    generator = torch.Generator().manual_seed(layout.length + layout.block_size)
+    shapes = [(rows, 2, streams * layout.length, 8) for streams in (queries, keys, keys)]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def some_documents(layout, rows=2):
+    """Documents that begin inside blocks, and padding (−1) at the end of the second row."""
+    documents = torch.zeros(rows, layout.length, dtype=torch.int64)
+    documents[:, layout.length // 3 :] = 1
+    documents[:, layout.length // 2 + 1 :] = 2
+    documents[-1, -layout.length // 4 :] = -1
+    return documents
+
+
+@pytest.mark.parametrize("with_documents", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("kind", ["clean", "noised"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_blockwise_is_dense(layout, kind, with_documents, chunk):
+    documents = some_documents(layout) if with_documents else None
+    results = {}
+    for backend in ("dense", "blockwise"):
+        leaves = [x.requires_grad_() for x in inputs(layout, kind)]
+        out = attend(*leaves, layout, kind, backend=backend, documents=documents)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results[backend] = [out, *(x.grad for x in leaves)]
+    for slow, fast in zip(results["dense"], results["blockwise"], strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("with_documents", [False, True], ids=["", "documents"])
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "layout", [BlockLayout(12, 3), BlockLayout(24, 4, window=12), BlockLayout(144, 16)], ids=str
+)
+def test_flex_is_dense(layout, kind, with_documents):
+    """144 positions are more than one tile of 128."""
+    documents = some_documents(layout) if with_documents else None
+    q, k, v = inputs(layout, kind)
+    slow = attend(q, k, v, layout, kind, backend="dense", documents=documents)
+    fast = attend(q, k, v, layout, kind, backend="flex", documents=documents)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6)
+
+
+def test_draws_share_the_documents_of_their_row():
+    """Documents [B, L] under queries [R·B, …], draw-major."""
+    layout = BlockLayout(12, 3)
+    q, k, v = inputs(layout, "noised", rows=4)
+    documents = some_documents(layout)
+    for backend in ("dense", "blockwise", "flex"):
+        shared = attend(q, k, v, layout, "noised", backend=backend, documents=documents)
+        spelt = documents.repeat(2, 1)
+        own = attend(q, k, v, layout, "noised", backend=backend, documents=spelt)
+        assert torch.equal(shared, own)
+
+
+def reached(layout, kind, backend, query, documents=None):
+    """Which keys a query's output depends on, by its gradient in v."""
+    q, k, v = inputs(layout, kind, rows=1)
+    v.requires_grad_()
+    out = attend(q, k, v, layout, kind, backend=backend, documents=documents)
+    out[0, :, query].sum().backward()
+    return v.grad[0].abs().sum((0, 2)).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+def test_a_window_limits_the_reach(backend, chunk):
+    layout = BlockLayout(24, 4, window=12)
+    assert reached(layout, "clean", backend, 17) == list(range(8, 20))
+    own = list(range(24 + 16, 24 + 20))
+    assert reached(layout, "noised", backend, 17) == list(range(8, 16)) + own
+    assert reached(BlockLayout(24, 4), "noised", backend, 17) == list(range(16)) + own
+    assert reached(BlockLayout(24, 4, window=4), "noised", backend, 17) == own
+
+
+@pytest.mark.parametrize("backend", ["dense", "blockwise"])
+def test_documents_limit_the_reach(backend, chunk):
+    layout = BlockLayout(12, 4)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, -1, -1]])
+    assert reached(layout, "clean", backend, 8, documents) == [3, 4, 5, 6, 7, 8]
+    assert reached(layout, "noised", backend, 8, documents) == [3, 4, 5, 6, 7, 20]
+    assert reached(layout, "clean", backend, 9, documents) == [9]
+
+
+def forward(model, x_t, x_0, documents, backend):
+    with torch.no_grad():
+        return model(x_t, x_0=x_0, documents=documents, backend=backend).logits
+
+
+@pytest.mark.parametrize("backend", ["dense", "blockwise", "flex"])
+def test_other_documents_and_padding_change_nothing(backend):
+    model = tiny_model(vocab_size=9, length=16, block_size=4)
+    documents = torch.tensor([[0] * 6 + [1] * 7 + [-1] * 3])
+    x_0 = random_tokens(model, 1, 16)
+    x_t = random_masks(x_0, 8)
+    before = forward(model, x_t, x_0, documents, backend)
+    for changed in (slice(0, 6), slice(13, 16)):
+        y_0, y_t = x_0.clone(), x_t.clone()
+        y_0[:, changed] = (y_0[:, changed] + 3) % 8
+        y_t[:, changed] = (y_t[:, changed] + 3) % 9
+        after = forward(model, y_t, y_0, documents, backend)
+        assert torch.equal(after[:, 6:13], before[:, 6:13])
+        assert not torch.equal(after[:, changed], before[:, changed])
+
+
+def test_flex_refuses_to_train_on_the_cpu():
+    model = tiny_model().train()
+    x_0 = random_tokens(model, 2, 12)
+    with pytest.raises(InputError, match="blockwise"):
+        model(x_0, x_0=x_0, backend="flex")
+    with torch.no_grad():
+        model(x_0, x_0=x_0, backend="flex")
+
+
+def test_choice_of_a_backend():
+    assert choose_backend("auto", torch.device("cpu")) == "blockwise"
+    assert choose_backend("auto", torch.device("mps")) == "blockwise"
+    assert choose_backend("auto", torch.device("cuda")) == "flex"
+    assert choose_backend("dense", torch.device("cuda")) == "dense"
+    with pytest.raises(InputError, match="flex"):
+        choose_backend("flash", torch.device("cpu"))
+    q, k, v = inputs(LAYOUTS[0], "clean")
+    with pytest.raises(InputError):
+        attend(q, k, v, LAYOUTS[0], "clean", backend="flash")
+    with pytest.raises(InputError, match="two_stream"):
+        attend(q, k, v, LAYOUTS[0], "two_stream", backend="blockwise")

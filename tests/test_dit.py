@@ -1,0 +1,284 @@
+import pytest
+import torch
+from transformers import AutoModel
+
+import blockdiff
+from blockdiff.errors import InputError
+from blockdiff.models.config import PRESETS, DiTConfig
+from blockdiff.models.dit import DiT, subs_nll
+from helpers import random_masks, random_tokens, tiny_model
+
+BACKENDS = pytest.mark.parametrize("backend", ["dense", "blockwise", "flex"])
+
+
+@pytest.fixture
+def model():
+    return tiny_model(vocab_size=9, length=12, block_size=4)
+
+
+def pair(model, rows=2, length=12, seed=0):
+    x_0 = random_tokens(model, rows, length, seed=seed)
+    return x_0, random_masks(x_0, model.config.mask_token_id, seed=seed)
+
+
+@torch.no_grad()
+def logits(model, *args, **kwargs):
+    return model(*args, **kwargs).logits
+
+
+def inputs_of(module, run):
+    """Shapes of what goes into a module while `run` runs."""
+    shapes = []
+    handle = module.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        run()
+    handle.remove()
+    return shapes
+
+
+# sizes
+
+
+def test_presets_have_the_sizes_they_promise():
+    """About 1M and 5M without embeddings and output map; the paper's 170M with all of it."""
+    inner, whole = {}, {}
+    for preset in PRESETS:
+        with torch.device("meta"):
+            model = DiT(DiTConfig(vocab_size=50_258, **PRESETS[preset]))
+        whole[preset] = sum(p.numel() for p in model.parameters())
+        outside = model.embedding.weight.numel() + model.output.linear.weight.numel()
+        inner[preset] = whole[preset] - outside
+    assert inner["nano"] == pytest.approx(1e6, rel=0.2)
+    assert inner["micro"] == pytest.approx(5e6, rel=0.1)
+    assert whole["small"] == pytest.approx(170e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"hidden_size": 30}, {"block_size": 5}, {"vocab_size": 0}, {"dropout": 1.0},
+     {"mask_token_id": 9}, {"num_hidden_layers": 0}],
+)  # fmt: skip
+def test_sizes_that_do_not_fit(bad):
+    with pytest.raises(InputError):
+        DiTConfig(**({"vocab_size": 9, "length": 12, "block_size": 4} | bad))
+
+
+def test_kinds():
+    kinds = {4: "bd3lm", 1: "bd3lm", 12: "mdlm"}
+    for size, kind in kinds.items():
+        assert DiTConfig(9, 12, size).kind == kind
+    ar = DiTConfig(9, 12, 4, causal=True)
+    assert (ar.kind, ar.block_size, ar.adaln) == ("ar", 1, False)
+
+
+def test_initial_weights():
+    """Residual maps smaller by √(2M), modulations constant, layers the identity at gate 0."""
+    config = DiTConfig(50, 12, 4, hidden_size=64, num_hidden_layers=8, num_attention_heads=4)
+    layer = DiT(config).layers[3]
+    for linear, std in [(layer.qkv, 0.02), (layer.mlp_in, 0.02)] + [
+        (residual, 0.02 / 4) for residual in (layer.attention_out, layer.mlp_out)
+    ]:
+        assert linear.weight.std().item() == pytest.approx(std, rel=0.1)
+    assert not layer.modulation.weight.any() and not layer.modulation.bias.any()
+    h = torch.randn(1, 12, 64)
+    attended = torch.randn(1, 4, 12, 16)
+    sigma = torch.zeros(1, 1, config.cond_size)
+    assert torch.equal(layer.finish(h, attended, layer.modulations(sigma)), h)
+    config.initial_gate, config.initial_shift = 1.0, 0.5
+    bias = DiT(config).layers[3].modulation.bias.view(6, 64)
+    assert (bias[[2, 5]] == 1).all() and not bias[[1, 3, 4]].any()
+    assert bias[0].std().item() == pytest.approx(0.5, rel=0.4)
+
+
+# the output layer
+
+
+@BACKENDS
+def test_chosen_positions_have_the_same_logits(model, backend):
+    x_0, x_t = pair(model)
+    at = x_t == model.config.mask_token_id
+    whole = logits(model, x_t, x_0=x_0, backend=backend)
+    assert torch.equal(logits(model, x_t, x_0=x_0, at=at, backend=backend), whole[at])
+    with torch.no_grad():
+        nll = model(x_t, x_0=x_0, at=at, targets=x_0[at], backend=backend).nll
+    torch.testing.assert_close(nll, subs_nll(whole, x_0, 8)[at])
+
+
+def test_only_chosen_positions_go_through_the_output_layer(model):
+    x_0, x_t = pair(model)
+    at = x_t == model.config.mask_token_id
+    for backend in ("dense", "blockwise"):
+        shapes = inputs_of(
+            model.output.linear,
+            lambda backend=backend: model(x_t, x_0=x_0, at=at, targets=x_0[at], backend=backend),
+        )
+        assert shapes == [(int(at.sum()), 16)]
+    assert inputs_of(model.output.linear, lambda: model.encode(x_0)) == []
+
+
+def test_subs():
+    """The mask token has probability 0, the others share all of it."""
+    raw = torch.randn(6, 5)
+    targets = torch.tensor([0, 1, 2, 4, 0, 1])
+    expected = (
+        -raw[:, [0, 1, 2, 4]]
+        .double()
+        .log_softmax(-1)[torch.arange(6), torch.tensor([0, 1, 2, 3, 0, 1])]
+    )
+    torch.testing.assert_close(subs_nll(raw, targets, 3).double(), expected, rtol=1e-5, atol=1e-6)
+    assert subs_nll(raw[:1], torch.tensor([3]), 3).item() == torch.inf
+
+
+# the condition
+
+
+def test_constant_modulations_are_computed_once(model):
+    x_0, x_t = pair(model)
+    for backend in ("dense", "blockwise"):
+        for module in (model.layers[0].modulation, model.output.modulation):
+            shapes = inputs_of(module, lambda backend=backend: model(x_t, x_0=x_0, backend=backend))
+            assert shapes and all(shape[:-1] in ((1, 1), (1,)) for shape in shapes)
+
+
+def test_sigma_is_ignored_without_time_conditioning(model):
+    x_0, x_t = pair(model)
+    assert torch.equal(
+        logits(model, x_t, x_0=x_0, sigma=torch.tensor([3.0, 0.1])), logits(model, x_t, x_0=x_0)
+    )
+
+
+@BACKENDS
+def test_time_conditioning_by_row_and_by_block(backend):
+    model = tiny_model(vocab_size=9, time_conditioning=True)
+    x_0, x_t = pair(model)
+    run = lambda sigma: logits(model, x_t, x_0=x_0, sigma=sigma, backend=backend)  # noqa: E731
+    by_row = run(torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(by_row, run(torch.tensor([[0.5] * 3, [2.0] * 3])))
+    torch.testing.assert_close(by_row[:1], run(torch.tensor([0.5, 0.5]))[:1])
+    assert (by_row - run(torch.tensor([2.0, 2.0])))[0].abs().max() > 1e-3
+    # The noised blocks do not see one another: σ of a block changes its own logits only.
+    changed = run(torch.tensor([[0.5, 1.0, 0.5], [2.0] * 3]))
+    differs = (changed - by_row).abs().amax(-1) > 1e-5
+    expected = torch.zeros(2, 12, dtype=torch.bool)
+    expected[0, 4:8] = True
+    assert torch.equal(differs, expected)
+    none = run(None)
+    torch.testing.assert_close(none, run(torch.zeros(2)))
+
+
+def test_the_clean_stream_has_no_noise():
+    """σ reaches the noised stream only, so the two-stream pass and the encoded one agree."""
+    model = tiny_model(vocab_size=9, time_conditioning=True)
+    x_0, x_t = pair(model)
+    sigma = torch.rand(2, 3) * 3
+    dense, blockwise = (
+        logits(model, x_t, x_0=x_0, sigma=sigma, backend=backend)
+        for backend in ("dense", "blockwise")
+    )
+    torch.testing.assert_close(dense, blockwise, rtol=1e-4, atol=1e-5)
+
+
+# who sees what
+
+
+@BACKENDS
+def test_draws_share_one_clean_text(backend):
+    """R · B noised rows, draw-major, are R separate passes."""
+    model = tiny_model(vocab_size=9, time_conditioning=True)
+    x_0 = random_tokens(model, 2, 12)
+    copies = [random_masks(x_0, 8, seed=seed) for seed in range(3)]
+    sigma = torch.rand(6, 3)
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [-1] * 3])
+    together = logits(
+        model, torch.cat(copies), x_0=x_0, sigma=sigma, documents=documents, backend=backend
+    )
+    for r, x_t in enumerate(copies):
+        alone = logits(
+            model, x_t, x_0=x_0, sigma=sigma[2 * r : 2 * r + 2], documents=documents,
+            backend=backend,
+        )  # fmt: skip
+        torch.testing.assert_close(together[2 * r : 2 * r + 2], alone, rtol=1e-4, atol=1e-5)
+
+
+def changed_positions(before, after):
+    return (before != after).any(-1).any(0).nonzero().flatten().tolist()
+
+
+@BACKENDS
+def test_noised_blocks_see_earlier_clean_blocks_and_themselves(model, backend):
+    x_0, x_t = pair(model)
+    before = logits(model, x_t, x_0=x_0, backend=backend)
+    for block in range(3):
+        own = slice(4 * block, 4 * block + 4)
+        y_0, y_t = x_0.clone(), x_t.clone()
+        y_0[:, own] = (x_0[:, own] + 1) % 8
+        y_t[:, own] = (x_t[:, own] + 1) % 9
+        clean = changed_positions(before, logits(model, x_t, x_0=y_0, backend=backend))
+        noised = changed_positions(before, logits(model, y_t, x_0=x_0, backend=backend))
+        assert clean == list(range(4 * block + 4, 12)), "x_0 of a block: later blocks only"
+        assert noised == list(range(4 * block, 4 * block + 4)), "x_t of a block: itself only"
+
+
+@BACKENDS
+def test_mdlm_sees_everything(backend):
+    model = tiny_model(vocab_size=9, block_size=12)
+    _, x_t = pair(model)
+    y_t = x_t.clone()
+    y_t[:, 5] = (x_t[:, 5] + 1) % 9
+    before, after = (logits(model, x, backend=backend) for x in (x_t, y_t))
+    assert changed_positions(before, after) == list(range(12))
+
+
+@BACKENDS
+def test_ar_is_causal(backend):
+    model = tiny_model(vocab_size=9, causal=True)
+    x_0, _ = pair(model)
+    y_0 = x_0.clone()
+    y_0[:, 5] = (x_0[:, 5] + 1) % 8
+    before, after = (logits(model, x, backend=backend) for x in (x_0, y_0))
+    assert changed_positions(before, after) == list(range(5, 12))
+
+
+def test_positions_matter(model):
+    """Without RoPE a swap of two tokens would not be seen by the rest of their block."""
+    x_0, x_t = pair(model)
+    x_0[:, 0], x_0[:, 1] = 1, 2
+    swapped = x_0.clone()
+    swapped[:, 0], swapped[:, 1] = 2, 1
+    before, after = (logits(model, x_t, x_0=x) for x in (x_0, swapped))
+    assert (before - after)[:, 4:].abs().max() > 1e-3
+
+
+def test_another_block_size_than_trained(model):
+    x_0, x_t = pair(model)
+    other = tiny_model(vocab_size=9, length=12, block_size=2)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(model, x_t, x_0=x_0, block_size=2), logits(other, x_t, x_0=x_0))
+    with pytest.raises(InputError):
+        logits(model, x_t, x_0=x_0, block_size=5)
+
+
+def test_shorter_texts_than_trained(model):
+    x_0, x_t = pair(model)
+    short = logits(model, x_t[:, :8], x_0=x_0[:, :8])
+    torch.testing.assert_close(short, logits(model, x_t, x_0=x_0)[:, :8], rtol=1e-4, atol=1e-5)
+
+
+# folders
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"causal": True}, {"block_size": 12, "time_conditioning": True}]
+)
+def test_a_saved_model_comes_back_exactly(settings, tmp_path):
+    model = tiny_model(**{"vocab_size": 9, "eos_token_id": 2, "clip": (0.25, 0.75)} | settings)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    for load in (blockdiff.load_model, AutoModel.from_pretrained, DiT.from_pretrained):
+        again = load(tmp_path)
+        assert isinstance(again, DiT) and not again.training
+        for name in ("kind", "layout", "eos_token_id", "mask_token_id", "clip", "keep_first"):
+            assert getattr(again.config, name) == getattr(model.config, name)
+        ours, theirs = model.state_dict(), again.state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)

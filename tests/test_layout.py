@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from blockdiff.errors import InputError
+from blockdiff.layout import BlockLayout, dense_mask
+
+CPU = torch.device("cpu")
+LAYOUTS = [
+    BlockLayout(6, 1),
+    BlockLayout(6, 2),
+    BlockLayout(6, 3),
+    BlockLayout(6, 6),
+    BlockLayout(1, 1),
+    BlockLayout(12, 4),
+    BlockLayout(12, 3, window=3),
+    BlockLayout(12, 3, window=6),
+    BlockLayout(12, 2, window=8),
+    BlockLayout(8, 1, window=3),
+    BlockLayout(8, 2, window=16),
+]
+EVERY = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+
+
+def paper_mask(layout):
+    """The paper's mask by double loop over x_0 ⊕ x_t, with the window as a number of tokens."""
+    length, size = layout.length, layout.block_size
+    mask = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
+    for i in range(2 * length):
+        for j in range(2 * length):
+            noised_query, noised_key = i >= length, j >= length
+            query, key = i % length // size, j % length // size
+            # A window of W tokens: the query's block and the W − L' tokens before it.
+            if layout.window is not None and (query - key) * size > layout.window - size:
+                continue
+            block_diagonal = noised_query == noised_key and query == key
+            offset_block_causal = noised_query and not noised_key and query > key
+            block_causal = not noised_query and not noised_key and query >= key
+            mask[i, j] = block_diagonal or offset_block_causal or block_causal
+    return mask
+
+
+@EVERY
+def test_whole_mask_is_the_papers(layout):
+    assert torch.equal(dense_mask(layout, "two_stream", CPU), paper_mask(layout))
+
+
+@EVERY
+def test_parts_are_cut_from_the_whole(layout):
+    whole, length = paper_mask(layout), layout.length
+    assert torch.equal(dense_mask(layout, "clean", CPU), whole[:length, :length])
+    assert torch.equal(dense_mask(layout, "noised", CPU), whole[length:])
+
+
+@EVERY
+def test_predicates_are_the_quarters_of_the_whole(layout):
+    whole, length = paper_mask(layout), layout.length
+    query, key = torch.arange(length)[:, None], torch.arange(length)[None]
+    assert torch.equal(layout.m_bc(query, key), whole[:length, :length])
+    assert torch.equal(layout.m_obc(query, key), whole[length:, :length])
+    assert torch.equal(layout.m_bd(query, key), whole[length:, length:])
+
+
+def test_special_cases():
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    assert torch.equal(dense_mask(BlockLayout(5, 1), "clean", CPU), causal)
+    assert dense_mask(BlockLayout(5, 5), "clean", CPU).all()
+    assert not dense_mask(BlockLayout(5, 5), "noised", CPU)[:, :5].any()
+
+
+@pytest.mark.parametrize(
+    ("length", "block_size", "window"),
+    [(10, 4, None), (4, 8, None), (0, 1, None), (4, 0, None), (-4, 2, None), (4, -2, None),
+     (8, 2, 3), (8, 2, 0), (8, 2, -2), (8, 4, 2)],
+)  # fmt: skip
+def test_sizes_that_do_not_fit(length, block_size, window):
+    with pytest.raises(InputError):
+        BlockLayout(length, block_size, window)
+
+
+def test_message_names_a_divisor():
+    with pytest.raises(InputError, match="for example 5"):
+        BlockLayout(10, 4)
+
+
+def test_layout_is_a_value():
+    assert BlockLayout(8, 2) == BlockLayout(8, 2) != BlockLayout(8, 2, 8)
+    assert len({BlockLayout(8, 2), BlockLayout(8, 2), BlockLayout(8, 4)}) == 2
+    first = dense_mask(BlockLayout(8, 2), "clean", CPU)
+    assert dense_mask(BlockLayout(8, 2), "clean", CPU) is first, "masks are cached by layout"
+    with pytest.raises(AttributeError):
+        BlockLayout(8, 2).length = 4
+    assert BlockLayout(8, 2).blocks == 4

@@ -1,0 +1,70 @@
+"""The README's commands and Python run, in its order, in one empty folder.
+
+Only their size is cut down; every command, option and call stands as written.
+"""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from blockdiff import cli
+
+README = Path(__file__).parents[1] / "README.md"
+
+# Appended to a command of the README: the same thing, small.
+SMALLER = {
+    "train": ["--steps", "2", "--batch-size", "2", "--eval-windows", "2", "--report-to", "none"],
+    "evaluate": ["--windows", "2"],
+    "generate": ["--max-new-tokens", "4"],
+    "tokenizer": [],
+    "benchmark": ["--preset", "nano", "--batch-size", "1", "--repeats", "1"],
+    "demo": ["--minutes", "0.1"],
+}
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    text = "\n".join(code_blocks("bash")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True)[1:] for line in text.splitlines()
+            if line.startswith("blockdiff ")]  # fmt: skip
+
+
+def test_the_readme_shows_every_command() -> None:
+    assert {words[0] for words in commands()} == set(SMALLER)
+
+
+def test_the_readme_names_the_test_command() -> None:
+    assert "make test" in README.read_text(encoding="utf-8")
+    assert "make test" in (README.parent / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BLOCKDIFF_CACHE", str(tmp_path / "cache"))
+    for words in commands():
+        cli.main([*words, *SMALLER[words[0]]])
+        assert capsys.readouterr().out, words
+    for block in code_blocks("python"):
+        exec(compile(block, str(README), "exec"), {})
+
+
+def test_the_demo_leaves_everything_it_promises(tmp_path: Path) -> None:
+    """Run by the test above as well; here its folder is looked into."""
+    out = tmp_path / "demo"
+    cli.main(["demo", "--out", str(out), "--minutes", "0.1"])
+    for name in ("bd3lm/model.safetensors", "bd3lm/tokenizer.json", "ar/model.safetensors",
+                 "metrics.jsonl", "report.md", "loss.png", "denoising.html"):  # fmt: skip
+        assert (out / name).stat().st_size > 100, name
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert report.count("±") >= 2 and report.count("```text") == 3
+    assert "tokens seen" in report
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", "--out", str(out), "--minutes", "0.1"])
+    assert stop.value.code == 2

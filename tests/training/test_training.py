@@ -1,0 +1,294 @@
+"""Training as a user runs it: what a run leaves behind, and that a kill changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import blockdiff
+from blockdiff.errors import InputError
+from blockdiff.training.callbacks import read_metrics
+from blockdiff.training.config import TrainConfig, merge_resumed
+from blockdiff.training.run import train
+from blockdiff.training.trainer import COMPLETE, last_checkpoint
+
+WORDS = "the block of a text is masked and then filled in one token after another by the network"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    words = WORDS.split()
+    lines = [
+        json.dumps({"text": " ".join(words[(i * j) % len(words)] for j in range(1, 60))})
+        for i in range(1, 40)
+    ]
+    path = folder / "corpus.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLOCKDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def small(corpus: Path, out: Path, **changes: object) -> TrainConfig:
+    """Seconds of training; dropout and accumulation on, since resuming must restore both."""
+    config = TrainConfig(
+        out=str(out),
+        data=str(corpus),
+        vocab_size=280,
+        length=32,
+        block_size=4,
+        steps=12,
+        batch_size=4,
+        accumulate=2,
+        warmup=2,
+        dropout=0.1,
+        ema=0.9,
+        precision="float32",
+        log_every=3,
+        save_every=4,
+        eval_windows=4,
+        report_to="none",
+    )
+    return replace(config, **changes)
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(m["step"], m["loss"]) for m in read_metrics(folder / "metrics.jsonl") if "loss" in m]
+
+
+def test_a_run_leaves_a_model_that_loads_and_has_learned(corpus: Path, tmp_path: Path) -> None:
+    config = small(
+        corpus, tmp_path / "run", steps=40, lr=3e-3, dropout=0.0, save_every=100,
+        report_to="tensorboard",
+    )  # fmt: skip
+    done = train(config, progress=False)
+    model, tokenizer = blockdiff.load(done.folder)
+    assert model.config.kind == "bd3lm" and model.config.block_size == 4
+    assert model.config.mask_token_id == tokenizer.mask_token_id == len(tokenizer) - 1
+    first, last = losses(done.folder)[0][1], losses(done.folder)[-1][1]
+    assert last < 0.8 * first, (first, last)
+    # What was validated is what was saved: the averaged weights.
+    metrics = [m for m in read_metrics(done.folder / "metrics.jsonl") if "eval_perplexity" in m]
+    assert metrics[-1]["eval_perplexity"] == pytest.approx(done.metrics["eval_perplexity"])
+    assert done.tokens_seen == 40 * 4 * 32
+    assert list((done.folder / "tensorboard").glob("events*"))
+    stored = json.loads((done.folder / "run.json").read_text())
+    assert stored["steps"] == 40 and stored["data"] == str(corpus)
+
+
+@pytest.mark.parametrize("objective", ["bd3lm", "ar"])
+def test_killed_and_resumed_equals_uninterrupted(
+    corpus: Path, tmp_path: Path, objective: str
+) -> None:
+    """SIGKILL between two checkpoints; the loss curve and every weight come out the same."""
+    whole = train(small(corpus, tmp_path / "whole", objective=objective), progress=False).folder
+    killed = tmp_path / "killed"
+    arguments = [
+        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in vars(small(corpus, killed, objective=objective)).items()
+        if value is not None and value != getattr(TrainConfig(), name)
+    ]
+    command = [sys.executable, "-m", "blockdiff.cli", "train"]
+    process = subprocess.Popen(
+        [*command, *arguments], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if (killed / "checkpoints" / "checkpoint-4" / COMPLETE).exists():
+            break
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert last_checkpoint(killed) is not None, "it was killed before its first checkpoint"
+    assert not (killed / "model.safetensors").exists(), "it was killed after its end"
+    resumed = subprocess.run(
+        [*command, f"--out={killed}", "--resume"], capture_output=True, text=True, timeout=300
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(killed) == losses(whole)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (killed, whole))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(small(corpus, out), progress=False)
+    newest = last_checkpoint(out)
+    assert newest is not None and newest.name == "checkpoint-12"
+    (newest / COMPLETE).unlink()
+    older = last_checkpoint(out)
+    assert older is not None and older.name == "checkpoint-8"
+    assert not newest.exists()
+
+
+def test_ctrl_c_while_saving_leaves_the_earlier_checkpoint(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    real = Trainer._save_optimizer_and_scheduler
+
+    def interrupted(self: Trainer, folder: str) -> None:
+        if folder.endswith("checkpoint-8"):
+            raise KeyboardInterrupt
+        real(self, folder)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", interrupted)
+    out = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(small(corpus, out), progress=False)
+    whole = last_checkpoint(out)
+    assert whole is not None and whole.name == "checkpoint-4"
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", real)
+    train(small(corpus, out, resume=True), progress=False)
+    uninterrupted = train(small(corpus, tmp_path / "other"), progress=False)
+    assert losses(out) == losses(uninterrupted.folder)
+
+
+def test_accumulation_changes_the_masks_but_not_the_data(corpus: Path, tmp_path: Path) -> None:
+    """AR draws no masks: cut into micro-batches or not, a step is the same."""
+    runs = [
+        train(
+            small(corpus, tmp_path / str(n), objective="ar", accumulate=n, dropout=0.0, steps=6),
+            progress=False,
+        )
+        for n in (1, 4)
+    ]
+    one, four = (load_file(run.folder / "model.safetensors") for run in runs)
+    for name in one:
+        torch.testing.assert_close(one[name], four[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_bd3lm_from_ar_starts_as_the_ar_network(corpus: Path, tmp_path: Path) -> None:
+    """Taking AR's weights under open adaLN gates computes what AR computed."""
+    from blockdiff.training.run import build_model
+
+    ar = train(small(corpus, tmp_path / "ar", objective="ar"), progress=False).folder
+    start, tokenizer = blockdiff.load(ar)
+    config = small(corpus, tmp_path / "bd", init_from=str(ar))
+    model = build_model(config, tokenizer, start).eval()
+    x = torch.randint(0, 200, (2, 32))
+    # One causal stream through both: the clean stream at L' = 1.
+    layout = blockdiff.BlockLayout(32, 1)
+    ours, theirs = model.encode(x, layout), start.encode(x, layout)
+    for a, b in zip(ours.keys, theirs.keys, strict=True):
+        torch.testing.assert_close(a, b)
+    done = train(config, progress=False)
+    assert blockdiff.load_model(done.folder).config.kind == "bd3lm"
+
+
+def test_mdlm_and_padding_and_every_estimator_train(corpus: Path, tmp_path: Path) -> None:
+    for estimator in ("paired", "bernoulli", "clipped"):
+        config = small(
+            corpus, tmp_path / estimator, steps=2, objective="mdlm", estimator=estimator,
+            clip="0.3,0.8" if estimator == "clipped" else None, across_documents=False,
+        )  # fmt: skip
+        model = blockdiff.load_model(train(config, progress=False).folder)
+        assert model.config.kind == "mdlm"
+        assert model.config.clip == ([0.3, 0.8] if estimator == "clipped" else None)
+
+
+def test_the_average_is_saved_not_the_last_weights(corpus: Path, tmp_path: Path) -> None:
+    with_ema = train(small(corpus, tmp_path / "ema", ema=0.999), progress=False).folder
+    without = train(small(corpus, tmp_path / "none", ema=0.0), progress=False).folder
+    assert losses(with_ema) == losses(without)
+    a, b = (load_file(f / "model.safetensors")["output.linear.weight"] for f in (with_ema, without))
+    assert not torch.equal(a, b)
+    newest = last_checkpoint(with_ema)
+    assert newest is not None
+    assert torch.equal(a, load_file(newest / "ema.safetensors")["output.linear.weight"])
+    assert torch.equal(b, load_file(newest / "model.safetensors")["output.linear.weight"])
+
+
+def test_compiled_layers_train_to_the_same_losses(corpus: Path, tmp_path: Path) -> None:
+    from blockdiff.training.run import build_model
+
+    tokenizer = blockdiff.load(
+        train(small(corpus, tmp_path / "run", steps=1), progress=False).folder
+    )[1]
+    config = small(corpus, tmp_path / "x", dropout=0.0)
+    torch.manual_seed(0)
+    plain = build_model(config, tokenizer, None)
+    compiled = build_model(config, tokenizer, None)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_layers()
+    x = torch.randint(0, 200, (2, 32))
+    for model in (plain, compiled):
+        model(x, x_0=x).logits.square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_minutes_end_a_run_that_can_be_resumed(corpus: Path, tmp_path: Path) -> None:
+    config = small(corpus, tmp_path / "run", minutes=1e-6, save_every=100)
+    done = train(config, progress=False)
+    assert done.tokens_seen == 4 * 32, "one step, which is when the clock is looked at"
+    whole = train(small(corpus, tmp_path / "whole"), progress=False)
+    resumed = train(replace(config, minutes=0.0, resume=True, save_every=4), progress=False)
+    assert resumed.tokens_seen == whole.tokens_seen
+    ours, theirs = (load_file(run.folder / "model.safetensors") for run in (resumed, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"block_size": 5}, "does not divide"),
+        ({"steps": 0}, "at least 1"),
+        ({"length": -4}, "at least 1"),
+        ({"lr": 0.0}, "above 0"),
+        ({"objective": "sed"}, "choose one of"),
+        ({"estimator": "clipped"}, "needs --clip"),
+        ({"estimator": "clipped", "clip": "0.9,0.1"}, "must satisfy"),
+        ({"resume": True, "overwrite": True}, "exclude each other"),
+        ({"batch_size": 4, "accumulate": 3}, "equal"),
+        ({"minutes": -1.0}, "not be negative"),
+    ],
+)
+def test_impossible_configurations_are_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        replace(TrainConfig(), **changes)
+
+
+def test_an_occupied_folder_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(small(corpus, out, steps=1), progress=False)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="--resume"):
+        train(small(corpus, out, steps=1), progress=False)
+    # Even with --overwrite nothing is lost before the new input is known to be good.
+    with pytest.raises(InputError, match="less than a batch"):
+        train(small(corpus, out, batch_size=100_000, overwrite=True, accumulate=1), progress=False)
+    assert (out / "model.safetensors").read_bytes() == before
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="holds no run"):
+        train(small(corpus, foreign, overwrite=True), progress=False)
+    assert (foreign / "thesis.tex").exists()
+
+
+def test_a_resumed_run_keeps_its_shape(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(small(corpus, out, steps=2), progress=False)
+    asked = TrainConfig(out=str(out), resume=True, steps=4)
+    assert merge_resumed(asked).steps == 4
+    assert merge_resumed(asked).length == 32
+    with pytest.raises(InputError, match="leave the option out"):
+        merge_resumed(replace(asked, length=64))
+    with pytest.raises(InputError, match="holds no run"):
+        merge_resumed(TrainConfig(out=str(tmp_path / "nothing"), resume=True))
