@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
@@ -80,3 +81,18 @@ def sampling_steps(model, prompts, rows=None, limit=2000, **options: Any) -> lis
     taken = list(islice(steps, limit))
     assert len(taken) < limit, "does not end"
     return taken
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shape of every tensor an operator makes, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(made, Tensor):
+                self.shapes.append(tuple(made.shape))
+        return out

@@ -47,7 +47,7 @@ def some_documents(layout, rows=2):
 
 
 @pytest.mark.parametrize("with_documents", [False, True], ids=["", "documents"])
-@pytest.mark.parametrize("kind", ["clean", "noised"])
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_blockwise_is_dense(layout, kind, with_documents, chunk):
     documents = some_documents(layout) if with_documents else None
@@ -155,5 +155,3 @@ def test_choice_of_a_backend():
     q, k, v = inputs(LAYOUTS[0], "clean")
     with pytest.raises(InputError):
         attend(q, k, v, LAYOUTS[0], "clean", backend="flash")
-    with pytest.raises(InputError, match="two_stream"):
-        attend(q, k, v, LAYOUTS[0], "two_stream", backend="blockwise")

@@ -5,8 +5,9 @@ from transformers import AutoModel
 import blockdiff
 from blockdiff.errors import InputError
 from blockdiff.models.config import PRESETS, DiTConfig
-from blockdiff.models.dit import DiT, subs_nll
-from helpers import random_masks, random_tokens, tiny_model
+from blockdiff.models.dit import DiT
+from blockdiff.models.loss import subs_nll_from_logits
+from helpers import Shapes, random_masks, random_tokens, tiny_model
 
 BACKENDS = pytest.mark.parametrize("backend", ["dense", "blockwise", "flex"])
 
@@ -83,7 +84,7 @@ def test_initial_weights():
     h = torch.randn(1, 12, 64)
     attended = torch.randn(1, 4, 12, 16)
     sigma = torch.zeros(1, 1, config.cond_size)
-    assert torch.equal(layer.finish(h, attended, layer.modulations(sigma)), h)
+    assert torch.equal(layer.finish(h, attended, layer.under(sigma)), h)
     config.initial_gate, config.initial_shift = 1.0, 0.5
     bias = DiT(config).layers[3].modulation.bias.view(6, 64)
     assert (bias[[2, 5]] == 1).all() and not bias[[1, 3, 4]].any()
@@ -101,32 +102,32 @@ def test_chosen_positions_have_the_same_logits(model, backend):
     assert torch.equal(logits(model, x_t, x_0=x_0, at=at, backend=backend), whole[at])
     with torch.no_grad():
         nll = model(x_t, x_0=x_0, at=at, targets=x_0[at], backend=backend).nll
-    torch.testing.assert_close(nll, subs_nll(whole, x_0, 8)[at])
+    torch.testing.assert_close(nll, subs_nll_from_logits(whole, x_0, 8)[at])
 
 
 def test_only_chosen_positions_go_through_the_output_layer(model):
+    """Logits are of the masked tokens: no [B, L, V] or [B, 2L, V], forward or backward."""
     x_0, x_t = pair(model)
     at = x_t == model.config.mask_token_id
     for backend in ("dense", "blockwise"):
-        shapes = inputs_of(
-            model.output.linear,
-            lambda backend=backend: model(x_t, x_0=x_0, at=at, targets=x_0[at], backend=backend),
-        )
-        assert shapes == [(int(at.sum()), 16)]
+        with Shapes() as seen:
+            model(x_t, x_0=x_0, at=at, targets=x_0[at], backend=backend).nll.sum().backward()
+        wide = {shape for shape in seen.shapes if shape[-1:] == (9,)}
+        assert wide <= {(int(at.sum()), 9), (9,), (16, 9)}  # logits; bias, weight transposed
+        with Shapes() as seen:
+            logits(model, x_t, x_0=x_0, at=at, backend=backend)
+        assert (int(at.sum()), 9) in seen.shapes and (2, 12, 9) not in seen.shapes
     assert inputs_of(model.output.linear, lambda: model.encode(x_0)) == []
 
 
-def test_subs():
-    """The mask token has probability 0, the others share all of it."""
-    raw = torch.randn(6, 5)
-    targets = torch.tensor([0, 1, 2, 4, 0, 1])
-    expected = (
-        -raw[:, [0, 1, 2, 4]]
-        .double()
-        .log_softmax(-1)[torch.arange(6), torch.tensor([0, 1, 2, 3, 0, 1])]
-    )
-    torch.testing.assert_close(subs_nll(raw, targets, 3).double(), expected, rtol=1e-5, atol=1e-6)
-    assert subs_nll(raw[:1], torch.tensor([3]), 3).item() == torch.inf
+def test_the_clean_stream_ends_at_the_last_layers_keys_and_values(model):
+    """What comes after the last attention sees L tokens a sequence, not 2L; `dense` sees all."""
+    x_0, x_t = pair(model)
+    for backend, tokens in (("blockwise", 12), ("dense", 24)):
+        shapes = inputs_of(model.layers[-1].mlp_in, lambda b=backend: model(x_t, x_0, backend=b))
+        assert shapes == [(2, tokens, 16)]
+        shapes = inputs_of(model.layers[0].mlp_in, lambda b=backend: model(x_t, x_0, backend=b))
+        assert shapes == [(2, 24, 16)]
 
 
 # the condition

@@ -1,8 +1,8 @@
 """Attention under the block layout: three backends behind one call.
 
     dense      SDPA with the whole mask as a tensor: the slow, obvious reference
-    blockwise  SDPA over chunks of queries, each with only the keys it may see: every device,
-               forward and backward, no work on the tiles that are masked out whole
+    blockwise  chunks of queries, each with only the keys it may see, as matrix products: every
+               device, forward and backward, no work on the tiles that are masked out whole
     flex       FlexAttention with a BlockMask: CUDA; on a CPU its forward only
 
 Shapes: B batch, R draws, H heads, D head width, L positions, Q queries, S keys.
@@ -11,6 +11,7 @@ Shapes: B batch, R draws, H heads, D head width, L positions, Q queries, S keys.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from blockdiff.errors import InputError
-from blockdiff.layout import BlockLayout, dense_mask
+from blockdiff.layout import BlockLayout, dense_mask, mask_rows
 
 BACKENDS = ("auto", "dense", "blockwise", "flex")
 
@@ -26,6 +27,7 @@ BACKENDS = ("auto", "dense", "blockwise", "flex")
 # efficient matrix products, short enough that the half-masked tile on the diagonal stays a small
 # part of the work.
 CHUNK = 64
+LONGEST_CHUNK = 256
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -51,7 +53,7 @@ def attend(
 
     `kind` "clean": q, k, v [B, H, L, D], the x_0 stream alone (M_BC). "noised": q [R·B, H, L, D]
     from x_t, k and v [R·B, H, 2L, D] over x_0 ⊕ x_t (M_OBC and M_BD). "two_stream": all 2L tokens
-    x_0 ⊕ x_t at once, `dense` and `flex` only. `documents` int64 [B or R·B, L]: positions attend
+    x_0 ⊕ x_t at once. `documents` int64 [B or R·B, L]: positions attend
     within their own document only (padding is a document of its own). Returns the shape of q.
     """
     if documents is not None:
@@ -78,6 +80,21 @@ def _same(query_documents: Tensor, key_documents: Tensor) -> Tensor:
     return query_documents[:, :, None] == key_documents[:, None, :]
 
 
+Span = tuple[int, int]
+
+
+class Chunk(NamedTuple):
+    """Some queries, the spans of keys any of them may see, and what is hidden from some of them.
+
+    `hidden` bool [q, h] or [B, 1, q, h] covers the last h of those keys, True = may not attend;
+    every query sees all the keys before.
+    """
+
+    queries: slice
+    spans: tuple[Span, ...]
+    hidden: Tensor | None
+
+
 def _blockwise(
     q: Tensor,
     k: Tensor,
@@ -86,56 +103,108 @@ def _blockwise(
     kind: str,
     documents: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    if kind not in ("clean", "noised"):
-        raise InputError(f"blockwise attention takes the two streams one at a time, not {kind!r}")
-    out = []
-    for start, stop, spans, mask in _chunks(layout, kind, q.device):
-        keys, values = _gather(k, spans, -2), _gather(v, spans, -2)
-        if documents is not None:
-            same = _same(documents[0][:, start:stop], _gather(documents[1], spans, 1))
-            mask = same[:, None] if mask is None else (mask & same)[:, None]
-        out.append(
-            F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, attn_mask=mask)
-        )
-    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+    chunks = _chunks(layout, kind, q.device)
+    if documents is not None:
+        chunks = [_within_documents(chunk, *documents) for chunk in chunks]
+    with torch.autocast(q.device.type, enabled=False):
+        out: Tensor = _ChunkedAttention.apply(q, k, v, chunks)
+    return out
 
 
-Span = tuple[int, int]
+def _within_documents(chunk: Chunk, of_query: Tensor, of_key: Tensor) -> Chunk:
+    """The chunk with the keys of other documents hidden as well."""
+    hidden = ~_same(of_query[:, chunk.queries], _gather(of_key, chunk.spans, 1))
+    if chunk.hidden is not None:
+        hidden[..., hidden.shape[-1] - chunk.hidden.shape[-1] :] |= chunk.hidden
+    return chunk._replace(hidden=hidden[:, None])
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """softmax(q kᵀ/√D) v, a chunk of queries at a time, forward and backward.
+
+    The backward computes each chunk's softmax again, so that no [Q, S] tensor outlives its chunk,
+    and adds into gradients allocated once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, chunks: list[Chunk]) -> Tensor:
+        # Heads last in memory: the layout the next linear map reads.
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
+        out = out.transpose(1, 2)
+        for chunk in chunks:
+            probability = _probabilities(q, k, chunk)
+            out[:, :, chunk.queries] = probability @ _gather(v, chunk.spans, -2)
+        ctx.save_for_backward(q, k, v)
+        ctx.chunks = chunks
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        (outer,) = gradients
+        of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        scale = q.shape[-1] ** -0.5
+        for chunk in ctx.chunks:
+            own = outer[:, :, chunk.queries]
+            probability = _probabilities(q, k, chunk)
+            _scatter(of_v, chunk.spans, probability.mT @ own)
+            # ∂ softmax: p · (g − Σ p g), one fused pass
+            slope = own @ _gather(v, chunk.spans, -2).mT
+            slope = torch.ops.aten._softmax_backward_data(slope, probability, -1, probability.dtype)
+            of_q[:, :, chunk.queries] = slope @ _gather(k, chunk.spans, -2)
+            _scatter(of_k, chunk.spans, slope.mT @ q[:, :, chunk.queries])
+        return of_q.mul_(scale), of_k.mul_(scale), of_v, None
+
+
+def _probabilities(q: Tensor, k: Tensor, chunk: Chunk) -> Tensor:
+    """Attention weights [B, H, q, S] of a chunk over its own keys."""
+    query = q[:, :, chunk.queries] * q.shape[-1] ** -0.5
+    scores = query @ _gather(k, chunk.spans, -2).mT
+    if chunk.hidden is not None:
+        tail = scores[..., scores.shape[-1] - chunk.hidden.shape[-1] :]
+        tail.masked_fill_(chunk.hidden, -torch.inf)
+    return scores.softmax(-1)
 
 
 def _gather(x: Tensor, spans: tuple[Span, ...], dim: int) -> Tensor:
     """The spans of x along `dim`, side by side; a view when there is only one."""
-    parts = [x.narrow(dim, start, stop - start) for start, stop in spans if stop > start]
+    parts = [x.narrow(dim, start, stop - start) for start, stop in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
-@lru_cache(maxsize=64)
-def _chunks(
-    layout: BlockLayout, kind: str, device: torch.device
-) -> list[tuple[int, int, tuple[Span, ...], Tensor | None]]:
-    """(first query, end, spans of keys, mask or None) for each chunk of queries.
+def _scatter(x: Tensor, spans: tuple[Span, ...], parts: Tensor) -> None:
+    """Adds to x [B, H, S, D] what `_gather` of the spans would have read."""
+    begin = 0
+    for start, stop in spans:
+        x[:, :, start:stop] += parts[:, :, begin : begin + stop - start]
+        begin += stop - start
 
-    A span no query of the chunk may see is left out; the mask, None where all is visible, is cut
-    from the layout's one predicate.
-    """
-    size = max(CHUNK, layout.length // 8)
+
+@lru_cache(maxsize=64)
+def _chunks(layout: BlockLayout, kind: str, device: torch.device) -> list[Chunk]:
+    """The chunks of one kind of attention, read off the layout's one predicate."""
+    size = max(CHUNK, min(layout.length // 8, LONGEST_CHUNK))
     size = max(size // layout.block_size, 1) * layout.block_size
-    whole = dense_mask(layout, kind, device)
     chunks = []
-    for start in range(0, layout.length, size):
-        stop = min(start + size, layout.length)
-        first = 0
-        if layout.window is not None:
-            first = max(0, start + layout.block_size - layout.window)
-        if kind == "clean":
-            spans: tuple[Span, ...] = ((first, stop),)
-        else:
-            # Clean keys end before the chunk's last block; noised keys are the chunk itself.
-            clean = (min(first, stop - layout.block_size), stop - layout.block_size)
-            spans = (clean, (layout.length + start, layout.length + stop))
-        mask = _gather(whole[start:stop], spans, 1)
-        chunks.append((start, stop, spans, None if bool(mask.all()) else mask.contiguous()))
+    streams = 2 if kind == "two_stream" else 1
+    for base in range(0, streams * layout.length, layout.length):
+        for start in range(base, base + layout.length, size):
+            queries = slice(start, min(start + size, base + layout.length))
+            sees = mask_rows(layout, kind, queries, device)
+            spans = _runs(sees.any(0))
+            hidden = ~_gather(sees, spans, 1)
+            # The keys in front that every query sees need no mask.
+            first = int(hidden.any(0).int().argmax()) if bool(hidden.any()) else hidden.shape[1]
+            hidden = hidden[:, first:].contiguous()
+            chunks.append(Chunk(queries, spans, hidden if hidden.numel() else None))
     return chunks
+
+
+def _runs(flags: Tensor) -> tuple[Span, ...]:
+    """(start, end) of each run of True in flags [n]."""
+    edges = torch.diff(flags.int(), prepend=flags.new_zeros(1), append=flags.new_zeros(1))
+    starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
+    return tuple(zip(starts.flatten().tolist(), stops.flatten().tolist(), strict=True))
 
 
 def _flex(

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
+from blockdiff.allocator import keep_freed_memory
 from blockdiff.benchmark.options import BenchmarkOptions
 from blockdiff.errors import InputError
 from blockdiff.training.config import TrainConfig
@@ -306,6 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     given = build_parser().parse_args(_normalise(sys.argv[1:] if argv is None else argv))
     run = _commands()[given.command][2]
+    keep_freed_memory()
     try:
         _quiet()
         run(given[given.command])

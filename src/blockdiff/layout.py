@@ -102,12 +102,17 @@ def dense_mask(layout: BlockLayout, kind: str, device: torch.device) -> Tensor:
 
     `kind` "clean": [L, L]; "noised": [L, 2L] over x_0 ⊕ x_t; "two_stream": [2L, 2L].
     """
-    predicates = {
-        "clean": (layout.m_bc, 1, 1),
-        "noised": (layout.noised_sees, 1, 2),
-        "two_stream": (layout.two_stream_sees, 2, 2),
-    }
-    sees, query_streams, key_streams = predicates[kind]
-    query = torch.arange(query_streams * layout.length, device=device)[:, None]
-    key = torch.arange(key_streams * layout.length, device=device)[None, :]
+    streams = 2 if kind == "two_stream" else 1
+    return mask_rows(layout, kind, slice(0, streams * layout.length), device)
+
+
+def mask_rows(layout: BlockLayout, kind: str, queries: slice, device: torch.device) -> Tensor:
+    """The rows `queries` of `dense_mask`, without making the others."""
+    sees, streams = {
+        "clean": (layout.m_bc, 1),
+        "noised": (layout.noised_sees, 2),
+        "two_stream": (layout.two_stream_sees, 2),
+    }[kind]
+    query = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    key = torch.arange(streams * layout.length, device=device)[None, :]
     return sees(query, key)

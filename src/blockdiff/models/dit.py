@@ -8,9 +8,10 @@ One network, three uses, told apart by what it is given:
     model(x_t)            MDLM: x_t reads itself, everywhere
     model(x_0)            AR, when `config.causal`: a causal stream; logits at i are for i + 1
 
-Keys and values of the clean stream never depend on x_t, so the clean stream runs first (`encode`)
-and the noised one reads what it left. Training, multi-draw likelihood and cached sampling are thus
-the same computation; the `dense` backend keeps the paper's one pass over 2L tokens as reference.
+With one noised copy per text both streams go through the layers side by side, as 2L tokens, and
+the clean one stops at the last layer's keys and values. These never depend on x_t: where several
+copies share a text, or a text is written block by block, the clean stream runs first (`encode`,
+or the cache) and the noised one reads what it left.
 
 Shapes: B batch, R draws, L positions, Q queries, H heads, D head width, E width, V vocabulary,
 N blocks, M layers.
@@ -22,7 +23,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,18 @@ from blockdiff.attention import attend, choose_backend
 from blockdiff.cache import BlockCache
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import DiTConfig
+from blockdiff.models.layers import (
+    Affine,
+    Conditioned,
+    DiTLayer,
+    LayerNorm,
+    Modulation,
+    OutputLayer,
+    ResidualLinear,
+    SigmaEmbedding,
+    rope,
+)
+from blockdiff.models.loss import subs_nll
 
 
 @dataclass
@@ -57,143 +70,19 @@ class Context:
     values: list[Tensor]
 
 
+class Prepared(NamedTuple):
+    """Every layer and the final norm under one condition; see `DiT.prepare`."""
+
+    layers: list[Conditioned]
+    final: Affine
+
+
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @lru_cache(maxsize=16)
 def _rope_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return rope(torch.arange(length, device=device), head_dim)
-
-
-def rope(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., D/2] of RoPE's angles (Su et al. 2021, base 10,000), float32."""
-    step = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angle = positions[..., None].float() * 10000.0 ** (-step / head_dim)
-    return angle.cos(), angle.sin()
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + D/2) of x [..., D]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm with a weight and no bias, in float32 whatever the input's precision."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float())
-
-
-class SigmaEmbedding(nn.Module):
-    """σ → [..., cond]: 128 cosines and sines, then an MLP (as in DiT, Peebles and Xie 2023)."""
-
-    frequencies = 256
-
-    def __init__(self, cond_size: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(self.frequencies, cond_size)
-        self.outer = nn.Linear(cond_size, cond_size)
-
-    def forward(self, sigma: Tensor) -> Tensor:
-        half = self.frequencies // 2
-        rate = torch.exp(
-            -math.log(10000) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half
-        )
-        angle = sigma[..., None].float() * rate
-        waves = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.inner.weight.dtype)
-        return F.silu(self.outer(F.silu(self.inner(waves))))
-
-
-class ResidualLinear(nn.Linear):
-    """The last map of a residual branch."""
-
-
-class Modulation(nn.Linear):
-    """Condition [.., cond] → shift, scale (and gate) of one or two sublayers, [.., parts · E]."""
-
-    def __init__(self, config: DiTConfig, parts: int) -> None:
-        super().__init__(config.cond_size, parts * config.hidden_size)
-        self.parts = parts
-
-    def initial_bias(self, config: DiTConfig) -> Tensor:
-        """Of the order shift, scale, gate, shift, scale, gate (or shift, scale)."""
-        bias = torch.zeros(self.parts, config.hidden_size)
-        if self.parts == 6:
-            bias[[2, 5]] = config.initial_gate
-            bias[0].normal_(std=config.initial_shift)
-        return bias.flatten()
-
-
-def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    return x if shift is None or scale is None else torch.addcmul(shift, x, 1 + scale)
-
-
-Modulations = tuple[Tensor | None, ...]
-
-
-class DiTLayer(nn.Module):
-    """One layer in two halves, so that attention (and the choice of its keys) stays outside."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_attention_heads
-        self.norm_1 = LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attention_out = ResidualLinear(width, width, bias=False)
-        self.norm_2 = LayerNorm(width)
-        self.mlp_in = nn.Linear(width, 4 * width)
-        self.mlp_out = ResidualLinear(4 * width, width)
-        self.modulation = Modulation(config, 6) if config.adaln else None
-        self.dropout = config.dropout
-
-    def modulations(self, condition: Tensor | None) -> Modulations:
-        """Shift, scale and gate of attention, then of the MLP; [.., E] each, or None."""
-        if self.modulation is None or condition is None:
-            return (None,) * 6
-        return self.modulation(condition).chunk(6, dim=-1)
-
-    def project(
-        self, h: Tensor, cos: Tensor, sin: Tensor, modulation: Modulations
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """h [B, Q, E] → rotated q, rotated k, v, each [B, H, Q, D]."""
-        shift, scale = modulation[:2]
-        x = _modulate(self.norm_1(h), shift, scale).to(h.dtype)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return _rotate(q, cos, sin).to(v.dtype), _rotate(k, cos, sin).to(v.dtype), v
-
-    def finish(self, h: Tensor, attended: Tensor, modulation: Modulations) -> Tensor:
-        """The residual stream after attention's output [B, H, Q, D] and the MLP."""
-        _, _, gate_1, shift, scale, gate_2 = modulation
-        h = self._add(h, self.attention_out(attended.transpose(1, 2).flatten(2)), gate_1)
-        x = _modulate(self.norm_2(h), shift, scale).to(h.dtype)
-        return self._add(h, self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh")), gate_2)
-
-    def _add(self, h: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
-        branch = F.dropout(branch, self.dropout, self.training)
-        return h + branch if gate is None else torch.addcmul(h, branch, gate)
-
-
-class OutputLayer(nn.Module):
-    """Final norm, modulation and the map to logits."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.norm = LayerNorm(config.hidden_size)
-        self.linear = nn.Linear(config.hidden_size, config.vocab_size)
-        self.modulation = Modulation(config, 2) if config.adaln else None
-
-    def prepare(self, h: Tensor, condition: Tensor | None) -> Tensor:
-        """h [B, L, E] normed and modulated, ready for `linear`."""
-        shift = scale = None
-        if self.modulation is not None and condition is not None:
-            shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return _modulate(self.norm(h), shift, scale).to(h.dtype)
 
 
 class DiT(PreTrainedModel):
@@ -283,24 +172,27 @@ class DiT(PreTrainedModel):
             layout = BlockLayout(length, 1 if self.config.causal else length)
         else:
             layout = BlockLayout(length, block_size or self.config.block_size)
-        condition = self._condition(x_t.shape[0], sigma, layout)
+        # `dense` is the reference: always the paper's one pass over all 2L tokens. Elsewhere copies
+        # of one text share its clean stream, and so do times: it has σ = 0.
+        single = x_0 is not None and len(x_0) == len(x_t) and not self.config.time_conditioning
+        if x_0 is not None and (single or backend == "dense"):
+            prepared = self.prepare(sigma, layout, clean_tokens=length)
+            h = self._two_streams(x_t, x_0, prepared, layout, documents, backend)
+            return self._read_out(h, prepared, at, targets)
+        prepared = self.prepare(sigma, layout)
+        if x_0 is not None:
+            context = self.encode(x_0, layout, documents=documents, backend=backend)
+
+        def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if context is None:
+                return attend(q, k, v, layout, "clean", backend=backend, documents=documents)
+            k = torch.cat([_repeat(context.keys[i], q.shape[0]), k], dim=2)
+            v = torch.cat([_repeat(context.values[i], q.shape[0]), v], dim=2)
+            return attend(q, k, v, layout, "noised", backend=backend, documents=documents)
+
         cos, sin = _rope_table(length, self._head_dim, x_t.device)
-
-        if x_0 is not None and backend == "dense":
-            h = self._two_streams(x_t, x_0, condition, layout, documents)
-        else:
-            if x_0 is not None:
-                context = self.encode(x_0, layout, documents=documents, backend=backend)
-
-            def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                if context is None:
-                    return attend(q, k, v, layout, "clean", backend=backend, documents=documents)
-                k = torch.cat([_repeat(context.keys[i], q.shape[0]), k], dim=2)
-                v = torch.cat([_repeat(context.values[i], q.shape[0]), v], dim=2)
-                return attend(q, k, v, layout, "noised", backend=backend, documents=documents)
-
-            h = self._run(x_t, cos, sin, condition, attention)
-        return self._read_out(h, condition, at, targets)
+        h = self._run(x_t, cos, sin, prepared, attention)
+        return self._read_out(h, prepared, at, targets)
 
     def encode(
         self,
@@ -324,11 +216,17 @@ class DiT(PreTrainedModel):
             return attend(q, k, v, layout, "clean", backend=backend, documents=documents)
 
         cos, sin = _rope_table(x_0.shape[1], self._head_dim, x_0.device)
-        self._run(x_0, cos, sin, self._condition(1, None, layout), attention)
+        self._run(x_0, cos, sin, self.prepare(), attention)
         return context
 
     def decode(
-        self, x: Tensor, positions: Tensor, cache: BlockCache, rows: Tensor, at: Tensor
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: BlockCache,
+        rows: Tensor,
+        at: Tensor,
+        prepared: Prepared | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One network evaluation of blocks x int64 [n, Q] after their cached clean prefixes.
 
@@ -349,11 +247,32 @@ class DiT(PreTrainedModel):
             v = torch.cat([cache.values[i, rows].to(v.dtype), v], dim=2)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-        condition = self._condition(1, None, None)
-        h = self._run(x, cos[:, None], sin[:, None], condition, attention)
-        logits = self._read_out(h, condition, at, None).logits
+        prepared = prepared or self.prepare()
+        h = self._run(x, cos[:, None], sin[:, None], prepared, attention)
+        logits = self._read_out(h, prepared, at, None).logits
         assert logits is not None
         return logits, torch.stack(keys), torch.stack(values)
+
+    def prepare(
+        self,
+        sigma: Tensor | None = None,
+        layout: BlockLayout | None = None,
+        clean_tokens: int = 0,
+    ) -> Prepared:
+        """The layers under σ, as `forward` reads it; without one, for any number of passes.
+
+        `clean_tokens`: how many tokens of a clean text, with σ = 0, come before the noised ones.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            condition = self._condition(sigma, layout)
+            final = self.output.under(condition)
+            if condition is not None and layout is not None and clean_tokens > 0:
+                clean = self._condition(None, None)
+                if self.config.time_conditioning and clean is not None:
+                    rows, length = len(condition), layout.length
+                    clean = clean.expand(rows, clean_tokens, -1)
+                    condition = torch.cat([clean, condition.expand(rows, length, -1)], dim=1)
+            return Prepared([layer.under(condition) for layer in self.stack()], final)
 
     # its parts
 
@@ -365,10 +284,8 @@ class DiT(PreTrainedModel):
     def _head_dim(self) -> int:
         return self.config.hidden_size // self.config.num_attention_heads
 
-    def _condition(
-        self, rows: int, sigma: Tensor | None, layout: BlockLayout | None
-    ) -> Tensor | None:
-        """What adaLN reads: [1, 1, cond] when σ is constant, else [rows, 1 or L, cond]."""
+    def _condition(self, sigma: Tensor | None, layout: BlockLayout | None) -> Tensor | None:
+        """What adaLN reads: [1, 1, C] when σ is constant, else [rows of σ, 1 or L, C]."""
         if self.sigma is None:
             return None
         if sigma is None or not self.config.time_conditioning:
@@ -384,62 +301,60 @@ class DiT(PreTrainedModel):
         tokens: Tensor,
         cos: Tensor,
         sin: Tensor,
-        condition: Tensor | None,
+        prepared: Prepared,
         attention: Callable[[int, Tensor, Tensor, Tensor], Tensor | None],
     ) -> Tensor:
-        """The residual stream [B, Q, E]; ends early when `attention` gives None."""
+        """The residual stream [B, T, E] of tokens [B, T].
+
+        Ends early when `attention` gives None, and goes on with the last T' tokens only when it
+        answers for no more than those.
+        """
         h = self.embedding(tokens)
-        for i, layer in enumerate(self.stack()):
-            modulation = layer.modulations(condition)
-            attended = attention(i, *layer.project(h, cos, sin, modulation))
+        for i, (layer, conditioned) in enumerate(zip(self.stack(), prepared.layers, strict=True)):
+            attended = attention(i, *layer.project(h, cos, sin, conditioned))
             if attended is None:
                 break
-            h = layer.finish(h, attended, modulation)
+            h = layer.finish(h[:, -attended.shape[2] :], attended, conditioned)
         return h
 
     def _two_streams(
         self,
         x_t: Tensor,
         x_0: Tensor,
-        condition: Tensor | None,
+        prepared: Prepared,
         layout: BlockLayout,
         documents: Tensor | None,
+        backend: str,
     ) -> Tensor:
-        """The paper's single pass over x_0 ⊕ x_t under the whole 2L × 2L mask; the x_t half."""
-        tokens = torch.cat([_repeat(x_0, x_t.shape[0]), x_t], dim=1)
-        cos, sin = _rope_table(layout.length, self._head_dim, x_t.device)
+        """One pass over x_0 ⊕ x_t under the whole 2L × 2L mask; the x_t half [B, L, E]."""
+        length = layout.length
+        cos, sin = _rope_table(length, self._head_dim, x_t.device)
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, layout, "two_stream", backend="dense", documents=documents)
+            kind = "two_stream"
+            if backend != "dense" and i == len(self.layers) - 1:
+                kind, q = "noised", q[:, :, length:]  # nothing reads the clean half any more
+            return attend(q, k, v, layout, kind, backend=backend, documents=documents)
 
-        if condition is not None and self.config.time_conditioning:
-            clean = self._condition(1, torch.zeros(1, device=x_t.device), layout)
-            assert clean is not None
-            shape = (x_t.shape[0], layout.length, -1)
-            condition = torch.cat([clean.expand(shape), condition.expand(shape)], dim=1)
-        h = self._run(tokens, cos.repeat(2, 1), sin.repeat(2, 1), condition, attention)
-        return h[:, layout.length :]
+        tokens = torch.cat([_repeat(x_0, len(x_t)), x_t], dim=1)
+        h = self._run(tokens, cos.repeat(2, 1), sin.repeat(2, 1), prepared, attention)
+        return h[:, -length:]
 
     def _read_out(
-        self, h: Tensor, condition: Tensor | None, at: Tensor | None, targets: Tensor | None
+        self, h: Tensor, prepared: Prepared, at: Tensor | None, targets: Tensor | None
     ) -> DiTOutput:
-        h = self.output.prepare(h, condition)
-        if at is not None:
-            h = h[at]
-        logits = self.output.linear(h)
+        final, linear = prepared.final, self.output.linear
+        if at is None:
+            h = final(h)
+        elif final.scale is None:
+            h = final(h[at])
+        else:
+            h = final(h)[at]
         if targets is None:
-            return DiTOutput(logits=logits)
-        return DiTOutput(nll=subs_nll(logits, targets, self.config.mask_token_id))
-
-
-def subs_nll(logits: Tensor, targets: Tensor, mask_token_id: int) -> Tensor:
-    """−log p_θ(target) in nats, float32; logits [..., V], the mask token having probability 0."""
-    logits = logits.float()
-    column = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
-    logits = logits.masked_fill(column, -torch.inf)
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(
-        targets
-    )
+            return DiTOutput(logits=linear(h))
+        return DiTOutput(
+            nll=subs_nll(h, linear.weight, linear.bias, targets, self.config.mask_token_id)
+        )
 
 
 def _repeat(x: Tensor, rows: int) -> Tensor:
