@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from blockdiff.categorical import fold_seed, sample, uniform, warp
+from blockdiff.categorical import _inside, draw, fold_seed, sample, uniform, warp
 from blockdiff.errors import InputError
 
 # Tests of a distribution reject under p = 1e-4; seeds are fixed, so each verdict is final.
@@ -168,3 +168,46 @@ def test_rare_tokens_of_a_large_vocabulary_keep_their_probability():
     logits = torch.zeros(50_000)
     u = (torch.arange(50_000, dtype=torch.float64) + 0.5) / 50_000
     assert torch.equal(sample(logits.expand(500, -1), u[-500:]), torch.arange(49_500, 50_000))
+
+
+# drawing without sorting
+
+
+def uniforms_of(seed):
+    return lambda rows, attempt: uniform(seed, rows, attempt)
+
+
+@pytest.mark.parametrize("rule", ["nucleus", "paper"])
+@pytest.mark.parametrize("top_p", [0.05, 0.3, 0.7, 0.95])
+def test_inside_is_the_cut(rule, top_p):
+    """Token by token, and with ties: the same set as `naive_kept`, whose sort is stable."""
+    logits = torch.randn(40, 9, generator=torch.Generator().manual_seed(1)).mul(2).round(decimals=0)
+    for row in logits:
+        every = torch.arange(9)
+        inside = _inside(row.softmax(0).expand(9, -1), every, top_p, rule)
+        assert set(every[inside].tolist()) == naive_kept(row.tolist(), None, top_p, rule)
+
+
+@pytest.mark.parametrize("rule", ["nucleus", "paper"])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.3), (None, 0.8), (5, 0.6), (3, None)])
+def test_drawing_follows_the_warped_distribution(rule, top_k, top_p):
+    """0.3 leaves the proposals often outside: every attempt and the sort at the end take part."""
+    n = 40_000
+    logits = torch.tensor([0.5, 0.3, 1.0, -1.0, 0.0, -0.5, 0.8])
+    cuts = {"temperature": 1.3, "top_k": top_k, "top_p": top_p, "top_p_rule": rule}
+    tokens = draw(logits.expand(n, -1), uniforms_of(4), **cuts)
+    expected = warp(logits, **cuts).double().softmax(-1)
+    counts = tokens.bincount(minlength=7)
+    assert counts[expected == 0].sum() == 0
+    kept = expected > 0
+    if kept.sum() > 1:
+        result = stats.chisquare(counts[kept].numpy(), (n * expected[kept]).numpy())
+        assert result.pvalue > REJECT
+
+
+def test_drawing_does_not_sort(monkeypatch):
+    """A flat distribution over many words, the worst case for sorting a nucleus."""
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "sort", lambda *a, **k: seen.append(a))
+    draw(torch.randn(8, 5000), lambda rows, attempt: uniform(1, rows, attempt + 7), top_p=0.95)
+    assert not seen

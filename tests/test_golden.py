@@ -74,16 +74,16 @@ def test_cached_logits_by_decoding(name):
     model, io = golden_model(name)
     config, x_0, x_t = model.config, io["x0"], io["xt"]
     size, rows = config.block_size, torch.arange(len(x_0))
-    cache = BlockCache(len(x_0), 2, 4, 16, config.length)
+    cache = BlockCache(len(x_0), 2, 4, 16, config.length, size)
     every = torch.ones(len(x_0), size, dtype=torch.bool)
     out = []
     with torch.no_grad():
         for start in range(0, config.length, size):
             block = slice(start, start + size)
             position = torch.arange(start, start + size).expand(len(x_0), -1)
-            out.append(model.decode(x_t[:, block], position, cache, rows, every)[0])
-            _, keys, values = model.decode(x_0[:, block], position, cache, rows, every)
-            cache.append(rows, keys, values, torch.full_like(rows, size))
+            out.append(model.decode(x_t[:, block], position, cache, every))
+            model.decode(x_0[:, block], position, cache, every)
+            cache.append_staged(rows)
     logits = torch.stack([part.view(len(x_0), size, -1) for part in out], 1).flatten(1, 2)
     close(logits[:, :-size], io["cached_logits"])  # the file leaves the last block out
     close(logits, io["logits"])

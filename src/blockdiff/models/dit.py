@@ -177,7 +177,7 @@ class DiT(PreTrainedModel):
         single = x_0 is not None and len(x_0) == len(x_t) and not self.config.time_conditioning
         if x_0 is not None and (single or backend == "dense"):
             prepared = self.prepare(sigma, layout, clean_tokens=length)
-            h = self._two_streams(x_t, x_0, prepared, layout, documents, backend)
+            h = self._two_streams(x_t, x_0, prepared, layout, documents, backend, at)
             return self._read_out(h, prepared, at, targets)
         prepared = self.prepare(sigma, layout)
         if x_0 is not None:
@@ -191,7 +191,7 @@ class DiT(PreTrainedModel):
             return attend(q, k, v, layout, "noised", backend=backend, documents=documents)
 
         cos, sin = _rope_table(length, self._head_dim, x_t.device)
-        h = self._run(x_t, cos, sin, prepared, attention)
+        h = self._run(x_t, cos, sin, prepared, attention, at, whole=backend == "dense")
         return self._read_out(h, prepared, at, targets)
 
     def encode(
@@ -224,34 +224,31 @@ class DiT(PreTrainedModel):
         x: Tensor,
         positions: Tensor,
         cache: BlockCache,
-        rows: Tensor,
         at: Tensor,
+        *,
+        finished: Tensor | None = None,
         prepared: Prepared | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One network evaluation of blocks x int64 [n, Q] after their cached clean prefixes.
+    ) -> Tensor:
+        """One network evaluation of blocks x int64 [n, K] after their cached clean prefixes.
 
-        `positions` int64 [n, Q]; `rows` [n]: which rows of the cache these are; `at` bool [n, Q].
-        Queries see every cached token of their row and all of x. Returns logits [P, V] at the
-        chosen positions, and x's keys and values [M, n, H, Q, D], to append when x is clean.
+        `positions` int64 [n, K], `at` bool [n, K]: where logits are wanted; [P, V] comes back.
+        With `finished` bool [n], x is [n, 2K]: a finished block that is not in the cache yet, where
+        True, and the block after it; both in one evaluation, with the same logits as one after the
+        other. The tokens' keys and values stay staged for `cache.append_staged`. `prepared`: what
+        `prepare()` gave, to share it among evaluations.
         """
         cos, sin = rope(positions, self._head_dim)
-        own = torch.ones(x.shape, dtype=torch.bool, device=x.device)
-        mask = torch.cat([cache.visible()[rows], own], dim=1)[:, None, None]
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+        mask = cache.visible(x.shape[1], finished)
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys.append(k)
-            values.append(v)
-            k = torch.cat([cache.keys[i, rows].to(k.dtype), k], dim=2)
-            v = torch.cat([cache.values[i, rows].to(v.dtype), v], dim=2)
+            k, v = cache.stage(i, k, v)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
         prepared = prepared or self.prepare()
-        h = self._run(x, cos[:, None], sin[:, None], prepared, attention)
+        h = self._run(x, cos[:, None], sin[:, None], prepared, attention, at)
         logits = self._read_out(h, prepared, at, None).logits
         assert logits is not None
-        return logits, torch.stack(keys), torch.stack(values)
+        return logits
 
     def prepare(
         self,
@@ -303,19 +300,27 @@ class DiT(PreTrainedModel):
         sin: Tensor,
         prepared: Prepared,
         attention: Callable[[int, Tensor, Tensor, Tensor], Tensor | None],
+        at: Tensor | None = None,
+        whole: bool = False,
     ) -> Tensor:
-        """The residual stream [B, T, E] of tokens [B, T].
+        """The residual stream [B, T, E] of tokens [B, T], or [P, E] at the chosen positions.
 
         Ends early when `attention` gives None, and goes on with the last T' tokens only when it
-        answers for no more than those.
+        answers for no more than those. After the last attention only what is chosen goes on,
+        unless the `whole` is wanted (or modulations differ from token to token).
         """
         h = self.embedding(tokens)
         for i, (layer, conditioned) in enumerate(zip(self.stack(), prepared.layers, strict=True)):
             attended = attention(i, *layer.project(h, cos, sin, conditioned))
             if attended is None:
                 break
-            h = layer.finish(h[:, -attended.shape[2] :], attended, conditioned)
-        return h
+            h = h[:, -attended.shape[2] :]
+            last = i == len(prepared.layers) - 1
+            if at is not None and last and not whole and conditioned.constant:
+                h, attended = h[at][:, None], attended.transpose(1, 2)[at][:, :, None]
+                return layer.finish(h, attended, conditioned).squeeze(1)
+            h = layer.finish(h, attended, conditioned)
+        return h if at is None else h[:, -at.shape[1] :][at]
 
     def _two_streams(
         self,
@@ -325,8 +330,9 @@ class DiT(PreTrainedModel):
         layout: BlockLayout,
         documents: Tensor | None,
         backend: str,
+        at: Tensor | None,
     ) -> Tensor:
-        """One pass over x_0 ⊕ x_t under the whole 2L × 2L mask; the x_t half [B, L, E]."""
+        """One pass over x_0 ⊕ x_t under the whole 2L × 2L mask; the x_t half, as `_run`."""
         length = layout.length
         cos, sin = _rope_table(length, self._head_dim, x_t.device)
 
@@ -337,19 +343,16 @@ class DiT(PreTrainedModel):
             return attend(q, k, v, layout, kind, backend=backend, documents=documents)
 
         tokens = torch.cat([_repeat(x_0, len(x_t)), x_t], dim=1)
-        h = self._run(tokens, cos.repeat(2, 1), sin.repeat(2, 1), prepared, attention)
-        return h[:, -length:]
+        cos, sin = cos.repeat(2, 1), sin.repeat(2, 1)
+        h = self._run(tokens, cos, sin, prepared, attention, at, whole=backend == "dense")
+        return h if at is not None else h[:, -length:]
 
     def _read_out(
         self, h: Tensor, prepared: Prepared, at: Tensor | None, targets: Tensor | None
     ) -> DiTOutput:
+        """Logits, or nll, of h [B, L, E], or [P, E] at the chosen positions."""
         final, linear = prepared.final, self.output.linear
-        if at is None:
-            h = final(h)
-        elif final.scale is None:
-            h = final(h[at])
-        else:
-            h = final(h)[at]
+        h = final(h) if at is None else final.at(at)(h)
         if targets is None:
             return DiTOutput(logits=linear(h))
         return DiTOutput(

@@ -131,6 +131,15 @@ class Affine(NamedTuple):
             x = torch.addcmul(self.shift, x, 1 + self.scale)
         return x.to(h.dtype)
 
+    def at(self, chosen: Tensor) -> Affine:
+        """The same for tokens [P, E] of the positions chosen [B, T]."""
+        if self.shift is None or self.scale is None:
+            return self
+        shape = *chosen.shape, -1
+        return self._replace(
+            shift=self.shift.expand(shape)[chosen], scale=self.scale.expand(shape)[chosen]
+        )
+
 
 class Branch(NamedTuple):
     """The last map of a residual branch and its gate: `gate` only where it is no constant."""
@@ -155,6 +164,11 @@ class Conditioned(NamedTuple):
     attention_out: Branch
     norm_2: Affine
     mlp_out: Branch
+
+    @property
+    def constant(self) -> bool:
+        """Whether nothing in it differs from token to token."""
+        return self.norm_1.scale is None
 
 
 def _affine(norm: LayerNorm, shift: Tensor | None, scale: Tensor | None) -> Affine:

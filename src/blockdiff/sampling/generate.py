@@ -1,7 +1,8 @@
 """Generation block by block (algorithm 2 of the paper).
 
     for each block: start from masks; fix positions until none is masked, each step reading the
-    cached clean blocks before it; then run the finished block once to append its keys and values
+    cached clean blocks before it; the first of these steps also runs the block finished before,
+    beside its own, and appends that one's keys and values
 
 Sampling is a generator of `Step`s: text, terminal view and pages all consume the same steps.
 Rows have their own blocks, their own progress and their own random numbers: a row's tokens are the
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from blockdiff.cache import BlockCache
-from blockdiff.categorical import check_warp, sample, uniform, warp
+from blockdiff.categorical import check_warp, draw, uniform
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
@@ -28,7 +29,7 @@ from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.order import check_sampler, events, next_positions
 from blockdiff.sampling.stopping import finished_length
 
-# What a random number is for, the last part of its address.
+# What a random number is for, the last part of its address; a token drawn anew counts on.
 _ORDER, _TOKEN = 0, 1
 
 
@@ -141,18 +142,26 @@ class _Progress:
     def active(self) -> Tensor:
         return (self.lengths < 0).nonzero().squeeze(-1)
 
+    def active_in(self, cache: BlockCache) -> Tensor:
+        """The active rows, in the order of the cache, which forgets the others."""
+        finished = self.lengths[cache.rows] >= 0
+        if bool(finished.any()):
+            cache.drop(finished.nonzero().squeeze(-1))
+        return cache.rows
+
     def draw(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Tokens for `rows` [P] at `positions` [P] from logits [P, V]."""
         logits = logits.float()
         logits[:, self.mask_token_id] = -torch.inf
-        logits = warp(
+        seed, ids = self.options.seed, self.row_ids[rows]
+        return draw(
             logits,
+            lambda which, attempt: uniform(seed, ids[which], positions[which], _TOKEN + attempt),
             temperature=self.options.temperature,
             top_k=self.options.top_k,
             top_p=self.options.top_p,
             top_p_rule=self.options.top_p_rule,
         )
-        return sample(logits, uniform(self.options.seed, self.row_ids[rows], positions, _TOKEN))
 
     def step(self, rows: Tensor, fixed_rows: Tensor, fixed_positions: Tensor) -> Step:
         """Counts an evaluation of `rows`, sees which are finished, and reports."""
@@ -178,7 +187,8 @@ def _blocks(
     capacity = config.length - size
     stride = size if capacity else max(size // 2, 1)
     progress = _Progress(model, canvas, starts, row_ids, options)
-    cache = _new_cache(model, len(canvas), capacity)
+    prepared = model.prepare()
+    cache = _new_cache(model, canvas, capacity, size)
     # The block with the first free position; without a cache, one with as much before it as fits.
     first = starts // stride * stride
     if not capacity:
@@ -191,6 +201,7 @@ def _blocks(
         yield progress.step(everyone[first > 0], everyone[:0], everyone[:0])
     offset = torch.arange(size, device=canvas.device)
     event = torch.zeros(len(canvas), size, dtype=torch.int64, device=canvas.device)
+    uncached = torch.zeros(len(canvas), dtype=torch.bool, device=canvas.device)
 
     def look(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Positions, tokens and what is still to be fixed, [n, K], of the rows' blocks."""
@@ -198,32 +209,37 @@ def _blocks(
         x = _read(canvas, rows, position, config.mask_token_id)
         return position, x, (x == config.mask_token_id) & (position < limit[rows, None])
 
-    def plan(rows: Tensor) -> None:
+    def open_blocks(rows: Tensor) -> None:
+        """Plans the rows' blocks, after moving on from those in which nothing is left to fix."""
+        complete = rows
+        while len(complete := complete[~look(complete)[2].any(-1)]):
+            first[complete] += stride
+            uncached[complete] = capacity > 0
         position, _, masked = look(rows)
         u = uniform(options.seed, row_ids[rows, None], position, _ORDER)
         event[rows] = events(u, masked, options.sampler, options.steps, options.schedule)
 
-    plan(everyone)
-    while len(rows := progress.active()):
+    open_blocks(everyone)
+    while len(rows := progress.active_in(cache)):
         position, x, masked = look(rows)
-        complete = ~masked.any(-1)
-        if not capacity and bool(complete.any()):
-            # Nothing to cache: move on without an evaluation.
-            first[rows[complete]] += stride
-            plan(rows[complete])
-            continue
-        fix = next_positions(event[rows], masked)
-        logits, keys, values = model.decode(x, position, cache, rows, at=fix)
+        fix = at = next_positions(event[rows], masked)
+        finished = uncached[rows] if bool(uncached[rows].any()) else None
+        if finished is not None:
+            before = (position - size).clamp(min=0)
+            x = torch.cat([_read(canvas, rows, before, config.mask_token_id), x], dim=1)
+            position = torch.cat([before, position], dim=1)
+            at = torch.cat([torch.zeros_like(fix), fix], dim=1)
+        logits = model.decode(x, position, cache, at, finished=finished, prepared=prepared)
+        if finished is not None:
+            cache.append_staged(finished.nonzero().squeeze(-1))
+            uncached[rows] = False
         at_row, at_offset = fix.nonzero(as_tuple=True)
-        fixed_rows, fixed_positions = rows[at_row], position[at_row, at_offset]
+        fixed_rows, fixed_positions = rows[at_row], first[rows[at_row]] + at_offset
         canvas[fixed_rows, fixed_positions] = progress.draw(logits, fixed_rows, fixed_positions)
-        if bool(complete.any()):
-            finished = rows[complete]
-            count = torch.full_like(finished, size)
-            cache.append(finished, keys[:, complete], values[:, complete], count)
-            first[finished] += size
-            plan(finished)
-        yield progress.step(rows, fixed_rows, fixed_positions)
+        step = progress.step(rows, fixed_rows, fixed_positions)
+        if len(more := progress.active()) and len(done := more[~look(more)[2].any(-1)]):
+            open_blocks(done)
+        yield step
 
 
 def _read(canvas: Tensor, rows: Tensor, position: Tensor, fill: int) -> Tensor:
@@ -238,32 +254,34 @@ def _autoregressive(
 ) -> Iterator[Step]:
     """AR: each evaluation feeds a row's last token and fixes the next one."""
     progress = _Progress(model, canvas, starts, row_ids, options)
-    cache = _new_cache(model, len(canvas), model.config.length - 1)
+    prepared = model.prepare()
+    cache = _new_cache(model, canvas, model.config.length - 1, 1)
     everyone = torch.arange(len(canvas), device=canvas.device)
     last = starts - 1
     if int(last.max()) > 0:
         _prefill(model, cache, canvas, last, 1, model.config.length)
         yield progress.step(everyone[last > 0], everyone[:0], everyone[:0])
-    while len(rows := progress.active()):
+    while len(rows := progress.active_in(cache)):
         position = last[rows, None]
         x = canvas[rows[:, None], position]
-        logits, keys, values = model.decode(
-            x, position, cache, rows, at=torch.ones_like(x, dtype=torch.bool)
-        )
-        cache.append(rows, keys, values, torch.ones_like(rows))
+        everywhere = torch.ones_like(x, dtype=torch.bool)
+        logits = model.decode(x, position, cache, everywhere, prepared=prepared)
+        cache.append_staged(torch.arange(len(rows), device=rows.device))
         last[rows] += 1
         canvas[rows, last[rows]] = progress.draw(logits, rows, last[rows])
         yield progress.step(rows, rows, last[rows])
 
 
-def _new_cache(model: DiT, rows: int, capacity: int) -> BlockCache:
+def _new_cache(model: DiT, canvas: Tensor, capacity: int, block_size: int) -> BlockCache:
+    """Room for `capacity` tokens a row, or for the whole canvas where that is less."""
     config = model.config
     return BlockCache(
-        rows,
+        len(canvas),
         config.num_hidden_layers,
         config.num_attention_heads,
         config.hidden_size // config.num_attention_heads,
-        capacity,
+        min(capacity, canvas.shape[1]),
+        block_size,
         dtype=model.dtype,
         device=model.device,
     )
