@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from blockdiff.allocator import keep_freed_memory
-from blockdiff.benchmark.options import BenchmarkOptions
+from blockdiff.benchmark.options import WORKS, BenchmarkOptions
 from blockdiff.errors import InputError
 from blockdiff.training.config import TrainConfig
 
@@ -232,10 +232,10 @@ def _tokenizer(given: Namespace) -> None:
 
 
 def _benchmark(given: Namespace) -> None:
-    from blockdiff.benchmark.training import benchmark_training, describe
+    from blockdiff.benchmark.report import benchmark, describe
 
     options = _dataclass(BenchmarkOptions, given)
-    record = benchmark_training(options)
+    record = benchmark(given.work, options)
     print(json.dumps(record, indent=2) if options.json else describe(record))
 
 
@@ -245,20 +245,24 @@ def _demo(given: Namespace) -> None:
     demo(**asdict(_dataclass(DemoOptions, given)))
 
 
-Command = tuple[type, tuple[type, ...], Callable[[Namespace], None], bool]
+# name and help of a positional argument
+Positional = tuple[str, str]
+Command = tuple[type, tuple[type, ...], Callable[[Namespace], None], Positional | None]
 
 
 def _commands() -> dict[str, Command]:
-    """name → (first options class, others, what to run, whether it takes a model)."""
+    """name → (first options class, others, what to run, its positional argument)."""
     from blockdiff.sampling.options import SamplingOptions
 
+    model = ("model", "Model folder or hub id.")
+    work = ("work", f"What is timed: {', '.join(WORKS)}.")
     return {
-        "train": (TrainConfig, (), _train, False),
-        "evaluate": (EvaluateOptions, (), _evaluate, True),
-        "generate": (GenerateOptions, (SamplingOptions,), _generate, True),
-        "tokenizer": (TokenizerOptions, (), _tokenizer, False),
-        "benchmark": (BenchmarkOptions, (), _benchmark, False),
-        "demo": (DemoOptions, (), _demo, False),
+        "train": (TrainConfig, (), _train, None),
+        "evaluate": (EvaluateOptions, (), _evaluate, model),
+        "generate": (GenerateOptions, (SamplingOptions,), _generate, model),
+        "tokenizer": (TokenizerOptions, (), _tokenizer, None),
+        "benchmark": (BenchmarkOptions, (), _benchmark, work),
+        "demo": (DemoOptions, (), _demo, None),
     }
 
 
@@ -273,12 +277,12 @@ def build_parser() -> ArgumentParser:
     parser = _Parser(prog="blockdiff", description="Block diffusion language models.")
     parser.add_argument("--version", action="version", version=f"blockdiff {__version__}")
     subcommands = parser.add_subcommands(dest="command", required=True)
-    for name, (first, others, _, takes_model) in _commands().items():
+    for name, (first, others, _, positional) in _commands().items():
         summary = (first.__doc__ or "").strip().splitlines()[0]
         command = _Parser(description=summary)
         command.add_argument("--config", action="config", help="YAML file with these options.")
-        if takes_model:
-            command.add_argument("model", help="Model folder or hub id.")
+        if positional is not None:
+            command.add_argument(positional[0], help=positional[1])
         for options in (first, *others):
             command.add_class_arguments(options)
         subcommands.add_subcommand(name, command, help=summary)

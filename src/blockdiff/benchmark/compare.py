@@ -1,79 +1,201 @@
 """Timing alternatives fairly: A B A B … in one run, medians, and ratios pair by pair.
 
-What a machine can do is measured in the same run, so that a figure can be read as a share of it.
+Each alternative lives in a process of its own, so that its peak memory is its own and what one
+does to the allocator, the threads or the caches of torch is not done to the others. They run one
+at a time. What the machine can do is measured in the same run, so that a figure can be read as a
+share of it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
+import math
+import multiprocessing
 import platform
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
+
+from blockdiff.allocator import keep_freed_memory
+from blockdiff.errors import InputError
+
+# Seconds a repeat lasts at least.
+SHORTEST = 0.5
+
+# What a worker runs: called again and again, it may return what it counted (tokens, evaluations).
+Run = Callable[[], dict[str, float] | None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One alternative: `make(*arguments)`, called in its process, gives what is timed.
+
+    `tuned`: whether its process keeps freed memory, as ours do; other people's code does not.
+    """
+
+    make: Callable[..., Run]
+    arguments: tuple[Any, ...] = ()
+    tuned: bool = True
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What was measured of the machine: matrix products in GFLOP/s, copying in GB/s."""
+    """What was measured of the machine: matrix products in GFLOP/s, memory in GB/s."""
 
     processor: str
     threads: int
     float32_gflops: float
     bf16_gflops: float
+    read_gb_per_s: float
     copy_gb_per_s: float
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One alternative: seconds of each repeat, and the peak memory of one in bytes, if known."""
+    """Seconds of each repeat; `peak_bytes`: of the process (on CUDA of its tensors), if known.
+
+    `counts`: what the last repeat counted.
+    """
 
     name: str
     seconds: list[float]
-    peak_bytes: int | None
+    peak_bytes: int | None = None
+    counts: dict[str, float] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
         return median(self.seconds)
 
+    @property
+    def per_token(self) -> list[float]:
+        """Seconds per token of each repeat, where tokens were counted; otherwise seconds."""
+        return [seconds / self.counts.get("tokens", 1) for seconds in self.seconds]
+
 
 def measure_machine(device: torch.device) -> Machine:
-    """About two seconds on a CPU."""
+    """About three seconds on a CPU."""
 
     def rate(dtype: torch.dtype) -> float:
-        size = 8192 if device.type == "cuda" else 1024
+        size = 8192 if device.type == "cuda" else 2048
         a = torch.ones(size, size, dtype=dtype, device=device)
-        return 2 * size**3 / min(_timed(lambda: a @ a, device) for _ in range(4)) / 1e9
+        repeats = 4 if dtype == torch.float32 or device.type == "cuda" else 8
+        # Formats the processor lacks are emulated very slowly: once is enough to know.
+        first = _timed(lambda: a[:256] @ a, device)
+        if first > 1:
+            return 2 * 256 * size**2 / first / 1e9
+        return 2 * size**3 / min(_timed(lambda: a @ a, device) for _ in range(repeats)) / 1e9
 
     source = torch.ones(64 * 2**20, device=device)
-    target = torch.empty_like(source)
+    target = torch.ones_like(source)
+    read = source.nbytes / min(_timed(lambda: source.sum(), device) for _ in range(4))
     # Each byte is read once and written once.
     copy = 2 * source.nbytes / min(_timed(lambda: target.copy_(source), device) for _ in range(4))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return Machine(
-        name, torch.get_num_threads(), rate(torch.float32), rate(torch.bfloat16), copy / 1e9
-    )
+        name, torch.get_num_threads(), rate(torch.float32), rate(torch.bfloat16), read / 1e9,
+        copy / 1e9,
+    )  # fmt: skip
+
+
+def _processor() -> str:
+    """The processor's name and the vector formats that matter here, where Linux tells them."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in text]
+    return ", ".join([names[0] if names else platform.machine(), *flags])
 
 
 def alternate(
-    works: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+    works: Mapping[str, Work], repeats: int, device: torch.device, warm_ups: int = 2
 ) -> dict[str, Timing]:
-    """Runs every work once to warm up, noting its peak memory, then all of them in turn."""
-    peaks = {name: _peak(work, device) for name, work in works.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
+    """Warms every work up, then runs all of them in turn, `repeats` times.
+
+    Raises `InputError` when a work fails, with its reason.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers: dict[str, tuple[Any, Connection]] = {}
+    try:
         for name, work in works.items():
-            seconds[name].append(_timed(work, device))
-    return {name: Timing(name, seconds[name], peaks[name]) for name in works}
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there, work, str(device)), daemon=True)
+            process.start()
+            there.close()
+            workers[name] = (process, here)
+            _answer(here, name)  # built
+        for name, (_, pipe) in workers.items():
+            for _ in range(warm_ups):
+                _ask(pipe, name)
+        seconds: dict[str, list[float]] = {name: [] for name in works}
+        peaks: dict[str, int | None] = {}
+        counts: dict[str, dict[str, float]] = {}
+        for _ in range(repeats):
+            for name, (_, pipe) in workers.items():
+                taken, peaks[name], counts[name] = _ask(pipe, name)
+                seconds[name].append(taken)
+        return {name: Timing(name, seconds[name], peaks[name], counts[name]) for name in works}
+    finally:
+        for process, pipe in workers.values():
+            pipe.close()
+            process.join(timeout=5)
+            process.terminate()
+
+
+def _ask(pipe: Connection, name: str) -> Any:
+    pipe.send("run")
+    return _answer(pipe, name)
+
+
+def _answer(pipe: Connection, name: str) -> Any:
+    try:
+        good, answer = pipe.recv()
+    except EOFError:
+        raise InputError(f"{name}: the process ended; is there memory for it?") from None
+    if not good:
+        raise InputError(f"{name} failed: {answer}")
+    return answer
+
+
+def _serve(pipe: Connection, work: Work, device_name: str) -> None:
+    """A worker: builds the work, then runs it each time it is asked."""
+    device = torch.device(device_name)
+    try:
+        if work.tuned:
+            keep_freed_memory()
+        run = work.make(*work.arguments)
+        pipe.send((True, None))
+        taken = SHORTEST
+        while True:
+            pipe.recv()
+            # A process that waited for its turn starts with cold caches and sleeping threads:
+            # what is short is run until it counts.
+            times = max(1, min(100, math.ceil(SHORTEST / taken)))
+            counts: dict[str, float] = {}
+
+            def timed() -> None:
+                for _ in range(times):  # noqa: B023 - called at once
+                    counts.update(run() or {})  # noqa: B023
+
+            taken = _timed(timed, device) / times
+            pipe.send((True, (taken, _peak(device), counts)))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send((False, f"{type(error).__name__}: {error}"))
 
 
 def ratio(slow: Timing, fast: Timing) -> dict[str, float]:
-    """How many times faster: the median over the pairs run side by side, and their range."""
-    pairs = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
+    """How many times faster, per token: the median over the pairs run side by side, their range."""
+    pairs = [a / b for a, b in zip(slow.per_token, fast.per_token, strict=True)]
     return {"median": median(pairs), "lowest": min(pairs), "highest": max(pairs)}
 
 
@@ -87,21 +209,13 @@ def _timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def _peak(work: Callable[[], object], device: torch.device) -> int | None:
-    """Peak memory of one run; of the whole process on a CPU, where only Linux tells it."""
-    gc.collect()
+def _peak(device: torch.device) -> int | None:
+    """Peak memory of this process so far: its tensors on CUDA, all of it on Linux."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
         return torch.cuda.max_memory_allocated(device)
-    reset = Path("/proc/self/clear_refs")
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # give back what earlier work left free
-        reset.write_text("5")
+        status = Path("/proc/self/status").read_text()
     except OSError:
-        work()
         return None
-    work()
-    status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

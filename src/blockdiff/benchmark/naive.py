@@ -1,11 +1,15 @@
 """The obvious way, as the paper describes it: the baseline every speed is measured against.
 
-One pass over all 2L tokens under the whole 2L × 2L mask, logits over the whole vocabulary at all 2L
-positions, the SUBS edit on the full logits, float32. It shares the fast path's weights, never its
+Training: one pass over all 2L tokens under the whole 2L × 2L mask, logits over the whole vocabulary
+at all 2L positions, the SUBS edit on the full logits, float32. Sampling: at each step the whole
+vocabulary at every position of the block in float64, a sorted nucleus for each, one position fixed,
+and a pass of its own to cache a finished block. It shares the fast path's weights, never its
 shortcuts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +35,84 @@ def naive_log_probabilities(model: DiT, x_t: Tensor, x_0: Tensor) -> Tensor:
     mask = dense_mask(layout, "two_stream", x_0.device)
     tokens = torch.cat([x_0, x_t], dim=1)
     position = torch.arange(layout.length, device=x_0.device).repeat(2)
+
+    def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    logits = _logits(model, tokens, position, attend)
+    return _subs(logits, tokens, model.config.mask_token_id)
+
+
+@torch.inference_mode()
+def naive_sample(model: DiT, prompt: list[int], new: int, top_p: float) -> tuple[list[int], int]:
+    """Prompt and what follows it in whole blocks, first-hitting; and the number of evaluations."""
+    size, mask_token_id = model.config.block_size, model.config.mask_token_id
+    cached: list[tuple[Tensor, Tensor]] | None = None
+    text, evaluations = list(prompt), 0
+    for start in range(0, len(text) // size * size, size):
+        x, position = torch.tensor([text[start : start + size]]), torch.arange(start, start + size)
+        cached = naive_step(model, x, position, cached)[1]
+        evaluations += 1
+    while len(text) < len(prompt) + new:
+        start = len(text) // size * size
+        x = torch.full((1, size), mask_token_id)
+        x[0, : len(text) - start] = torch.tensor(text[start:], dtype=torch.int64)
+        position = torch.arange(start, start + size)
+        while bool((x == mask_token_id).any()):
+            p = naive_step(model, x, position, cached)[0]
+            evaluations += 1
+            drawn = torch.multinomial(_nucleus(p, top_p)[0], 1).squeeze(-1)
+            masked = (x[0] == mask_token_id).nonzero().squeeze(-1)
+            chosen = masked[torch.randint(len(masked), ())]
+            x[0, chosen] = drawn[chosen]
+        cached = naive_step(model, x, position, cached)[1]
+        evaluations += 1
+        text = text[:start] + x[0].tolist()
+    return text, evaluations
+
+
+def naive_step(
+    model: DiT, x: Tensor, position: Tensor, cached: list[tuple[Tensor, Tensor]] | None
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """p_θ [1, K, V] in float64 of a block x [1, K], and the cache with the block's own appended."""
+    grown: list[tuple[Tensor, Tensor]] = []
+
+    def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if cached is not None:
+            k = torch.cat([cached[i][0], k], dim=2)
+            v = torch.cat([cached[i][1], v], dim=2)
+        grown.append((k, v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    logits = _logits(model, x, position, attend).double()
+    return _subs(logits, x, model.config.mask_token_id).exp(), grown
+
+
+def _nucleus(p: Tensor, top_p: float) -> Tensor:
+    """Each row of p [.., V] cut to its smallest set that reaches top_p."""
+    ordered, index = p.sort(dim=-1, descending=True)
+    keep = ordered.cumsum(-1) - ordered < top_p
+    p = torch.zeros_like(p).scatter(-1, index, ordered * keep)
+    return p / p.sum(-1, keepdim=True)
+
+
+def _logits(
+    model: DiT,
+    tokens: Tensor,
+    position: Tensor,
+    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The network in plain operators, [B, T, V]."""
     cos, sin = rope(position, model.config.hidden_size // model.config.num_attention_heads)
     # One σ a sequence, as the paper feeds it, though it is the same 0 everywhere.
-    sigma = torch.zeros(len(x_0), device=x_0.device)
+    sigma = torch.zeros(len(tokens), device=tokens.device)
     condition = None if model.sigma is None else model.sigma(sigma)
     h = model.embedding(tokens)
-    for layer in model.stack():
+    for i, layer in enumerate(model.stack()):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulations(layer, condition)
         x = _norm(h, layer.norm_1.weight) * (1 + scale_1) + shift_1
         q, k, v = layer.qkv(x).unflatten(-1, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = attend(i, _rotate(q, cos, sin), _rotate(k, cos, sin), v)
         attended = layer.attention_out(attended.transpose(1, 2).flatten(2))
         h = h + gate_1 * F.dropout(attended, layer.dropout, layer.training)
         x = _norm(h, layer.norm_2.weight) * (1 + scale_2) + shift_2
@@ -51,7 +122,7 @@ def naive_log_probabilities(model: DiT, x_t: Tensor, x_0: Tensor) -> Tensor:
     if model.output.modulation is not None:
         shift, scale = model.output.modulation(condition)[:, None].chunk(2, dim=-1)
         x = x * (1 + scale) + shift
-    return _subs(model.output.linear(x), tokens, model.config.mask_token_id)
+    return model.output.linear(x)
 
 
 def _modulations(layer: DiTLayer, condition: Tensor | None) -> tuple[Tensor, ...]:

@@ -7,20 +7,25 @@ from dataclasses import dataclass
 from blockdiff.errors import InputError
 from blockdiff.training.config import CHOICES
 
+WORKS = ("train", "sample", "attention", "evaluate")
+
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Time a training step: ours against the naive one, and AR beside them.
+    """Time ours against the naive way and the baselines, side by side.
 
     Attributes:
         preset: Network size: nano, micro, small or medium.
         vocab_size: Vocabulary, mask token included.
         length: Context L.
         block_size: Block size L'.
-        batch_size: Sequences per step.
-        precision: Ours: auto, float32 or bf16; the naive step is always float32.
+        batch_size: Sequences per step, or rows sampled at once.
+        precision: Ours: auto, float32 or bf16; what is naive is always float32.
         backend: Attention of ours: auto, blockwise, flex or dense.
-        compile: Compile our layers.
+        compile: Compile our layers (train).
+        dropout: Dropout (train).
+        tokens: New tokens a row (sample).
+        top_p: Top-p cut of every sampler (sample).
         repeats: Timed repeats of each alternative.
         json: Print one JSON object.
     """
@@ -33,12 +38,15 @@ class BenchmarkOptions:
     precision: str = "auto"
     backend: str = "auto"
     compile: bool = False
+    dropout: float = 0.1
+    tokens: int = 64
+    top_p: float = 0.9
     repeats: int = 5
     json: bool = False
 
     def __post_init__(self) -> None:
         """Raises `InputError` for sizes below 1 and unknown names."""
-        for name in ("vocab_size", "length", "block_size", "batch_size", "repeats"):
+        for name in ("vocab_size", "length", "block_size", "batch_size", "tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("preset", "precision", "backend"):
@@ -46,3 +54,7 @@ class BenchmarkOptions:
                 raise InputError(
                     f"no {name} {getattr(self, name)!r}; choose one of {', '.join(CHOICES[name])}"
                 )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout is {self.dropout}; it must be in [0, 1)")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top_p is {self.top_p}; it must be above 0 and at most 1")

@@ -185,9 +185,10 @@ def _bound(
     for draw in rounds:
         if not draw.unbiased:
             raise InputError(_BIASED.format(estimator))
-        # The copies of a round add up; they go through the network a few at a time.
+        # The copies of a round add up; as many go through the network at once as fill a pass.
         total = torch.zeros(len(x_0), dtype=torch.float64)
-        for part in draw.split(len(x_0)):
+        copies = max(1, TOKENS_PER_PASS // (2 * x_0.numel()))
+        for part in draw.split(copies * len(x_0)):
             tokens = objectives.bd3lm(
                 model, x_0, part, documents, context, block_size=layout.block_size
             )

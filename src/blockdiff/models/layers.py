@@ -66,6 +66,20 @@ class _Heads(torch.autograd.Function):
         return out.flatten(2), None, None, None
 
 
+def drop(x: Tensor, rate: float) -> Tensor:
+    """Dropout, to 1/65,536 of the rate.
+
+    On a CPU `F.dropout` draws one number an element, a sixth of a `nano` model's step: here 64
+    random bits decide about four.
+    """
+    if rate == 0 or x.device.type != "cpu":
+        return F.dropout(x, rate, rate > 0)
+    level = round(rate * 2**16)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= level - 2**15
+    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - level))
+
+
 class LayerNorm(nn.Module):
     """The weight of a LayerNorm without bias; `Affine` applies it, in float32."""
 
@@ -149,7 +163,7 @@ class Branch(NamedTuple):
     gate: Tensor | None = None
 
     def __call__(self, h: Tensor, x: Tensor, dropout: float) -> Tensor:
-        branch = F.dropout(F.linear(x, self.weight, self.bias), dropout, dropout > 0)
+        branch = drop(F.linear(x, self.weight, self.bias), dropout)
         return (
             h + branch
             if self.gate is None
