@@ -48,6 +48,7 @@ class EvaluateOptions:
         windows: Sequences measured, evenly spread; 0 is all of them.
         batch_size: Sequences per pass; chosen by size when left out.
         seed: Seed of the masks.
+        precision: Weights: float32, bf16, int8, or auto (bf16 where it is faster).
         json: Print one JSON object.
     """
 
@@ -68,6 +69,7 @@ class EvaluateOptions:
     windows: int = 0
     batch_size: int | None = None
     seed: int = 0
+    precision: str = "float32"
     json: bool = False
 
 
@@ -79,6 +81,8 @@ class GenerateOptions:
         prompt: Text to continue; without one a new text is begun.
         prompt_file: File with one prompt a line.
         samples: Texts per prompt.
+        precision: Weights: float32, bf16, int8 (fastest for a single text), or auto (bf16 where it
+            is faster).
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
         watch: Show the denoising live in the terminal.
         delay: Seconds to wait after each step of --watch.
@@ -89,6 +93,7 @@ class GenerateOptions:
     prompt: str | None = None
     prompt_file: str | None = None
     samples: int = 1
+    precision: str = "auto"
     tokenizer: str | None = None
     watch: bool = False
     delay: float = 0.0

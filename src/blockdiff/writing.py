@@ -14,6 +14,7 @@ from blockdiff.api import encode_prompts, to_text
 from blockdiff.data.loading import load
 from blockdiff.errors import InputError
 from blockdiff.models.hub import default_device
+from blockdiff.models.precision import convert
 from blockdiff.replay import Recorder, write_page
 from blockdiff.sampling.generate import collect, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
@@ -26,6 +27,7 @@ def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:
     if wish.page and Path(wish.page).exists():
         raise InputError(f"{wish.page} exists; name another file for --page")
     model, tokenizer = load(source, tokenizer=wish.tokenizer, device=default_device())
+    convert(model, wish.precision, model.device)
     ids = encode_prompts(model, prompts, tokenizer, wish.samples)
     block_size = options.block_size or model.config.block_size
     recorder = Recorder(tokenizer, len(ids[0]), block_size)

@@ -23,7 +23,7 @@ from blockdiff.benchmark.options import WORKS, BenchmarkOptions
 from blockdiff.errors import InputError
 from blockdiff.models.config import PRESETS
 from blockdiff.models.hub import default_device
-from blockdiff.training.precision import use_bf16
+from blockdiff.models.precision import use_bf16
 
 # work → (what builds an alternative, its alternatives, the ratios that answer its question)
 _COMPARISONS: dict[str, tuple[Callable[..., Run], tuple[str, ...], tuple[tuple[str, str], ...]]] = {
@@ -31,8 +31,8 @@ _COMPARISONS: dict[str, tuple[Callable[..., Run], tuple[str, ...], tuple[tuple[s
         works.training_step, ("naive", "ours", "ar"), (("naive", "ours"), ("ours", "ar")),
     ),
     "sample": (
-        works.sampling, ("naive", "ours", "ar", "gpt2"),
-        (("naive", "ours"), ("gpt2", "ours"), ("ours", "ar")),
+        works.sampling, ("naive", "ours", "int8", "ar", "gpt2"),
+        (("naive", "ours"), ("gpt2", "ours"), ("naive", "int8"), ("ours", "ar")),
     ),
     "attention": (works.attention, ("dense", "blockwise"), (("dense", "blockwise"),)),
     "evaluate": (

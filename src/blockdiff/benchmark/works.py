@@ -19,6 +19,7 @@ from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
+from blockdiff.models.precision import convert
 from blockdiff.noising import Noise, exact_k, make_estimator, stratified_noise
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.options import SamplingOptions
@@ -82,12 +83,12 @@ def new_tokens(options: BenchmarkOptions) -> int:
 
 
 def sampling(options: BenchmarkOptions, device: str, kind: str) -> Run:
-    """Text after one token of prompt: "naive" (one row), "ours", "ar" or transformers' "gpt2"."""
+    """Text after one token of prompt: "naive" (one row), "ours", "int8", "ar" or "gpt2"."""
     if kind == "gpt2":
         return _gpt2(options)
     model = build_model(options, device, causal=kind == "ar").eval()
-    if options.precision == "bf16" and kind != "naive":
-        model.to(dtype=torch.bfloat16)
+    if kind != "naive":
+        convert(model, "int8" if kind == "int8" else options.precision, model.device)
     new = new_tokens(options)
     if kind == "naive":
 

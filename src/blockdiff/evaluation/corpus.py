@@ -17,6 +17,7 @@ from blockdiff.data.windows import stack
 from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.models.hub import default_device
+from blockdiff.models.precision import convert
 
 PARTS = ("all", "train", "validation")
 
@@ -41,6 +42,7 @@ def evaluate_corpus(
     windows: int = 0,
     batch_size: int | None = None,
     seed: int = 0,
+    precision: str = "float32",
 ) -> dict[str, object]:
     """Measures a corpus under the model in a folder or hub repository.
 
@@ -52,6 +54,7 @@ def evaluate_corpus(
     if windows < 0:
         raise InputError(f"--windows is {windows}; it must not be negative (0 is all)")
     network, words = load(model, tokenizer=tokenizer, device=default_device())
+    convert(network, precision, network.device)
     documents: Iterable[str] = load_corpus(
         data, split=split, text_column=text_column, subset=subset
     )
@@ -87,6 +90,7 @@ def evaluate_corpus(
         "length": packed.length,
         "data": data,
         "part": part,
+        "precision": precision,
         **result.record(),
         "tokens_per_byte": per_byte,
         "nats_per_byte": result.nats_per_token * per_byte,

@@ -36,6 +36,7 @@ from blockdiff.attention import attend, choose_backend
 from blockdiff.cache import BlockCache
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import DiTConfig
+from blockdiff.models.int8 import Int8Linear
 from blockdiff.models.layers import (
     Affine,
     Conditioned,
@@ -45,6 +46,7 @@ from blockdiff.models.layers import (
     OutputLayer,
     ResidualLinear,
     SigmaEmbedding,
+    apply,
     rope,
 )
 from blockdiff.models.loss import subs_nll
@@ -309,7 +311,7 @@ class DiT(PreTrainedModel):
         answers for no more than those. After the last attention only what is chosen goes on,
         unless the `whole` is wanted (or modulations differ from token to token).
         """
-        h = self.embedding(tokens)
+        h = self.embedding(tokens).float()  # the sum of all branches is float32 in any precision
         for i, (layer, conditioned) in enumerate(zip(self.stack(), prepared.layers, strict=True)):
             attended = attention(i, *layer.project(h, cos, sin, conditioned))
             if attended is None:
@@ -354,10 +356,10 @@ class DiT(PreTrainedModel):
         final, linear = prepared.final, self.output.linear
         h = final(h) if at is None else final.at(at)(h)
         if targets is None:
-            return DiTOutput(logits=linear(h))
-        return DiTOutput(
-            nll=subs_nll(h, linear.weight, linear.bias, targets, self.config.mask_token_id)
-        )
+            return DiTOutput(logits=apply(linear, h))
+        weight = linear.dense() if isinstance(linear, Int8Linear) else linear.weight
+        nll = subs_nll(h, weight, linear.bias, targets, self.config.mask_token_id)
+        return DiTOutput(nll=nll)
 
 
 def _repeat(x: Tensor, rows: int) -> Tensor:

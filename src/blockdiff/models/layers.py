@@ -12,13 +12,14 @@ Shapes: B rows, T tokens a row, H heads, D head width, E width, C width of the c
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockdiff.models.config import DiTConfig
+from blockdiff.models.int8 import Int8Linear, int8_linear
 
 
 def rope(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +130,7 @@ class Modulation(nn.Linear):
 
 
 class Affine(NamedTuple):
-    """A LayerNorm with what adaLN does after it.
+    """A LayerNorm with what adaLN does after it, in float32.
 
     `weight`, `bias` [E]; `shift`, `scale` [B, 1 or T, E] only where they are no constants.
     """
@@ -143,7 +144,7 @@ class Affine(NamedTuple):
         x = F.layer_norm(h.float(), self.weight.shape, self.weight, self.bias)
         if self.shift is not None and self.scale is not None:
             x = torch.addcmul(self.shift, x, 1 + self.scale)
-        return x.to(h.dtype)
+        return x
 
     def at(self, chosen: Tensor) -> Affine:
         """The same for tokens [P, E] of the positions chosen [B, T]."""
@@ -156,14 +157,22 @@ class Affine(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """The last map of a residual branch and its gate: `gate` only where it is no constant."""
+    """The last map of a residual branch and its gate.
+
+    `gate` only where it is no constant; `scale` only where the weight is int8.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     gate: Tensor | None = None
+    scale: Tensor | None = None
 
     def __call__(self, h: Tensor, x: Tensor, dropout: float) -> Tensor:
-        branch = drop(F.linear(x, self.weight, self.bias), dropout)
+        if self.scale is not None:
+            branch = int8_linear(x, self.weight, self.scale, self.bias)
+        else:
+            branch = F.linear(x, self.weight, self.bias)
+        branch = drop(branch, dropout)
         return (
             h + branch
             if self.gate is None
@@ -194,12 +203,22 @@ def _affine(norm: LayerNorm, shift: Tensor | None, scale: Tensor | None) -> Affi
     return Affine(weight * (1 + scale.flatten()), shift.flatten())
 
 
-def _branch(linear: ResidualLinear, gate: Tensor | None) -> Branch:
+def _branch(linear: ResidualLinear | Int8Linear, gate: Tensor | None) -> Branch:
+    scale = linear.scale if isinstance(linear, Int8Linear) else None
     if gate is None or gate.shape[:-1].numel() > 1:
-        return Branch(linear.weight, linear.bias, gate)
+        return Branch(linear.weight, linear.bias, gate, scale)
     gate = gate.flatten()
-    bias = None if linear.bias is None else (linear.bias * gate).to(linear.weight.dtype)
+    bias = None if linear.bias is None else (linear.bias * gate).to(linear.bias.dtype)
+    if scale is not None:
+        return Branch(linear.weight, bias, None, (scale * gate).to(scale.dtype))
     return Branch((linear.weight * gate[:, None]).to(linear.weight.dtype), bias)
+
+
+def apply(linear: nn.Module, x: Tensor) -> Tensor:
+    """A linear map of float32 x in the precision of its weights (or of autocast)."""
+    weight = cast(Tensor, linear.weight)
+    out: Tensor = linear(x.to(weight.dtype) if weight.is_floating_point() else x)
+    return out
 
 
 class DiTLayer(nn.Module):
@@ -236,13 +255,13 @@ class DiTLayer(nn.Module):
         self, h: Tensor, cos: Tensor, sin: Tensor, conditioned: Conditioned
     ) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, T, E] → rotated q, rotated k, v, each [B, H, T, D]."""
-        return _Heads.apply(self.qkv(conditioned.norm_1(h)), cos, sin, self.heads)
+        return _Heads.apply(apply(self.qkv, conditioned.norm_1(h)), cos, sin, self.heads)
 
     def finish(self, h: Tensor, attended: Tensor, conditioned: Conditioned) -> Tensor:
         """The residual stream after attention's output [B, H, T, D] and the MLP."""
         dropout = self.dropout if self.training else 0.0
         h = conditioned.attention_out(h, attended.transpose(1, 2).flatten(2), dropout)
-        x = F.gelu(self.mlp_in(conditioned.norm_2(h)), approximate="tanh")
+        x = F.gelu(apply(self.mlp_in, conditioned.norm_2(h)), approximate="tanh")
         return conditioned.mlp_out(h, x, dropout)
 
 

@@ -27,10 +27,10 @@ def subs_nll(
 ) -> Tensor:
     """−log p_θ(target) [P] in nats, float32, for h [P, E], weight [V, E], bias [V], targets [P].
 
-    Computes in the autocast precision where that is on; sums are float32. A target that is the
-    mask token has probability 0: +inf.
+    Computes in the weight's precision, or autocast's where that is on; sums are float32. A target
+    that is the mask token has probability 0: +inf.
     """
-    dtype = h.dtype
+    dtype = weight.dtype
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
     with torch.autocast(h.device.type, enabled=False):

@@ -29,10 +29,10 @@ from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
+from blockdiff.models.precision import use_bf16
 from blockdiff.noising import make_estimator, stratified_noise
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.ema import make_ema
-from blockdiff.training.precision import use_bf16
 
 # Written last: a checkpoint without it was interrupted and is ignored.
 COMPLETE = "complete"

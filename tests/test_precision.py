@@ -1,0 +1,142 @@
+"""Fewer bits change little: against float32, on a network that has learnt something."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import blockdiff
+from blockdiff import objectives
+from blockdiff.attention import attend
+from blockdiff.errors import InputError
+from blockdiff.layout import BlockLayout
+from blockdiff.models.config import DiTConfig
+from blockdiff.models.dit import DiT
+from blockdiff.models.int8 import Int8Linear
+from blockdiff.models.precision import convert
+from blockdiff.noising import exact_k, stratified_noise
+from blockdiff.sampling.generate import generate_tokens
+from blockdiff.sampling.options import SamplingOptions
+
+CPU = torch.device("cpu")
+TEXT = Path(__file__).parents[1].joinpath("README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A network trained on this project's README, and windows of it: (model, x_0)."""
+    letters = sorted(set(TEXT))
+    ids = torch.tensor([letters.index(c) for c in TEXT])
+    torch.manual_seed(0)
+    config = DiTConfig(
+        len(letters) + 1, 32, 4, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        cond_size=16, dropout=0.0, initial_gate=1.0,
+    )  # fmt: skip
+    model = DiT(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    windows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(150):
+        x_0 = windows[torch.randint(len(windows), (32,), generator=generator)]
+        noise = stratified_noise(32, config.layout, generator)
+        maskable = objectives.maskable_positions(x_0)
+        draw = exact_k(x_0, config.layout, noise, maskable, config.mask_token_id)
+        (objectives.bd3lm(model, x_0, draw).sum() / maskable.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), windows[:64]
+
+
+def perplexity(model, x_0):
+    return blockdiff.likelihood(model, x_0, estimator="enumerate").perplexity
+
+
+def test_the_trained_network_has_learnt_something(trained):
+    """Well below the 30 or so of its letters' frequencies: attention is at work."""
+    assert perplexity(*trained) < 20
+
+
+def test_autocast_has_the_same_perplexity(trained):
+    model, x_0 = trained
+    exact = perplexity(model, x_0)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = perplexity(model, x_0)
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.005)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.005), ("int8", 0.02)])
+def test_converted_weights_have_the_same_perplexity(trained, precision, tolerance):
+    model, x_0 = copy.deepcopy(trained[0]), trained[1]
+    exact = perplexity(model, x_0)
+    convert(model, precision, CPU)
+    assert model.dtype == torch.bfloat16
+    assert isinstance(model.output.linear, Int8Linear) == (precision == "int8")
+    rounded = perplexity(model, x_0)
+    assert rounded != exact and rounded == pytest.approx(exact, rel=tolerance)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("int8", 0.05)])
+def test_converted_weights_have_near_logits(trained, precision, tolerance):
+    model, x_0 = copy.deepcopy(trained[0]), trained[1]
+    x_t = x_0.masked_fill(torch.rand(x_0.shape) < 0.5, model.config.mask_token_id)
+    with torch.no_grad():
+        exact = model(x_t, x_0=x_0).logits
+        convert(model, precision, CPU)
+        rounded = model(x_t, x_0=x_0).logits.float()
+    error = ((rounded - exact).norm() / exact.norm()).item()
+    assert 0 < error < tolerance
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "int8"])
+def test_every_precision_samples(trained, precision):
+    model = copy.deepcopy(trained[0])
+    convert(model, precision, CPU)
+    done = generate_tokens(model, [[1], [2, 3, 4, 5, 6]], SamplingOptions(max_new_tokens=40))
+    assert [len(row) for row in done.tokens] == [40, 40]
+
+
+def test_the_gradient_of_a_step_in_bf16_is_near(trained):
+    model, x_0 = copy.deepcopy(trained[0]), trained[1]
+    noise = stratified_noise(len(x_0), model.config.layout, torch.Generator().manual_seed(3))
+    maskable = objectives.maskable_positions(x_0)
+    draw = exact_k(x_0, model.config.layout, noise, maskable, model.config.mask_token_id)
+    gradients = []
+    for bf16 in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            nats = objectives.bd3lm(model, x_0, draw)
+        nats.sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    exact, rounded = gradients
+    assert 0 < ((rounded - exact).norm() / exact.norm()).item() < 0.05
+
+
+def test_attention_in_bf16_is_near():
+    layout = BlockLayout(128, 4)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 256, 32, generator=generator) for _ in range(3))
+    exact = attend(q, k, v, layout, "two_stream")
+    halves = (x.to(torch.bfloat16) for x in (q, k, v))
+    rounded = attend(*halves, layout, "two_stream").float()
+    assert 0 < ((rounded - exact).norm() / exact.norm()).item() < 0.02
+
+
+def test_int8_is_the_nearest_of_255_levels():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(40, 7)
+    small = Int8Linear(linear)
+    step = linear.weight.abs().amax(1, keepdim=True) / 127
+    # Half a level, and bf16's rounding of the scale.
+    assert ((small.dense().float() - linear.weight).abs() <= step * 0.5 + 0.01 * step * 127).all()
+    assert small.weight.abs().amax(1).eq(127).all()
+    x = torch.randn(3, 5, 40)
+    out = small(x)
+    assert out.shape == (3, 5, 7) and out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), linear(x), rtol=0.05, atol=0.05)
+
+
+def test_an_unknown_precision_is_named(trained):
+    with pytest.raises(InputError, match=re.escape("'fp8'")):
+        convert(trained[0], "fp8", CPU)
