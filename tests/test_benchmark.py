@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from blockdiff import cli, objectives
-from blockdiff.benchmark.compare import Timing, ratio
-from blockdiff.benchmark.naive import naive_log_probabilities, naive_nats
+from blockdiff.benchmark.compare import Timing, Work, alternate, ratio
+from blockdiff.benchmark.naive import (
+    naive_log_probabilities,
+    naive_nats,
+    naive_sample,
+    naive_step,
+)
 from blockdiff.benchmark.options import BenchmarkOptions
-from blockdiff.benchmark.training import useful_flops
+from blockdiff.benchmark.report import body_parameters, describe, useful_flops
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
@@ -67,12 +72,88 @@ def test_useful_flops_grow_as_they_should() -> None:
     assert useful_flops(paper) == pytest.approx(1.3e12, rel=0.1)
 
 
-def test_command(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["benchmark", "--length", "16", "--batch-size", "2", "--vocab-size", "50"]
-    cli.main([*words, "--repeats", "2", "--json"])
+def test_the_papers_small_network_has_its_weights() -> None:
+    """12 layers of 12 · 768² weights: 85M."""
+    assert body_parameters("small") == 84_934_656
+
+
+def test_the_naive_sampler_reads_what_training_reads(model: DiT) -> None:
+    """Block by block after its cached clean prefix: the same p as one dense pass."""
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    x_0 = torch.randint(0, 19, (1, 16), generator=generator)
+    x_t = x_0.masked_fill(torch.rand(1, 16, generator=generator) < 0.6, 19)
+    with torch.no_grad():
+        whole = naive_log_probabilities(model, x_t, x_0)[:, 16:].exp()
+        cached = None
+        for start in range(0, 16, 4):
+            block, position = slice(start, start + 4), torch.arange(start, start + 4)
+            p, _ = naive_step(model, x_t[:, block], position, cached)
+            torch.testing.assert_close(p.float(), whole[:, block], rtol=1e-4, atol=1e-6)
+            _, cached = naive_step(model, x_0[:, block], position, cached)
+
+
+def test_the_naive_sampler_writes_whole_blocks(model: DiT) -> None:
+    text, evaluations = naive_sample(model.eval(), [3], 11, 0.9)
+    assert text[0] == 3 and len(text) == 12 and 19 not in text
+    assert evaluations == 11 + 3  # one a token, one to cache each block
+
+
+class Count:
+    """A work that counts its own runs, in its process."""
+
+    def __init__(self, tokens: int) -> None:
+        self.runs, self.tokens = 0, tokens
+
+    def __call__(self) -> dict[str, float]:
+        self.runs += 1
+        torch.ones(300, 300).sum()
+        return {"tokens": self.tokens, "runs": self.runs}
+
+
+def broken() -> None:
+    raise ValueError("out of paper")
+
+
+def test_alternatives_live_in_processes_of_their_own() -> None:
+    works = {"one": Work(Count, (10,)), "two": Work(Count, (1000,), tuned=False)}
+    timings = alternate(works, 2, torch.device("cpu"), warm_ups=1)
+    assert [len(timing.seconds) for timing in timings.values()] == [2, 2]
+    assert all(timing.counts["runs"] > 3 for timing in timings.values()), "short work is repeated"
+    assert timings["one"].per_token[0] == timings["one"].seconds[0] / 10
+    assert all(timing.peak_bytes is None or timing.peak_bytes > 0 for timing in timings.values())
+    with pytest.raises(InputError, match="bad failed: ValueError: out of paper"):
+        alternate({"bad": Work(broken)}, 1, torch.device("cpu"))
+
+
+TINY = ["--length", "16", "--batch-size", "2", "--vocab-size", "50", "--repeats", "1"]
+
+
+@pytest.mark.parametrize(
+    ("work", "alternatives", "figure"),
+    [
+        ("train", {"naive", "ours", "ar"}, "share_of_matrix_rate"),
+        ("sample", {"naive", "ours", "int8", "ar", "gpt2"}, "share_of_read_rate"),
+        ("attention", {"dense", "blockwise"}, "peak_memory_ratio"),
+        ("evaluate", {"naive", "separate", "ours"}, "torch"),
+    ],
+)
+def test_command(
+    capsys: pytest.CaptureFixture[str], work: str, alternatives: set[str], figure: str
+) -> None:
+    cli.main(["benchmark", work, *TINY, "--tokens", "8", "--json"])
     record = json.loads(capsys.readouterr().out)
-    assert set(record["steps"]) == {"naive", "ours", "ar"}
-    assert all(len(step["seconds"]) == 2 for step in record["steps"].values())
-    assert record["machine"]["float32_gflops"] > 0 and record["share_of_matrix_rate"] > 0
-    with pytest.raises(InputError, match="at least 1"):
-        BenchmarkOptions(length=0)
+    assert set(record["alternatives"]) == alternatives
+    assert all(done["tokens_per_second"] > 0 for done in record["alternatives"].values())
+    assert record["machine"]["float32_gflops"] > 0 and record[figure]
+    assert all(pair["lowest"] <= pair["median"] for pair in record["ratios"].values())
+    assert "tokens/s" in describe(record)
+
+
+def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for bad in ({"length": 0}, {"preset": "huge"}, {"dropout": 1.0}, {"top_p": 0.0}):
+        with pytest.raises(InputError):
+            BenchmarkOptions(**bad)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["benchmark", "cooking"])
+    assert stopped.value.code == 2 and "'cooking'" in capsys.readouterr().err

@@ -15,18 +15,19 @@ from blockdiff.layout import BlockLayout
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.int8 import Int8Linear
+from blockdiff.models.packed import PackedLinear, can_pack
 from blockdiff.models.precision import convert
 from blockdiff.noising import exact_k, stratified_noise
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.options import SamplingOptions
 
 CPU = torch.device("cpu")
-TEXT = Path(__file__).parents[1].joinpath("README.md").read_text()
+TEXT = Path(__file__).parents[1].joinpath("LICENSE").read_text()
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network trained on this project's README, and windows of it: (model, x_0)."""
+    """A network trained on the text of the licence, and windows of it: (model, x_0)."""
     letters = sorted(set(TEXT))
     ids = torch.tensor([letters.index(c) for c in TEXT])
     torch.manual_seed(0)
@@ -123,18 +124,35 @@ def test_attention_in_bf16_is_near():
     assert 0 < ((rounded - exact).norm() / exact.norm()).item() < 0.02
 
 
-def test_int8_is_the_nearest_of_255_levels():
+@pytest.mark.parametrize("width", [40, 64])  # with and without torch's kernel
+def test_int8_is_the_nearest_of_255_levels(width):
     torch.manual_seed(0)
-    linear = torch.nn.Linear(40, 7)
+    linear = torch.nn.Linear(width, 7)
     small = Int8Linear(linear)
     step = linear.weight.abs().amax(1, keepdim=True) / 127
     # Half a level, and bf16's rounding of the scale.
     assert ((small.dense().float() - linear.weight).abs() <= step * 0.5 + 0.01 * step * 127).all()
     assert small.weight.abs().amax(1).eq(127).all()
-    x = torch.randn(3, 5, 40)
+    x = torch.randn(3, 5, width)
     out = small(x)
     assert out.shape == (3, 5, 7) and out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), linear(x), rtol=0.05, atol=0.05)
+
+
+def test_packed_weights_are_the_same_weights(trained):
+    """The order in memory differs, the rounding hardly."""
+    model, x_0 = copy.deepcopy(trained[0]), trained[1]
+    if not can_pack(CPU):
+        pytest.skip("this build of torch has no packed linear maps")
+    plain = copy.deepcopy(model)
+    convert(plain, "bf16", CPU)
+    convert(model, "bf16", CPU, few_tokens=True)
+    assert isinstance(model.layers[0].mlp_in, PackedLinear)
+    with torch.no_grad():
+        expected, found = (net(x_0, x_0=x_0).logits.float() for net in (plain, model))
+    assert ((found - expected).norm() / expected.norm()).item() < 0.01
+    done = generate_tokens(model, [[1], [2, 3, 4, 5, 6]], SamplingOptions(max_new_tokens=40))
+    assert [len(row) for row in done.tokens] == [40, 40]
 
 
 def test_an_unknown_precision_is_named(trained):

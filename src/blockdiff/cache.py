@@ -49,22 +49,20 @@ class BlockCache:
         self.rows = torch.arange(rows, device=device)
         self.capacity = capacity
         self._begin = self.front
-
-    @property
-    def used(self) -> int:
-        """Ring slots that hold a token of some row."""
-        return min(int(self.lengths.max()), self.capacity)
+        self._used = 0
 
     def stage(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Puts keys and values [n, H, T, D] in front of the ring; what attention reads.
 
-        Both [n, H, T + used, D], the T tokens first.
+        Both [n, H, T + used, D], the T tokens first; comes after `visible` of the same T tokens.
         """
-        self._begin = begin = self.front - keys.shape[2]
-        stop = self.front + self.used
-        self.keys[layer, :, :, begin : self.front] = keys
-        self.values[layer, :, :, begin : self.front] = values
-        return self.keys[layer, :, :, begin:stop], self.values[layer, :, :, begin:stop]
+        tokens = keys.shape[2]
+        begin = self.front - tokens
+        all_keys = self.keys[layer].narrow(2, begin, tokens + self._used)
+        all_values = self.values[layer].narrow(2, begin, tokens + self._used)
+        all_keys.narrow(2, 0, tokens).copy_(keys)
+        all_values.narrow(2, 0, tokens).copy_(values)
+        return all_keys, all_values
 
     def visible(self, tokens: int, finished: Tensor | None = None) -> Tensor | None:
         """What each of T = `tokens` may attend to: bool [n, 1, 1 or T, T + used], None for all.
@@ -73,7 +71,10 @@ class BlockCache:
         `finished` [n], the first K are a clean block, which does not see the others, while those
         see it and no longer the oldest block of a full ring; elsewhere the first K mean nothing.
         """
-        used, device = self.used, self.lengths.device
+        device = self.lengths.device
+        self._begin = self.front - tokens
+        # Ring slots that hold a token of some row.
+        self._used = used = min(int(self.lengths.max()), self.capacity)
         slot = torch.arange(used, device=device)
         ring = slot < self.lengths[:, None]
         if finished is None:

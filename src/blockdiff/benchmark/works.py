@@ -88,7 +88,8 @@ def sampling(options: BenchmarkOptions, device: str, kind: str) -> Run:
         return _gpt2(options)
     model = build_model(options, device, causal=kind == "ar").eval()
     if kind != "naive":
-        convert(model, "int8" if kind == "int8" else options.precision, model.device)
+        precision = "int8" if kind == "int8" else options.precision
+        convert(model, precision, model.device, few_tokens=True)
     new = new_tokens(options)
     if kind == "naive":
 

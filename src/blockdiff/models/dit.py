@@ -239,7 +239,7 @@ class DiT(PreTrainedModel):
         other. The tokens' keys and values stay staged for `cache.append_staged`. `prepared`: what
         `prepare()` gave, to share it among evaluations.
         """
-        cos, sin = rope(positions, self._head_dim)
+        cos, sin = (part[:, None].to(self.dtype) for part in rope(positions, self._head_dim))
         mask = cache.visible(x.shape[1], finished)
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ class DiT(PreTrainedModel):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
         prepared = prepared or self.prepare()
-        h = self._run(x, cos[:, None], sin[:, None], prepared, attention, at)
+        h = self._run(x, cos, sin, prepared, attention, at)
         logits = self._read_out(h, prepared, at, None).logits
         assert logits is not None
         return logits
@@ -316,7 +316,8 @@ class DiT(PreTrainedModel):
             attended = attention(i, *layer.project(h, cos, sin, conditioned))
             if attended is None:
                 break
-            h = h[:, -attended.shape[2] :]
+            if attended.shape[2] < h.shape[1]:
+                h = h[:, -attended.shape[2] :]
             last = i == len(prepared.layers) - 1
             if at is not None and last and not whole and conditioned.constant:
                 h, attended = h[at][:, None], attended.transpose(1, 2)[at][:, :, None]

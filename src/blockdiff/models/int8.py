@@ -2,7 +2,8 @@
 
     w ≈ scale · q,   q in −127…127, one scale a row of w (an output feature): the largest |w| / 127
 
-Activations stay bf16. Made from a model in memory by `quantise`; folders keep full weights.
+Activations stay bf16. `precision.convert` makes them from a model in memory; folders keep full
+weights.
 """
 
 from __future__ import annotations
@@ -29,28 +30,17 @@ class Int8Linear(nn.Module):
             self.bias = nn.Parameter(linear.bias.detach().to(torch.bfloat16), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return int8_linear(x, self.weight, self.scale, self.bias)
+        x = x.to(torch.bfloat16)
+        if x.device.type == "cpu" and x.shape[-1] % 64 == 0:
+            # torch's own kernel, the one its quantisation libraries end in; it crashes the process
+            # on some widths that are no multiple of its vectors.
+            flat = x.flatten(0, -2)
+            out = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
+            out = out.unflatten(0, x.shape[:-1])
+        else:
+            out = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return out if self.bias is None else out + self.bias
 
     def dense(self) -> Tensor:
         """The weight it stands for, bf16 [N, K]."""
         return self.weight.to(torch.bfloat16) * self.scale[:, None]
-
-
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x [.., K] → bf16 [.., N]."""
-    x = x.to(torch.bfloat16)
-    if x.device.type == "cpu":
-        # torch's own kernel, the one its quantisation libraries end in.
-        out = torch.ops.aten._weight_int8pack_mm(x.flatten(0, -2), weight, scale)
-        out = out.unflatten(0, x.shape[:-1])
-    else:
-        out = F.linear(x, weight.to(x.dtype)) * scale
-    return out if bias is None else out + bias
-
-
-def quantise(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Replaces every linear map below `model` whose own name is one of `names`, in place."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if name in names and isinstance(child, nn.Linear):
-                setattr(parent, name, Int8Linear(child))

@@ -12,14 +12,14 @@ Shapes: B rows, T tokens a row, H heads, D head width, E width, C width of the c
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockdiff.models.config import DiTConfig
-from blockdiff.models.int8 import Int8Linear, int8_linear
+from blockdiff.models.packed import expand
 
 
 def rope(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class _Heads(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, ...]:
         cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
         ctx.save_for_backward(cos, sin)
-        parts = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        parts = qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
         out = torch.empty(parts.shape, dtype=qkv.dtype, device=qkv.device)
         _turn(parts[:2], cos, sin, out[:2])
         out[2].copy_(parts[2])
@@ -73,8 +73,10 @@ def drop(x: Tensor, rate: float) -> Tensor:
     On a CPU `F.dropout` draws one number an element, a sixth of a `nano` model's step: here 64
     random bits decide about four.
     """
-    if rate == 0 or x.device.type != "cpu":
-        return F.dropout(x, rate, rate > 0)
+    if rate == 0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, rate)
     level = round(rate * 2**16)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= level - 2**15
@@ -159,19 +161,15 @@ class Affine(NamedTuple):
 class Branch(NamedTuple):
     """The last map of a residual branch and its gate.
 
-    `gate` only where it is no constant; `scale` only where the weight is int8.
+    `linear` itself, or where the gate is a constant its weight and bias with the gate in them.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
+    linear: nn.Module
     gate: Tensor | None = None
-    scale: Tensor | None = None
+    folded: tuple[Tensor, Tensor | None] | None = None
 
     def __call__(self, h: Tensor, x: Tensor, dropout: float) -> Tensor:
-        if self.scale is not None:
-            branch = int8_linear(x, self.weight, self.scale, self.bias)
-        else:
-            branch = F.linear(x, self.weight, self.bias)
+        branch = apply(self.linear, x) if self.folded is None else F.linear(x, *self.folded)
         branch = drop(branch, dropout)
         return (
             h + branch
@@ -203,21 +201,19 @@ def _affine(norm: LayerNorm, shift: Tensor | None, scale: Tensor | None) -> Affi
     return Affine(weight * (1 + scale.flatten()), shift.flatten())
 
 
-def _branch(linear: ResidualLinear | Int8Linear, gate: Tensor | None) -> Branch:
-    scale = linear.scale if isinstance(linear, Int8Linear) else None
-    if gate is None or gate.shape[:-1].numel() > 1:
-        return Branch(linear.weight, linear.bias, gate, scale)
+def _branch(linear: nn.Module, gate: Tensor | None) -> Branch:
+    if gate is None or gate.shape[:-1].numel() > 1 or not isinstance(linear, nn.Linear):
+        return Branch(linear, gate)
     gate = gate.flatten()
     bias = None if linear.bias is None else (linear.bias * gate).to(linear.bias.dtype)
-    if scale is not None:
-        return Branch(linear.weight, bias, None, (scale * gate).to(scale.dtype))
-    return Branch((linear.weight * gate[:, None]).to(linear.weight.dtype), bias)
+    return Branch(linear, None, ((linear.weight * gate[:, None]).to(linear.weight.dtype), bias))
 
 
 def apply(linear: nn.Module, x: Tensor) -> Tensor:
-    """A linear map of float32 x in the precision of its weights (or of autocast)."""
-    weight = cast(Tensor, linear.weight)
-    out: Tensor = linear(x.to(weight.dtype) if weight.is_floating_point() else x)
+    """A linear map of x in the precision of its weights (or of autocast)."""
+    if isinstance(linear, nn.Linear):
+        x = x.to(linear.weight.dtype)
+    out: Tensor = linear(x)  # one that `convert` made knows its own precision
     return out
 
 
@@ -261,7 +257,7 @@ class DiTLayer(nn.Module):
         """The residual stream after attention's output [B, H, T, D] and the MLP."""
         dropout = self.dropout if self.training else 0.0
         h = conditioned.attention_out(h, attended.transpose(1, 2).flatten(2), dropout)
-        x = F.gelu(apply(self.mlp_in, conditioned.norm_2(h)), approximate="tanh")
+        x = expand(self.mlp_in, conditioned.norm_2(h))
         return conditioned.mlp_out(h, x, dropout)
 
 
