@@ -1,5 +1,6 @@
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,3 +256,24 @@ def test_training_mode_is_put_back(model):
     model.train()
     likelihood(model, random_tokens(model, 1, 12))
     assert model.training
+
+
+def test_batches_are_sized_to_memory(model, monkeypatch):
+    """Little memory means small passes and the same figures."""
+    x_0 = random_tokens(model, 5, 12)
+    whole = likelihood(model, x_0, "exact_k", draws=3)
+    assert module.tokens_per_pass(model) == module.TOKENS_PER_PASS
+    monkeypatch.setattr(
+        module.psutil, "virtual_memory", lambda: SimpleNamespace(available=160_000)
+    )
+    assert 0 < module.tokens_per_pass(model) < 24
+    sizes, forward = [], type(model).forward
+
+    def spy(self, x_t, **options):
+        sizes.append(len(x_t))
+        return forward(self, x_t, **options)
+
+    monkeypatch.setattr(type(model), "forward", spy)
+    small = likelihood(model, x_0, "exact_k", draws=3)
+    assert set(sizes) == {1} and len(sizes) == 15
+    torch.testing.assert_close(small.nats, whole.nats)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from blockdiff.noising import Noise, addressed_noise, make_estimator
 
 # Enumerated by default up to here: 15 noised passes.
 AUTO_ENUMERATE = 4
-# Tokens in one network evaluation: enough to fill the machine, bounded in memory.
+# Tokens in one network evaluation: enough to fill the machine, fewer where memory is short.
 TOKENS_PER_PASS = 16_384
 
 _BIASED = "{} draws are biased and bound no likelihood; measure with exact_k or enumerate"
@@ -118,7 +119,8 @@ def likelihood(
         )
     if estimator in ("ar", "enumerate"):
         draws = 1
-    rows = batch_size or max(1, TOKENS_PER_PASS // (2 * x_0.shape[1]))
+    tokens = tokens_per_pass(model)
+    rows = batch_size or max(1, tokens // (2 * x_0.shape[1]))
     was_training = model.training
     model.eval()
     per_draw = []
@@ -131,7 +133,7 @@ def likelihood(
         else:
             nats = _bound(
                 model, x_0[part], index, maskable[part], layout, own,
-                estimator=estimator, schedule=schedule, draws=draws, seed=seed,
+                estimator=estimator, schedule=schedule, draws=draws, seed=seed, tokens=tokens,
             )  # fmt: skip
         per_draw.append(nats)
         if progress is not None:
@@ -139,6 +141,18 @@ def likelihood(
     model.train(was_training)
     exact = estimator in ("ar", "enumerate")
     return _summary(torch.cat(per_draw, dim=1), maskable.sum(-1).cpu(), estimator, exact)
+
+
+def tokens_per_pass(model: DiT) -> int:
+    """`TOKENS_PER_PASS`, or as many as a quarter of the free memory holds."""
+    config, device = model.config, model.device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    # Keys and values of every layer, and one layer's own tensors: about 40 of its width.
+    bytes_per_token = 4 * config.hidden_size * (2 * config.num_hidden_layers + 40)
+    return min(TOKENS_PER_PASS, free // 4 // bytes_per_token)
 
 
 def _check(model: DiT, x_0: Tensor, draws: int, batch_size: int | None) -> None:
@@ -168,6 +182,7 @@ def _bound(
     schedule: str,
     draws: int,
     seed: int,
+    tokens: int,
 ) -> Tensor:
     """The bound by each draw, float64 [R, B]; R = 1 for `enumerate`."""
     make = make_estimator(estimator, schedule)
@@ -187,7 +202,7 @@ def _bound(
             raise InputError(_BIASED.format(estimator))
         # The copies of a round add up; as many go through the network at once as fill a pass.
         total = torch.zeros(len(x_0), dtype=torch.float64)
-        copies = max(1, TOKENS_PER_PASS // (2 * x_0.numel()))
+        copies = max(1, tokens // (2 * x_0.numel()))
         for part in draw.split(copies * len(x_0)):
             tokens = objectives.bd3lm(
                 model, x_0, part, documents, context, block_size=layout.block_size
