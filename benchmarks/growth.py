@@ -94,13 +94,14 @@ def report() -> None:
     from matplotlib import pyplot as plt
 
     record = json.loads(RESULTS.read_text())
-    figure, axes = plt.subplots(2, len(SWEEPS), figsize=(15, 6.5), sharex="col")
+    figure, axes = plt.subplots(2, len(SWEEPS), figsize=(15, 6.5), sharex="col", sharey="row")
     colours = {"dense": "#b5482a", "blockwise": "#2a6fb5", "flex": "#4a8f3c"}
     for column, (sweep, _) in enumerate(SWEEPS.items()):
         for backend in ("dense", "blockwise", "flex"):
             if not any(p["backend"] == backend for p in record["points"]):
                 continue
             x, seconds, memory = series(record, sweep, backend)
+            axes[1, column].set_yticks([0.5, 1, 2, 4])
             for row, y in enumerate((seconds, memory)):
                 axis, line = axes[row, column], fit(x, y, DEGREE[sweep])
                 grid = np.geomspace(x[0], x[-1], 60)
@@ -108,6 +109,9 @@ def report() -> None:
                 axis.plot(grid, np.polyval(line[::-1], grid), "-", lw=1, color=colours[backend])
                 axis.set_xscale("log", base=2)
                 axis.set_yscale("log")
+                axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+                axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                axis.yaxis.set_minor_formatter(lambda value, _: "")
                 axis.grid(alpha=0.3, which="both")
                 if column == 0:
                     axis.set_ylabel(("seconds a step", "peak memory, GiB")[row])
@@ -118,7 +122,9 @@ def report() -> None:
             print(f"  {sweep} {backend}: x = {x.astype(int).tolist()}, t = {' + '.join(terms)} s")
         axes[1, column].set_xlabel(sweep)
     axes[0, 0].legend()
-    figure.suptitle("A training step of nano; L = 1024, L' = 16, batch 1, vocabulary 1,024 else")
+    figure.suptitle(
+        "A training step of nano, at L = 1,024, L' = 16, batch 1, vocabulary 1,024 where not varied"
+    )
     figure.tight_layout()
     figure.savefig(PLOT, dpi=110)
 

@@ -263,9 +263,7 @@ def test_batches_are_sized_to_memory(model, monkeypatch):
     x_0 = random_tokens(model, 5, 12)
     whole = likelihood(model, x_0, "exact_k", draws=3)
     assert module.tokens_per_pass(model) == module.TOKENS_PER_PASS
-    monkeypatch.setattr(
-        module.psutil, "virtual_memory", lambda: SimpleNamespace(available=160_000)
-    )
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=160_000))
     assert 0 < module.tokens_per_pass(model) < 24
     sizes, forward = [], type(model).forward
 

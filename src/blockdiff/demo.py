@@ -59,7 +59,7 @@ RECIPE = TrainConfig(
     report_to="none",
 )
 # Steps where time allows, and the share of the time that goes to AR.
-MOST_STEPS = {"ar": 700, "bd3lm": 600}
+MOST_STEPS = {"ar": 700, "bd3lm": 2000}
 AR_SHARE = 0.35
 # Minutes kept for everything but training: reading, packing, measuring, writing.
 OTHER_MINUTES = 1.2

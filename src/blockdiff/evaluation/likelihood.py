@@ -133,7 +133,7 @@ def likelihood(
         else:
             nats = _bound(
                 model, x_0[part], index, maskable[part], layout, own,
-                estimator=estimator, schedule=schedule, draws=draws, seed=seed, tokens=tokens,
+                estimator=estimator, schedule=schedule, draws=draws, seed=seed, budget=tokens,
             )  # fmt: skip
         per_draw.append(nats)
         if progress is not None:
@@ -182,7 +182,7 @@ def _bound(
     schedule: str,
     draws: int,
     seed: int,
-    tokens: int,
+    budget: int,
 ) -> Tensor:
     """The bound by each draw, float64 [R, B]; R = 1 for `enumerate`."""
     make = make_estimator(estimator, schedule)
@@ -202,7 +202,7 @@ def _bound(
             raise InputError(_BIASED.format(estimator))
         # The copies of a round add up; as many go through the network at once as fill a pass.
         total = torch.zeros(len(x_0), dtype=torch.float64)
-        copies = max(1, tokens // (2 * x_0.numel()))
+        copies = max(1, budget // (2 * x_0.numel()))
         for part in draw.split(copies * len(x_0)):
             tokens = objectives.bd3lm(
                 model, x_0, part, documents, context, block_size=layout.block_size
