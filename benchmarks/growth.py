@@ -101,7 +101,6 @@ def report() -> None:
             if not any(p["backend"] == backend for p in record["points"]):
                 continue
             x, seconds, memory = series(record, sweep, backend)
-            axes[1, column].set_yticks([0.5, 1, 2, 4])
             for row, y in enumerate((seconds, memory)):
                 axis, line = axes[row, column], fit(x, y, DEGREE[sweep])
                 grid = np.geomspace(x[0], x[-1], 60)
@@ -109,7 +108,7 @@ def report() -> None:
                 axis.plot(grid, np.polyval(line[::-1], grid), "-", lw=1, color=colours[backend])
                 axis.set_xscale("log", base=2)
                 axis.set_yscale("log")
-                axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+                axis.set_xticks(x, [f"{int(value):,}" for value in x], fontsize=8)
                 axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
                 axis.yaxis.set_minor_formatter(lambda value, _: "")
                 axis.grid(alpha=0.3, which="both")
@@ -121,6 +120,7 @@ def report() -> None:
             terms = [f"{c:.3g}·x^{power}" for power, c in enumerate(line)]
             print(f"  {sweep} {backend}: x = {x.astype(int).tolist()}, t = {' + '.join(terms)} s")
         axes[1, column].set_xlabel(sweep)
+        axes[1, column].set_yticks([0.5, 1, 2, 4])
     axes[0, 0].legend()
     figure.suptitle(
         "A training step of nano, at L = 1,024, L' = 16, batch 1, vocabulary 1,024 where not varied"
