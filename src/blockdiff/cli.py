@@ -84,6 +84,7 @@ class GenerateOptions:
         precision: Weights: float32, bf16, int8 (fastest for a single text), or auto (bf16 where it
             is faster).
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
+        compile: Compile the layers; on CUDA into CUDA graphs.
         watch: Show the denoising live in the terminal.
         delay: Seconds to wait after each step of --watch.
         page: Also write an HTML page that replays the first text's denoising.
@@ -95,6 +96,7 @@ class GenerateOptions:
     samples: int = 1
     precision: str = "auto"
     tokenizer: str | None = None
+    compile: bool = False
     watch: bool = False
     delay: float = 0.0
     page: str | None = None

@@ -27,7 +27,10 @@ def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:
     if wish.page and Path(wish.page).exists():
         raise InputError(f"{wish.page} exists; name another file for --page")
     model, tokenizer = load(source, tokenizer=wish.tokenizer, device=default_device())
-    convert(model, wish.precision, model.device, few_tokens=True)
+    # The compiler brings weights into order itself.
+    convert(model, wish.precision, model.device, few_tokens=not wish.compile)
+    if wish.compile:
+        model.compile_layers()
     ids = encode_prompts(model, prompts, tokenizer, wish.samples)
     block_size = options.block_size or model.config.block_size
     recorder = Recorder(tokenizer, len(ids[0]), block_size)

@@ -48,16 +48,17 @@ def naive_sample(model: DiT, prompt: list[int], new: int, top_p: float) -> tuple
     """Prompt and what follows it in whole blocks, first-hitting; and the number of evaluations."""
     size, mask_token_id = model.config.block_size, model.config.mask_token_id
     cached: list[tuple[Tensor, Tensor]] | None = None
-    text, evaluations = list(prompt), 0
+    text, evaluations, device = list(prompt), 0, model.device
     for start in range(0, len(text) // size * size, size):
-        x, position = torch.tensor([text[start : start + size]]), torch.arange(start, start + size)
+        x = torch.tensor([text[start : start + size]], device=device)
+        position = torch.arange(start, start + size, device=device)
         cached = naive_step(model, x, position, cached)[1]
         evaluations += 1
     while len(text) < len(prompt) + new:
         start = len(text) // size * size
-        x = torch.full((1, size), mask_token_id)
-        x[0, : len(text) - start] = torch.tensor(text[start:], dtype=torch.int64)
-        position = torch.arange(start, start + size)
+        x = torch.full((1, size), mask_token_id, device=device)
+        x[0, : len(text) - start] = torch.tensor(text[start:], dtype=torch.int64, device=device)
+        position = torch.arange(start, start + size, device=device)
         while bool((x == mask_token_id).any()):
             p = naive_step(model, x, position, cached)[0]
             evaluations += 1
@@ -128,7 +129,7 @@ def _logits(
 def _modulations(layer: DiTLayer, condition: Tensor | None) -> tuple[Tensor, ...]:
     """Shift, scale and gate of attention, then of the MLP, for every sequence: [B, 1, E] each."""
     if layer.modulation is None:
-        zero, one = torch.zeros(1), torch.ones(1)
+        zero, one = layer.norm_1.weight.new_zeros(1), layer.norm_1.weight.new_ones(1)
         return zero, zero, one, zero, zero, one
     return layer.modulation(condition)[:, None].chunk(6, dim=-1)
 

@@ -22,7 +22,7 @@ class BenchmarkOptions:
         batch_size: Sequences per step, or rows sampled at once.
         precision: Ours: auto, float32 or bf16; what is naive is always float32.
         backend: Attention of ours: auto, blockwise, flex or dense.
-        compile: Compile our layers (train).
+        compile: Compile our layers (train, sample).
         dropout: Dropout (train).
         tokens: New tokens a row (sample).
         top_p: Top-p cut of every sampler (sample).

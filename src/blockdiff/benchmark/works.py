@@ -85,11 +85,13 @@ def new_tokens(options: BenchmarkOptions) -> int:
 def sampling(options: BenchmarkOptions, device: str, kind: str) -> Run:
     """Text after one token of prompt: "naive" (one row), "ours", "int8", "ar" or "gpt2"."""
     if kind == "gpt2":
-        return _gpt2(options)
+        return _gpt2(options, device)
     model = build_model(options, device, causal=kind == "ar").eval()
+    if options.compile and kind != "naive":
+        model.compile_layers()
     if kind != "naive":
         precision = "int8" if kind == "int8" else options.precision
-        convert(model, precision, model.device, few_tokens=True)
+        convert(model, precision, model.device, few_tokens=not options.compile)
     new = new_tokens(options)
     if kind == "naive":
 
@@ -107,7 +109,7 @@ def sampling(options: BenchmarkOptions, device: str, kind: str) -> Run:
     return run
 
 
-def _gpt2(options: BenchmarkOptions) -> Run:
+def _gpt2(options: BenchmarkOptions, device: str) -> Run:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = PRESETS[options.preset]
@@ -118,7 +120,8 @@ def _gpt2(options: BenchmarkOptions) -> Run:
         n_head=sizes["num_attention_heads"], bos_token_id=0, eos_token_id=None,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).eval()
-    prompt = torch.zeros(options.batch_size, 1, dtype=torch.int64)
+    model.to(device=torch.device(device))
+    prompt = torch.zeros(options.batch_size, 1, dtype=torch.int64, device=device)
     new = new_tokens(options)
 
     def run() -> dict[str, float]:

@@ -139,10 +139,16 @@ class DiT(PreTrainedModel):
             init.ones_(module.weight)
 
     def compile_layers(self) -> None:
-        """Compiles each layer's two halves; attention between them runs its own kernels."""
+        """Compiles each layer's two halves; attention between them runs its own kernels.
+
+        For sampling on CUDA the halves become CUDA graphs, by torch's own "reduce-overhead" mode
+        (not measured yet): their shapes are those of a block, whatever the cache holds.
+        """
+        graphs = self.device.type == "cuda" and not self.training
+        mode = "reduce-overhead" if graphs else None
         for layer in self.stack():
-            layer.project = torch.compile(layer.project)  # type: ignore[method-assign]
-            layer.finish = torch.compile(layer.finish)  # type: ignore[method-assign]
+            layer.project = torch.compile(layer.project, mode=mode)  # type: ignore[method-assign]
+            layer.finish = torch.compile(layer.finish, mode=mode)  # type: ignore[method-assign]
 
     # the network
 
@@ -239,6 +245,8 @@ class DiT(PreTrainedModel):
         other. The tokens' keys and values stay staged for `cache.append_staged`. `prepared`: what
         `prepare()` gave, to share it among evaluations.
         """
+        if x.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step left may be reused
         cos, sin = (part[:, None].to(self.dtype) for part in rope(positions, self._head_dim))
         mask = cache.visible(x.shape[1], finished)
 
