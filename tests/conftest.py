@@ -2,6 +2,12 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fixed_seed_of_a_module():
+    """What a module's shared fixtures draw does not depend on the tests that ran before."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Whatever a test draws without a generator of its own is the same in every run."""
