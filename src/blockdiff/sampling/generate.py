@@ -39,8 +39,8 @@ class Step:
 
     `tokens` int64 [B, S]: prompt and text so far, the mask token where nothing is fixed.
     `fixed` bool [B, S]: the positions this step fixed. `nfe` int64 [B]: network evaluations of each
-    row so far, the prompt's and the caching ones included. `lengths` int64 [B]: final length of a
-    finished row (prompt and EOS included), −1 while it goes on.
+    row so far, the prompt's included. `lengths` int64 [B]: final length of a finished row (prompt
+    and EOS included), −1 while it goes on.
     """
 
     tokens: Tensor
