@@ -1,9 +1,11 @@
 """Parity with the paper's public code, to 1e-4 in float32; see golden/ for how it was run."""
 
 import json
+import math
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import blockdiff
@@ -11,8 +13,9 @@ from blockdiff.cache import BlockCache
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import released_config, released_weights
-from blockdiff.models.loss import subs_nll_from_logits
-from helpers import read_golden
+from blockdiff.models.loss import score_entropy_from_logits, subs_nll_from_logits
+from blockdiff.schedules import get_schedule
+from helpers import GOLDEN, read_golden
 
 BLOCKS = ["bd3lm_block1", "bd3lm_block4", "bd3lm_block16"]
 DIFFUSION = [*BLOCKS, "mdlm", "sedd_backbone"]
@@ -40,6 +43,7 @@ def run(model, io, **options):
 @pytest.mark.parametrize("name", DIFFUSION)
 def test_logits_and_losses(name, backend):
     model, io = golden_model(name)
+    model.config.score = False  # the file holds cross entropies for SEDD's network too
     logits = run(model, io, backend=backend).logits
     close(logits, io["logits"])
     masked = io["xt"] == model.config.mask_token_id
@@ -105,6 +109,26 @@ def test_exact_bound(name):
     assert measured.exact and measured.mask_stderr == 0
 
 
+def test_score_entropy():
+    """dσ/dt · score entropy of the public code is the NELBO's weight times ours."""
+    with safe_open(GOLDEN / "sedd_loss.safetensors", "pt") as file:
+        io = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    mask = io["raw_output"].shape[-1] - 1
+    masked = io["xt"] == mask
+    ours = score_entropy_from_logits(io["raw_output"], io["x0"], mask) * masked
+    alpha = torch.exp(-io["sigma"].double())
+    torch.testing.assert_close(alpha, 1 - (1 - 1e-3) * io["t"].double(), rtol=1e-5, atol=0)
+    weight = get_schedule("linear").weight(io["t"].double())
+    torch.testing.assert_close(weight, io["dsigma"].double() * alpha / (1 - alpha))
+    assert masked.sum() > 20
+    torch.testing.assert_close((weight * ours).float(), io["loss_tokens"], rtol=1e-4, atol=1e-4)
+    # The scores themselves: log s_v = log(α/(1 − α)) + z_v − log(V − 1).
+    log_ratio = (alpha / (1 - alpha)).log().float()[..., None]
+    scores = log_ratio + io["raw_output"] - math.log(mask)
+    kept = masked[..., None] & (torch.arange(mask + 1) != mask)
+    torch.testing.assert_close(scores[kept], io["log_score"][kept], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ar", *DIFFUSION])
 def test_opens_as_a_released_folder(name, tmp_path):
     config, weights, io = read_golden(name)
@@ -115,7 +139,7 @@ def test_opens_as_a_released_folder(name, tmp_path):
     )
     model = blockdiff.load_model(tmp_path)
     assert model.config.clip == [0.25, 0.75] and not model.training
-    kind = {"ar": "ar", "mdlm": "mdlm", "sedd_backbone": "mdlm"}.get(name, "bd3lm")
+    kind = {"ar": "ar", "mdlm": "mdlm", "sedd_backbone": "sedd"}.get(name, "bd3lm")
     assert model.config.kind == kind
     with torch.no_grad():
         logits = model(io["x0"]).logits if kind == "ar" else run(model, io).logits

@@ -131,7 +131,7 @@ def test_biased_draws_are_refused(model, monkeypatch):
     x_0 = random_tokens(model, 2, 12)
     with pytest.raises(InputError):
         likelihood(model, x_0, "clipped")
-    biased = lambda name, schedule: make_estimator("clipped", clip=(0.3, 0.8))  # noqa: E731
+    biased = lambda *_, **__: make_estimator("clipped", clip=(0.3, 0.8))  # noqa: E731
     monkeypatch.setattr(module, "make_estimator", biased)
     with pytest.raises(InputError, match="biased"):
         likelihood(model, x_0, "bernoulli")

@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from blockdiff.models import loss
-from blockdiff.models.loss import subs_nll, subs_nll_from_logits
+from blockdiff.models.loss import (
+    score_entropy_from_logits,
+    subs_nll,
+    subs_nll_from_logits,
+)
 from helpers import Shapes
 
 POSITIONS, VOCABULARY, WIDTH = 37, 1000, 16
@@ -20,13 +24,14 @@ def example(seed=0, mask=400):
     return (h, weight, bias), targets
 
 
-def both(leaves, targets, mask, outer):
+def both(leaves, targets, mask, outer, score=False):
     """(nll, gradients) the obvious way and ours."""
     h, weight, bias = leaves
+    obvious = score_entropy_from_logits if score else subs_nll_from_logits
     results = []
     for law in (
-        lambda: subs_nll_from_logits(torch.nn.functional.linear(h, weight, bias), targets, mask),
-        lambda: subs_nll(h, weight, bias, targets, mask),
+        lambda: obvious(torch.nn.functional.linear(h, weight, bias), targets, mask),
+        lambda: subs_nll(h, weight, bias, targets, mask, score),
     ):
         nll = law()
         wanted = [x for x in leaves if x is not None]
@@ -42,6 +47,30 @@ def test_every_slice_gives_the_same_loss_and_gradients(monkeypatch, mask):
     slow, fast = both(leaves, targets, mask, torch.linspace(-1, 2, POSITIONS))
     for expected, found in zip(slow, fast, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [0, 400, 999])
+def test_score_entropy_and_its_gradients(monkeypatch, mask):
+    monkeypatch.setattr(loss, "LOGITS", 1)
+    (h, weight, bias), targets = example(mask=mask)
+    leaves = [(x / 4).detach().requires_grad_() for x in (h, weight, bias)]
+    slow, fast = both(leaves, targets, mask, torch.linspace(-1, 2, POSITIONS), score=True)
+    for expected, found in zip(slow, fast, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_score_entropy_is_cross_entropy_where_scores_are_probabilities():
+    """S − 1 − log S more than it otherwise, hence never less."""
+    (h, weight, bias), targets = example()
+    logits = torch.nn.functional.linear(h, weight, bias).detach().double() / 4
+    nll = subs_nll_from_logits(logits, targets, 400)
+    assert (score_entropy_from_logits(logits, targets, 400) > nll).all()
+    others = torch.arange(VOCABULARY) != 400
+    log_sum = logits[:, others].logsumexp(-1, keepdim=True)
+    scores = logits - log_sum + torch.tensor(VOCABULARY - 1.0).log()
+    torch.testing.assert_close(
+        score_entropy_from_logits(scores, targets, 400), nll, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_without_a_bias():

@@ -42,9 +42,10 @@ class EvaluateOptions:
         block_size: Block size L'; the model's own when left out.
         bos: Put a beginning-of-text token before each document.
         across_documents: Let windows run across documents; otherwise pad at each document's end.
-        estimator: auto (enumerate up to L' = 4, else exact_k), or one of the four unbiased ones:
-            enumerate, exact_k, paired, bernoulli.
+        estimator: auto (enumerate up to L' = 4, else exact_k), or one of those that bound the
+            likelihood: enumerate, exact_k, paired, bernoulli, d3pm.
         draws: Noised copies per sequence, where masks are not enumerated.
+        timesteps: Time steps T of d3pm.
         windows: Sequences measured, evenly spread; 0 is all of them.
         batch_size: Sequences per pass; chosen by size when left out.
         seed: Seed of the masks.
@@ -66,6 +67,7 @@ class EvaluateOptions:
     across_documents: bool = True
     estimator: str = "auto"
     draws: int = 8
+    timesteps: int = 1000
     windows: int = 0
     batch_size: int | None = None
     seed: int = 0

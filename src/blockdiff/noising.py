@@ -12,6 +12,8 @@ number of tokens of a block that may be masked:
     exact_k     k ~ U{1…n}, a uniform k-subset, weight n/k: bernoulli with t integrated out
     paired      k on {0…n}, a subset and its complement, weights (n+1)/k and (n+1)/(n−k), halved
     enumerate   all 2^n − 1 subsets with weight 1/(k·C(n, k)): the bound itself, no noise
+    d3pm        t ~ U{1/T, …, 1}, weight T(α_{t−1/T} − α_t)/(1 − α_t): the bound of T steps
+    clipped_redraw   clipped, with each block's masked share itself inside [β, ω]
 
 No estimator draws its own random numbers: all are functions of a `Noise`, so the same code serves
 training (stratified over batch × blocks) and evaluation (addressed by seed and row).
@@ -125,10 +127,15 @@ def _draw(
     return Draw(
         x_t=torch.where(masked, mask_token_id, x_0),
         weight=torch.where(masked, weight, 0.0).float(),
-        sigma=-torch.log1p(-rate.clamp(max=1 - 1e-6)).float(),
+        sigma=total_noise(rate).float(),
         unbiased=unbiased,
         exact=exact,
     )
+
+
+def total_noise(rate: Tensor) -> Tensor:
+    """σ = −log α at a mask rate, up to 6.9: log-linear noise, which ends at α = 0.001."""
+    return -torch.log1p(-rate.clamp(max=1 - 1e-3))
 
 
 def _per_token(per_block: Tensor, layout: BlockLayout) -> Tensor:
@@ -167,15 +174,91 @@ def clipped(
     beta: float,
     omega: float,
 ) -> Draw:
-    """Mask rate ~ U[β, ω], weight 1/rate; biased unless β = 0 and ω = 1: then it is `bernoulli`."""
-    if not 0 <= beta < omega <= 1:
-        raise InputError(f"clip [{beta}, {omega}] must satisfy 0 <= beta < omega <= 1")
+    """Mask rate ~ U[β, ω], weight 1/rate; biased unless β = 0 and ω = 1: then it is `bernoulli`.
+
+    At L' = 1 the clip [1, 1] is the paper's tuned schedule: every token masked, with weight 1.
+    """
+    check_clip(beta, omega)
     draws = noise.token.shape[0] // x_0.shape[0]
     rate = beta + (omega - beta) * noise.block
     masked = (noise.token < _per_token(rate, layout)) & maskable.repeat(draws, 1)
     weight = _per_token(1 / rate, layout) / draws
     whole = beta == 0 and omega == 1
     return _draw(x_0, masked, weight, rate, mask_token_id, unbiased=whole)
+
+
+def clipped_redraw(
+    x_0: Tensor,
+    layout: BlockLayout,
+    noise: Noise,
+    maskable: Tensor,
+    mask_token_id: int,
+    beta: float,
+    omega: float,
+) -> Draw:
+    """`clipped`, but masks are drawn anew until each block's masked share lies in [β, ω].
+
+    The public code's rule, without its loop: given the rate, k is binomial restricted to
+    βn ≤ k ≤ ωn, and the set a uniform k-subset. Biased. Raises `InputError` where a block has no
+    such k.
+    """
+    check_clip(beta, omega)
+    draws = noise.token.shape[0] // x_0.shape[0]
+    maskable = maskable.repeat(draws, 1)
+    n = _count(maskable, layout)
+    rate = beta + (omega - beta) * noise.block
+    count = torch.arange(layout.block_size + 1, device=x_0.device, dtype=n.dtype)
+    slack = 1e-9 if n.dtype == torch.float64 else 1e-5  # 0.3 · 10 is 3
+    size = n[..., None]
+    allowed = (count >= beta * size - slack) & (count <= omega * size + slack) & (count <= size)
+    if not bool((allowed.any(-1) | (n == 0)).all()):
+        raise InputError(
+            f"no number of masked tokens in a block of {layout.block_size} lies in "
+            f"[{beta}, {omega}] of it: widen the clip, or use clipped without redrawing"
+        )
+    inside = rate.clamp(1e-6, 1 - 1e-6)[..., None]
+    log_choose = torch.lgamma(size + 1) - torch.lgamma(count + 1)
+    log_choose = log_choose - torch.lgamma((size - count).clamp(min=0) + 1)
+    log_mass = log_choose + count * inside.log() + (size - count) * torch.log1p(-inside)
+    mass = log_mass.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num().cumsum(-1)
+    # The largest of n uniform scores, to the n-th power, is uniform and knows nothing of their
+    # order, which is what chooses the subset.
+    largest = torch.where(maskable, noise.token, 0.0)
+    largest = largest.unflatten(-1, (layout.blocks, layout.block_size)).amax(-1)
+    k = (mass < largest.pow(n)[..., None]).sum(-1).to(n.dtype).minimum(n)
+    masked, _ = _lowest_k(noise.token, k, maskable, layout)
+    weight = _per_token(1 / rate.clamp(min=1e-6), layout) / draws
+    return _draw(x_0, masked, weight, rate, mask_token_id, unbiased=False)
+
+
+def d3pm(
+    x_0: Tensor,
+    layout: BlockLayout,
+    noise: Noise,
+    maskable: Tensor,
+    mask_token_id: int,
+    schedule: Schedule,
+    timesteps: int,
+) -> Draw:
+    """Absorbing D3PM (Austin et al. 2021): T = `timesteps` times instead of a continuum.
+
+    −log p(x) ≤ T · E_i[ (α_s − α_t)/(1 − α_t) Σ_{ℓ masked at t} CE_ℓ ], t = i/T, s = t − 1/T: a
+    looser bound, which falls to that of `bernoulli` as T grows.
+    """
+    if timesteps < 1:
+        raise InputError(f"timesteps is {timesteps}; it must be at least 1")
+    draws = noise.token.shape[0] // x_0.shape[0]
+    t = ((noise.block * timesteps).floor() + 1).clamp(max=timesteps) / timesteps
+    rate, before = schedule.mask_rate(t), schedule.mask_rate((t - 1 / timesteps).clamp(min=0))
+    masked = (noise.token < _per_token(rate, layout)) & maskable.repeat(draws, 1)
+    weight = _per_token(timesteps * (rate - before) / rate, layout) / draws
+    return _draw(x_0, masked, weight, rate, mask_token_id)
+
+
+def check_clip(beta: float, omega: float) -> None:
+    """Raises `InputError` unless 0 ≤ β ≤ ω ≤ 1 and ω > 0."""
+    if not (0 <= beta <= omega <= 1 and omega > 0):
+        raise InputError(f"clip [{beta}, {omega}] must satisfy 0 <= beta <= omega <= 1, omega > 0")
 
 
 def exact_k(
@@ -262,24 +345,34 @@ def _lowest_k(
     return masked, by_block.amax(-1)
 
 
-# name → estimator of (x_0, layout, noise, maskable, mask_token_id)
-ESTIMATORS: tuple[str, ...] = ("bernoulli", "clipped", "exact_k", "paired", "enumerate")
+# (x_0, layout, noise, maskable, mask_token_id) → Draw
+Estimator = Callable[[Tensor, BlockLayout, Noise, Tensor, int], Draw]
+ESTIMATORS: tuple[str, ...] = (
+    "bernoulli", "clipped", "clipped_redraw", "d3pm", "exact_k", "paired", "enumerate",
+)  # fmt: skip
 
 
 def make_estimator(
-    name: str, schedule: str = "linear", clip: tuple[float, float] | None = None
-) -> Callable[[Tensor, BlockLayout, Noise, Tensor, int], Draw]:
+    name: str,
+    schedule: str = "linear",
+    clip: tuple[float, float] | None = None,
+    timesteps: int = 1000,
+) -> Estimator:
     """The estimator called `name` with its own settings filled in.
 
-    `schedule` is read by `bernoulli`, `clip` = (β, ω) by `clipped`; the others need neither, since
-    with t integrated out no schedule is left. Raises `InputError` on an unknown name.
+    `schedule` is read by `bernoulli` and `d3pm`, which also reads `timesteps`, `clip` = (β, ω) by
+    `clipped` and `clipped_redraw`; the others need none of them, since with t integrated out no
+    schedule is left. Raises `InputError` on an unknown name.
     """
     if name == "bernoulli":
         return partial(bernoulli, schedule=get_schedule(schedule))
-    if name == "clipped":
+    if name == "d3pm":
+        return partial(d3pm, schedule=get_schedule(schedule), timesteps=timesteps)
+    if name in ("clipped", "clipped_redraw"):
         if clip is None:
-            raise InputError("estimator clipped needs a clip, for example 0.45,0.95")
-        return partial(clipped, beta=clip[0], omega=clip[1])
+            raise InputError(f"estimator {name} needs a clip, for example 0.45,0.95")
+        chosen = clipped if name == "clipped" else clipped_redraw
+        return partial(chosen, beta=clip[0], omega=clip[1])
     if name == "exact_k":
         return exact_k
     if name == "paired":

@@ -3,7 +3,9 @@
     ar      −log p_θ(x^i | x^{<i})
     bd3lm   Σ_r weight_r · −log p_θ(x_0^ℓ | x_t^b, x_0^{<b}) at the masked tokens of Draw r
 
-MDLM is `bd3lm` at L' = L. No objective asks which estimator made its draw.
+MDLM is `bd3lm` at L' = L. So is SEDD, whose network is fed σ and answers with scores in place of
+probabilities: the model's own loss is then the score entropy (see `models.loss`), under the same
+weights. No objective asks which estimator made its draw.
 """
 
 from __future__ import annotations

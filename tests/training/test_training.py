@@ -14,11 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 import blockdiff
+from blockdiff import objectives
 from blockdiff.errors import InputError
+from blockdiff.models.loss import subs_nll_from_logits
+from blockdiff.noising import addressed_noise, clipped
 from blockdiff.training.callbacks import read_metrics
+from blockdiff.training.clipping import best_clip, clip_grid, clip_variances
 from blockdiff.training.config import TrainConfig, merge_resumed
 from blockdiff.training.run import train
 from blockdiff.training.trainer import COMPLETE, last_checkpoint
+from helpers import random_tokens, tiny_model
 
 WORDS = "the block of a text is masked and then filled in one token after another by the network"
 
@@ -200,6 +205,52 @@ def test_mdlm_and_padding_and_every_estimator_train(corpus: Path, tmp_path: Path
         model = blockdiff.load_model(train(config, progress=False).folder)
         assert model.config.kind == "mdlm"
         assert model.config.clip == ([0.3, 0.8] if estimator == "clipped" else None)
+
+
+def test_sedd_and_d3pm_train_and_are_measured(corpus: Path, tmp_path: Path) -> None:
+    sedd = train(small(corpus, tmp_path / "sedd", objective="sedd"), progress=False)
+    model = blockdiff.load_model(sedd.folder)
+    assert model.config.kind == "sedd" and model.config.time_conditioning and model.config.score
+    assert sedd.metrics["eval_nats_per_token"] < 6
+    d3pm = small(corpus, tmp_path / "d3pm", objective="mdlm", estimator="d3pm", timesteps=8)
+    timed = train(replace(d3pm, time_conditioning=True), progress=False)
+    assert blockdiff.load_model(timed.folder).config.kind == "mdlm"
+
+
+def test_the_clip_of_least_variance_is_searched_for(corpus: Path, tmp_path: Path) -> None:
+    """After each validation; logged; a killed and resumed run draws from the same clips."""
+    config = small(
+        corpus, tmp_path / "whole", estimator="clipped", clip="auto", eval_every=4, log_every=4
+    )
+    train(config, progress=False)
+    lines = [m for m in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "clip_beta" in m]
+    assert len(lines) >= 3
+    for line in lines:
+        assert (round(line["clip_beta"], 2), round(line["clip_omega"], 2)) in clip_grid()
+    stored = blockdiff.load_model(tmp_path / "whole").config.clip
+    assert stored == [lines[-1]["clip_beta"], lines[-1]["clip_omega"]]
+    train(replace(config, out=str(tmp_path / "cut"), steps=8), progress=False)
+    train(replace(config, out=str(tmp_path / "cut"), resume=True, steps=12), progress=False)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_clip_search_finds_the_least_variance() -> None:
+    model = tiny_model(vocab_size=9, length=16, block_size=4)
+    x_0 = random_tokens(model, 64, 16)
+    found = clip_variances(model, x_0, seed=0)
+    assert [(c.beta, c.omega) for c in found] == clip_grid()
+    assert len(found) == 11 + 9 + 7 + 5 + 3
+    assert best_clip(found).variance == min(c.variance for c in found)
+    # One of them by hand, the slow way round: one pass over the whole, dense.
+    layout = model.config.layout
+    noise = addressed_noise(torch.arange(64), layout, 0)
+    maskable = objectives.maskable_positions(x_0)
+    draw = clipped(x_0, layout, noise, maskable, 8, 0.2, 0.8)
+    with torch.no_grad():
+        nll = subs_nll_from_logits(model(draw.x_t, x_0=x_0, backend="dense").logits, x_0, 8)
+    by_block = (nll * draw.weight).view(64, 4, 4).sum(-1) / maskable.view(64, 4, 4).sum(-1)
+    ours = next(c for c in found if (c.beta, c.omega) == (0.2, 0.8))
+    assert ours.variance == pytest.approx(by_block.var().item(), rel=1e-4)
 
 
 def test_the_average_is_saved_not_the_last_weights(corpus: Path, tmp_path: Path) -> None:

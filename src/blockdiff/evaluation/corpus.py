@@ -39,6 +39,7 @@ def evaluate_corpus(
     across_documents: bool = True,
     estimator: str = "auto",
     draws: int = 8,
+    timesteps: int = 1000,
     windows: int = 0,
     batch_size: int | None = None,
     seed: int = 0,
@@ -79,6 +80,7 @@ def evaluate_corpus(
             seed,
             block_size=block_size,
             documents=sequences.get("documents"),
+            timesteps=timesteps,
             batch_size=batch_size,
             progress=lambda done: bar.advance(task, done),
         )

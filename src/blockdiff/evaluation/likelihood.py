@@ -19,7 +19,7 @@ from blockdiff import objectives
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
-from blockdiff.noising import Noise, addressed_noise, make_estimator
+from blockdiff.noising import Estimator, Noise, addressed_noise, make_estimator
 
 # Enumerated by default up to here: 15 noised passes.
 AUTO_ENUMERATE = 4
@@ -85,6 +85,7 @@ def likelihood(
     *,
     block_size: int | None = None,
     schedule: str = "linear",
+    timesteps: int = 1000,
     keep_first: bool | None = None,
     documents: Tensor | None = None,
     batch_size: int | None = None,
@@ -93,11 +94,12 @@ def likelihood(
     """Measures sequences x_0 int64 [B, L] under the model.
 
     `estimator`: "auto" (`enumerate` up to L' = 4, else `exact_k`), "bernoulli", "exact_k",
-    "paired" or "enumerate"; AR models ignore it. `draws` noised copies per sequence (pairs for
-    `paired`); every draw of a sequence shares one pass over its clean tokens. The noise depends on
-    `seed` and the sequence's number only, never on the batching. `keep_first` defaults to the
-    model's own setting; `progress` is called with the number of sequences done. Raises
-    `InputError` for biased draws, sizes below 1, or tokens outside the vocabulary.
+    "paired", "d3pm" (T = `timesteps`) or "enumerate"; AR models ignore it. `draws` noised copies
+    per sequence (pairs for `paired`); every draw of a sequence shares one pass over its clean
+    tokens. The noise depends on `seed` and the sequence's number only, never on the batching.
+    `keep_first` defaults to the model's own setting; `progress` is called with the number of
+    sequences done. Raises `InputError` for biased draws, sizes below 1, or tokens outside the
+    vocabulary.
     """
     _check(model, x_0, draws, batch_size)
     layout = BlockLayout(x_0.shape[1], block_size or model.config.block_size)
@@ -110,7 +112,7 @@ def likelihood(
     elif estimator == "auto":
         small = layout.block_size <= AUTO_ENUMERATE and not model.config.time_conditioning
         estimator = "enumerate" if small else "exact_k"
-    if estimator == "clipped":
+    if "clipped" in estimator:
         raise InputError(_BIASED.format(estimator))
     if estimator == "enumerate" and model.config.time_conditioning:
         raise InputError(
@@ -133,7 +135,8 @@ def likelihood(
         else:
             nats = _bound(
                 model, x_0[part], index, maskable[part], layout, own,
-                estimator=estimator, schedule=schedule, draws=draws, seed=seed, budget=tokens,
+                make=make_estimator(estimator, schedule, timesteps=timesteps), estimator=estimator,
+                draws=draws, seed=seed, budget=tokens,
             )  # fmt: skip
         per_draw.append(nats)
         if progress is not None:
@@ -178,14 +181,13 @@ def _bound(
     layout: BlockLayout,
     documents: Tensor | None,
     *,
+    make: Estimator,
     estimator: str,
-    schedule: str,
     draws: int,
     seed: int,
     budget: int,
 ) -> Tensor:
     """The bound by each draw, float64 [R, B]; R = 1 for `enumerate`."""
-    make = make_estimator(estimator, schedule)
     context = model.encode(x_0, layout, documents=documents)
     if estimator == "enumerate":
         noise = Noise(x_0, x_0)  # unread

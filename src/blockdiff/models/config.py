@@ -30,6 +30,7 @@ class DiTConfig(PreTrainedConfig):
     `length` is the training context L and `block_size` L'; `causal` makes it AR (block size 1).
     `mask_token_id`, the last id by default, is never predicted by any kind. `adaln` adds the
     modulations, which see σ only with `time_conditioning` (otherwise σ = 0 and they are constants).
+    `score` says that the logits are SEDD's unnormalised scores and are trained by score entropy.
     `keep_first`: position 0 is never masked and has no loss. `clip`: the (β, ω) a clipped run was
     last trained with, for information. `initial_shift`: standard deviation of the adaLN shifts at
     initialisation. `initial_gate`: the adaLN gates there; 0 makes every layer start as the
@@ -51,6 +52,7 @@ class DiTConfig(PreTrainedConfig):
         causal: bool = False,
         adaln: bool = True,
         time_conditioning: bool = False,
+        score: bool = False,
         keep_first: bool = True,
         mask_token_id: int | None = None,
         bos_token_id: int | None = None,
@@ -71,6 +73,7 @@ class DiTConfig(PreTrainedConfig):
         self.causal = causal
         self.adaln = adaln and not causal
         self.time_conditioning = time_conditioning
+        self.score = score
         self.keep_first = keep_first
         self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
         self.bos_token_id = bos_token_id
@@ -85,9 +88,11 @@ class DiTConfig(PreTrainedConfig):
 
     @property
     def kind(self) -> str:
-        """ "ar", "bd3lm" or "mdlm" (L' = L)."""
+        """ "ar", "bd3lm", "mdlm" (L' = L) or "sedd" (L' = L, scores)."""
         if self.causal:
             return "ar"
+        if self.score:
+            return "sedd"
         return "mdlm" if self.block_size == self.length else "bd3lm"
 
     @property
@@ -111,3 +116,10 @@ def _check_sizes(config: DiTConfig) -> None:
             f"mask token id {config.mask_token_id} is outside the vocabulary of {config.vocab_size}"
         )
     BlockLayout(config.length, config.block_size)
+    if config.score and config.block_size != config.length:
+        raise InputError(
+            f"a SEDD model has one block: block_size {config.block_size} must be the length "
+            f"{config.length}"
+        )
+    if config.time_conditioning and not config.adaln:
+        raise InputError("time_conditioning needs adaln: it is adaLN that reads the time")

@@ -57,7 +57,8 @@ class DiTOutput(ModelOutput):
     """What a forward pass gives.
 
     `logits` [R·B, L, V], or [P, V] at the P chosen positions in row-major order. `nll` [P]: −log p
-    of the targets under SUBS, in nats, instead of logits when targets were given.
+    of the targets under SUBS (for SEDD their score entropy), in nats, instead of logits when
+    targets were given.
     """
 
     logits: Tensor | None = None
@@ -367,7 +368,9 @@ class DiT(PreTrainedModel):
         if targets is None:
             return DiTOutput(logits=apply(linear, h))
         weight = linear.dense() if isinstance(linear, Int8Linear) else linear.weight
-        nll = subs_nll(h, weight, linear.bias, targets, self.config.mask_token_id)
+        nll = subs_nll(
+            h, weight, linear.bias, targets, self.config.mask_token_id, self.config.score
+        )
         return DiTOutput(nll=nll)
 
 

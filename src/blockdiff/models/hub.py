@@ -92,6 +92,8 @@ def released_config(raw: dict[str, Any], weights: dict[str, Tensor]) -> DiTConfi
         if name in weights
     ]
     two_stream = raw.get("cross_attn", True) and "block_size" in raw
+    whole = not two_stream or raw["block_size"] == raw["model_length"]
+    timed = raw.get("time_conditioning", False)
     return DiTConfig(
         vocab_size=raw["vocab_size"],
         length=raw["model_length"],
@@ -103,7 +105,8 @@ def released_config(raw: dict[str, Any], weights: dict[str, Tensor]) -> DiTConfi
         dropout=raw.get("dropout", 0.1),
         causal=raw.get("causal", False),
         adaln=raw.get("adaln", True),
-        time_conditioning=raw.get("time_conditioning", False),
+        time_conditioning=timed,
+        score=timed and whole,  # of the released kinds SEDD alone is fed the time
         clip=(clip[0], clip[1]) if len(clip) == 2 else None,
     )
 

@@ -29,16 +29,20 @@ class TrainConfig:
         vocab_size: Size of the trained BPE.
         bos: Put a beginning-of-text token before each document.
         across_documents: Let windows run across documents; otherwise pad at each document's end.
-        objective: bd3lm, mdlm (block size = length) or ar.
+        objective: bd3lm, mdlm (block size = length), sedd or ar.
         length: Context L in tokens.
         block_size: Block size L' of bd3lm.
         preset: Network size: nano, micro, small or medium.
         init_from: Model folder or hub id to start from, for example an AR model of this package.
         adaln: Give the network adaptive layer norms, as the paper does.
+        time_conditioning: Feed the network the noise level; sedd always does.
         initial_shift: Standard deviation of their shifts at initialisation.
-        estimator: How masks are drawn: exact_k, paired, bernoulli or clipped.
-        schedule: Noise schedule of bernoulli.
-        clip: Mask rates "β,ω" of clipped, for example 0.45,0.95.
+        estimator: How masks are drawn: exact_k, paired, bernoulli, d3pm, clipped or
+            clipped_redraw (redraws masks until their share lies in the clip).
+        schedule: Noise schedule of bernoulli and d3pm.
+        timesteps: Time steps T of d3pm.
+        clip: Mask rates "β,ω" of clipped, for example 0.45,0.95; or auto, to search for the clip
+            of least variance after each validation.
         steps: Optimizer steps.
         minutes: Stop after this many minutes of training, however many steps are left; 0 is never.
         batch_size: Windows per step and process.
@@ -83,9 +87,11 @@ class TrainConfig:
     preset: str = "nano"
     init_from: str | None = None
     adaln: bool = True
+    time_conditioning: bool = False
     initial_shift: float = 0.0
     estimator: str = "exact_k"
     schedule: str = "linear"
+    timesteps: int = 1000
     clip: str | None = None
     steps: int = 1000
     minutes: float = 0.0
@@ -115,7 +121,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raises `InputError` for sizes and names that cannot be meant."""
         for name in ("vocab_size", "length", "block_size", "steps", "batch_size", "accumulate",
-                     "log_every", "save_every", "eval_draws"):  # fmt: skip
+                     "log_every", "save_every", "eval_draws", "timesteps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("minutes", "warmup", "workers", "eval_every", "eval_windows",
@@ -145,32 +151,43 @@ class TrainConfig:
                 f"block size {self.block_size} does not divide length {self.length}; "
                 "choose a divisor"
             )
-        self.clip_range()
+        if self.clip_range() is None and not self.searches_clip and "clipped" in self.estimator:
+            raise InputError(
+                f"--estimator {self.estimator} needs --clip, for example 0.45,0.95, or auto"
+            )
+        if self.time_conditioning and not self.adaln:
+            raise InputError("--time_conditioning needs --adaln: it is adaLN that reads the time")
+
+    @property
+    def searches_clip(self) -> bool:
+        """Whether the clip is looked for after each validation."""
+        return self.clip == "auto"
 
     def clip_range(self) -> tuple[float, float] | None:
-        """(β, ω) of `clip`."""
-        if self.clip is None:
-            if self.estimator == "clipped":
-                raise InputError("--estimator clipped needs --clip, for example 0.45,0.95")
+        """(β, ω) of `clip`; None where there is none or it is searched for."""
+        if self.clip is None or self.searches_clip:
             return None
         try:
             beta, omega = (float(part) for part in self.clip.split(","))
         except ValueError:
-            raise InputError(f"--clip {self.clip!r} is not of the form 0.45,0.95") from None
-        if not 0 <= beta < omega <= 1:
-            raise InputError(f"--clip {self.clip} must satisfy 0 <= β < ω <= 1")
+            raise InputError(
+                f"--clip {self.clip!r} is neither auto nor of the form 0.45,0.95"
+            ) from None
+        if not (0 <= beta <= omega <= 1 and omega > 0):
+            raise InputError(f"--clip {self.clip} must satisfy 0 <= β <= ω <= 1, ω > 0")
         return beta, omega
 
     @property
     def effective_block_size(self) -> int:
         """L' of the model to train: 1 for AR, L for MDLM."""
-        return {"ar": 1, "mdlm": self.length}.get(self.objective, self.block_size)
+        sizes = {"ar": 1, "mdlm": self.length, "sedd": self.length}
+        return sizes.get(self.objective, self.block_size)
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("bd3lm", "mdlm", "ar"),
+    "objective": ("bd3lm", "mdlm", "sedd", "ar"),
     "preset": ("nano", "micro", "small", "medium"),
-    "estimator": ("exact_k", "paired", "bernoulli", "clipped"),
+    "estimator": ("exact_k", "paired", "bernoulli", "d3pm", "clipped", "clipped_redraw"),
     "schedule": ("linear", "cosine", "square", "square_root", "logarithmic"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "precision": ("auto", "float32", "bf16"),

@@ -193,6 +193,8 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
             block_size=config.effective_block_size,
             causal=causal,
             adaln=adaln,
+            time_conditioning=config.time_conditioning or config.objective == "sedd",
+            score=config.objective == "sedd",
             dropout=config.dropout,
             keep_first=True,
             mask_token_id=tokenizer.mask_token_id,

@@ -9,6 +9,7 @@ sees the very numbers it would have seen uninterrupted.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from importlib.util import find_spec
@@ -31,12 +32,16 @@ from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
 from blockdiff.models.precision import use_bf16
 from blockdiff.noising import make_estimator, stratified_noise
+from blockdiff.training.clipping import WHOLE, best_clip, clip_variances
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.ema import make_ema
 
 # Written last: a checkpoint without it was interrupted and is ignored.
 COMPLETE = "complete"
 EMA_WEIGHTS = "ema.safetensors"
+CLIP = "clip.json"
+# Validation windows a search for a clip looks at.
+CLIP_WINDOWS = 128
 
 
 def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
@@ -102,7 +107,7 @@ class BlockDiffusionTrainer(Trainer):
         """`eval_windows`: x_0 [B, L] and, where windows are padded, documents [B, L]."""
         self.run = config
         self.eval_windows = eval_windows
-        self.estimator = make_estimator(config.estimator, config.schedule, config.clip_range())
+        self.use_clip(config.clip_range() or (WHOLE if config.searches_clip else None))
         self.ema = make_ema(model, config.ema) if config.ema else None
         self._micro = (-1, 0)
         super().__init__(
@@ -117,6 +122,12 @@ class BlockDiffusionTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         # The loss is a mean over equal micro-batches, for the Trainer to divide by their number.
         self.model_accepts_loss_kwargs = False
+
+    def use_clip(self, clip: tuple[float, float] | None) -> None:
+        """Draws masks within `clip` from now on."""
+        run = self.run
+        self.clip = clip
+        self.estimator = make_estimator(run.estimator, run.schedule, clip, run.timesteps)
 
     # the law
 
@@ -177,11 +188,29 @@ class BlockDiffusionTrainer(Trainer):
             "eval_stderr": result.stderr,
             "eval_perplexity": result.perplexity,
         }
+        if self.run.searches_clip:
+            metrics |= self._search_clip(model, windows)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _search_clip(self, model: DiT, windows: dict[str, Tensor]) -> dict[str, float]:
+        """Takes the clip of least variance on the first windows, at most `CLIP_WINDOWS`."""
+        documents = windows.get("documents")
+        found = clip_variances(
+            model,
+            windows["x_0"][:CLIP_WINDOWS],
+            fold_seed(self.run.seed, self.state.global_step),
+            None if documents is None else documents[:CLIP_WINDOWS],
+        )
+        best = best_clip(found)
+        self.use_clip((best.beta, best.omega))
+        model.config.clip = [best.beta, best.omega]
+        return {
+            "clip_beta": best.beta, "clip_omega": best.omega, "clip_variance": best.variance
+        }  # fmt: skip
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.run.out) / "checkpoints" / f"checkpoint-{self.state.global_step}"
@@ -190,12 +219,17 @@ class BlockDiffusionTrainer(Trainer):
             folder.mkdir(parents=True)
             if self.ema is not None:
                 save_file(self.ema.module.state_dict(), folder / EMA_WEIGHTS)
+            (folder / CLIP).write_text(json.dumps(self.clip), encoding="utf-8")
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             (folder / COMPLETE).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        stored = Path(resume_from_checkpoint) / CLIP
+        if self.run.searches_clip and stored.is_file():
+            beta, omega = json.loads(stored.read_text(encoding="utf-8"))
+            self.use_clip((beta, omega))
         if self.ema is not None:
             self.ema.module.load_state_dict(load_file(Path(resume_from_checkpoint) / EMA_WEIGHTS))
 

@@ -1,0 +1,76 @@
+"""Which clip a run should draw its mask rates from (paper, section 5).
+
+    (β, ω) = argmin over a grid of  Var over blocks of  (1/rate) Σ_{ℓ masked in b} CE_ℓ,
+                                    rate ~ U[β, ω]
+
+A narrow clip has less variance than a wide one and bounds the likelihood less well; which is best
+depends on the model, so the search is repeated as it learns. Every clip is measured on the same
+text with the same uniform numbers, so that their differences are not noise of the masks alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockdiff import objectives
+from blockdiff.layout import BlockLayout
+from blockdiff.models.dit import DiT
+from blockdiff.noising import addressed_noise, clipped
+
+WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
+STEP = 0.05
+# Before the first search: no clip at all.
+WHOLE = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class ClipVariance:
+    """The variance over blocks of the loss, in nats² per token², under one clip."""
+
+    beta: float
+    omega: float
+    variance: float
+
+
+def clip_grid() -> list[tuple[float, float]]:
+    """(β, ω) of every width, β in steps of 0.05."""
+    grid = []
+    for width in WIDTHS:
+        for i in range(round((1 - width) / STEP) + 1):
+            grid.append((round(i * STEP, 2), round(i * STEP + width, 2)))
+    return grid
+
+
+@torch.no_grad()
+def clip_variances(
+    model: DiT, x_0: Tensor, seed: int, documents: Tensor | None = None
+) -> list[ClipVariance]:
+    """The variance of the per-block loss under every clip of the grid, on x_0 [B, L].
+
+    One noised pass a clip; all share the pass over the clean text.
+    """
+    config = model.config
+    layout = BlockLayout(x_0.shape[1], config.block_size)
+    maskable = objectives.maskable_positions(x_0, config.keep_first, documents)
+    counted = maskable.unflatten(-1, (layout.blocks, layout.block_size)).sum(-1)
+    noise = addressed_noise(torch.arange(len(x_0), device=x_0.device), layout, seed)
+    was_training = model.training
+    model.eval()
+    context = model.encode(x_0, layout, documents=documents)
+    found = []
+    for beta, omega in clip_grid():
+        draw = clipped(x_0, layout, noise, maskable, config.mask_token_id, beta, omega)
+        nats = objectives.bd3lm(model, x_0, draw, documents, context)
+        by_block = nats.unflatten(-1, (layout.blocks, layout.block_size)).sum(-1)
+        per_token = (by_block / counted.clamp(min=1))[counted > 0]
+        found.append(ClipVariance(beta, omega, float(per_token.double().var())))
+    model.train(was_training)
+    return found
+
+
+def best_clip(found: list[ClipVariance]) -> ClipVariance:
+    """The clip of least variance; of equal ones the widest, which bounds best."""
+    return min(found, key=lambda clip: (clip.variance, clip.beta - clip.omega))
