@@ -64,6 +64,7 @@ def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:
             "texts": done.texts,
             "tokens": [len(row) for row in done.tokens],
             "finish": done.finish,
+            "rejection_rate": done.rejection_rate,
             "nfe": done.nfe,
             "seconds": done.seconds,
             "tokens_per_second": done.tokens_per_second,
@@ -75,7 +76,7 @@ def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:
         _print_texts(prompts, wish.samples, done.texts)
     Console(stderr=True, highlight=False).print(
         f"{sum(map(len, done.tokens))} tokens, {sum(done.nfe)} network evaluations, "
-        f"{done.tokens_per_second:.1f} tokens/s",
+        f"{done.tokens_per_second:.1f} tokens/s, {done.rejection_rate:.0%} rejected",
         style="dim",
     )
 

@@ -89,7 +89,7 @@ def in_steps(free, steps, schedule):
 def drawn(model, prompt, new, rows=ROWS, **options):
     """Tokens of `rows` rows with numbers of their own, [rows, new]."""
     last = sampling_steps(
-        model, [prompt] * rows, limit=100, max_new_tokens=new, stop_at_eos=False, **options
+        model, [prompt] * rows, limit=100, max_new_tokens=new, stop="none", **options
     )[-1]
     return last.tokens[:, len(prompt) : len(prompt) + new].tolist()
 
@@ -201,3 +201,104 @@ def test_autoregressive():
         p = logits[1:4, :MASK].softmax(-1)
         truth[tokens] = math.prod(p[i, token].item() for i, token in enumerate(tokens))
     assert p_value(drawn(model, prompt, 3), truth) > REJECT
+
+
+def chain(model, prompt, steps, schedule="linear", scores=False):
+    """{outcome: probability} of the rest of the prompt's block by T Markov steps, all states.
+
+    In the step from t to s each masked position is unmasked with probability (α_s − α_t)/(1 − α_t),
+    times the network's own sum of scores with `scores` (all that is left, in the last step).
+    """
+    size = model.config.block_size
+    start = len(prompt) // size * size
+    given = tuple(prompt[start:])
+    rate = get_schedule(schedule).mask_rate(1 - torch.arange(steps + 1).double() / steps)
+    chances = {given + (MASK,) * (size - len(given)): 1.0}
+    for step in range(steps):
+        share = float((rate[step] - rate[step + 1]) / rate[step])
+        sigma = -torch.log1p(-rate[step].clamp(max=1 - 1e-3)).float()
+        after = {}
+        for state, chance in chances.items():
+            x_t = torch.tensor([[*prompt[:start], *state]])
+            x_0 = x_t.where(x_t != MASK, 0) if start else None
+            with torch.no_grad():
+                logits = model(x_t, x_0=x_0, sigma=sigma[None], backend="dense").logits
+            odds = logits[0, start:, :MASK].double().exp()
+            table = []
+            for i, token in enumerate(state):
+                if token != MASK:
+                    table.append({token: 1.0})
+                    continue
+                unmask = min(1.0, share * float(odds[i].sum()) / 3) if scores else share
+                unmask = 1.0 if step == steps - 1 else unmask
+                own = (odds[i] / odds[i].sum()).tolist()
+                table.append({v: unmask * own[v] for v in range(3)} | {MASK: 1 - unmask})
+            for new in itertools.product(*table):
+                weight = math.prod(row[v] for row, v in zip(table, new, strict=True))
+                after[new] = after.get(new, 0.0) + chance * weight
+        chances = after
+    found = {key[len(given) :]: chance for key, chance in chances.items() if chance > 0}
+    assert sum(found.values()) == pytest.approx(1, abs=1e-6)
+    return found
+
+
+def timed_model(score=False, **settings):
+    """A network to which the time matters, as the tests below assert."""
+    model = tiny_model(vocab_size=4, seed=11, time_conditioning=True, score=score, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("sigma.") or name.endswith("modulation.weight"):
+                parameter.mul_(3)
+    return model
+
+
+def test_the_chain_of_a_network_without_time_is_in_steps():
+    model, prompt = model_and_prompt("block of 3 after a block")
+    slow = joint(conditionals(model, prompt), [], in_steps([0, 1, 2], 2, "linear"))
+    fast = chain(model, prompt, 2)
+    assert fast.keys() == slow.keys()
+    assert all(fast[key] == pytest.approx(slow[key], abs=1e-6) for key in slow)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"length": 4, "block_size": 4}, {"length": 9, "block_size": 3}]
+)
+def test_ancestral_steps_of_a_time_conditioned_network(settings):
+    """One block of MDLM's kind; or a block of BD3-LM's after a clean one, which has σ = 0."""
+    model, prompt = timed_model(**settings), [2, 0, 1] if settings["length"] == 9 else [2]
+    truth = chain(model, prompt, 3)
+    model.config.time_conditioning = False
+    assert noncentrality(truth, chain(model, prompt, 3)) > 100, "σ = 0 throughout would be seen"
+    model.config.time_conditioning = True
+    outcomes = drawn(model, prompt, 3, sampler="ancestral", steps=3)
+    assert p_value(outcomes, truth) > REJECT
+
+
+def test_a_finished_block_beside_a_timed_one_has_no_noise():
+    """Two blocks of 2: the first enters the cache in the evaluation that begins the second."""
+    model = timed_model(length=6, block_size=2)
+    prompt, truth = [1, 2], {}
+    for head, chance in chain(model, prompt, 2).items():
+        for tail, rest in chain(model, [*prompt, *head], 2).items():
+            truth[head + tail] = chance * rest
+    assert p_value(drawn(model, prompt, 4, sampler="ancestral", steps=2), truth) > REJECT
+
+
+def test_first_hitting_of_a_time_conditioned_network_is_its_fine_chain():
+    """Many steps come near: 60 of them differ less than 12,000 rows can tell."""
+    model, prompt = timed_model(length=3, block_size=3), [2]
+    truth = chain(model, prompt, 60)
+    assert noncentrality(truth, chain(model, prompt, 1)) > 100
+    assert p_value(drawn(model, prompt, 2), truth) > REJECT
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_analytic(steps):
+    """SEDD's sampler: the network's own sums decide how many positions a step unmasks."""
+    model, prompt = timed_model(score=True, length=4, block_size=4), [2]
+    with torch.no_grad():
+        model.output.linear.bias[:3] -= 0.7  # sums below 1 as well as above
+    truth = chain(model, prompt, steps, scores=True)
+    if steps > 1:
+        assert noncentrality(truth, chain(model, prompt, steps)) > 40, "ancestral is another"
+    assert p_value(drawn(model, prompt, 3, sampler="analytic", steps=steps), truth) > REJECT

@@ -67,7 +67,7 @@ def test_cached_decoding_is_recomputation(kind, sampler, monkeypatch):
     size, window = model.config.block_size, model.config.length
     calls = decoded(model, monkeypatch)
     prompts = prompts_of(3, 9, 18)
-    steps = sampling_steps(model, prompts, max_new_tokens=28, stop_at_eos=False, **sampler)
+    steps = sampling_steps(model, prompts, max_new_tokens=28, stop="none", **sampler)
     steps = steps[1:]  # the first evaluates the prompts
     final = steps[-1].tokens
     monkeypatch.setattr(dit, "BlockLayout", lambda n, k: BlockLayout(n, k, window))
@@ -231,7 +231,7 @@ def test_eos_stops_its_row_and_no_other(kind):
     done = generate_tokens(model, prompts_of(3, 6), SamplingOptions(max_new_tokens=24))
     assert done.tokens == cut
     assert done.finish == ["eos" if eos in row else "length" for row in free]
-    on = tokens_of(model, prompts_of(3, 6), max_new_tokens=24, stop_at_eos=False)
+    on = tokens_of(model, prompts_of(3, 6), max_new_tokens=24, stop="none")
     assert on == free
 
 
@@ -264,8 +264,8 @@ def test_bad_input(kind):
     for options in ({"max_new_tokens": 0}, {"temperature": -1}, {"steps": 3}, {"top_k": 0}):
         with pytest.raises(InputError):
             sampling_steps(model, [[1]], **options)
-    with pytest.raises(InputError):
-        sampling_steps(tiny_model(time_conditioning=True), [[1]])
+    with pytest.raises(InputError, match="stopping rule"):
+        sampling_steps(model, [[1]], stop="first")
 
 
 def test_ar_takes_any_token_of_its_vocabulary_in_a_prompt():
@@ -293,3 +293,28 @@ def test_a_block_size_of_its_own():
     assert last.nfe.item() == 1 + 20
     with pytest.raises(InputError):
         sampling_steps(model, prompts_of(2), block_size=5)
+
+
+def test_the_papers_stopping_rules():
+    """Prompts begin with EOS: the first new one ends a row. A dull row is given up and counted."""
+    model = tiny_model(vocab_size=9, eos_token_id=7)
+    prompts = [[7, 1], [1, 2]]
+    once = generate_tokens(model, prompts, SamplingOptions(300, stop="second_eos", seed=3))
+    assert once.finish == ["eos", "eos"] and once.rejection_rate == 0
+    assert once.tokens[0].count(7) == 1 and once.tokens[0][-1] == 7
+    assert once.tokens[1].count(7) == 2 and once.tokens[1][-1] == 7
+    dull = generate_tokens(model, prompts, SamplingOptions(400, stop="low_entropy"))
+    assert dull.finish == ["low_entropy"] * 2 and dull.rejection_rate == 1
+    assert [256 <= len(p) + len(t) < 272 for p, t in zip(prompts, dull.tokens, strict=True)]
+
+
+def test_sedd_keeps_within_its_context():
+    model = tiny_model(vocab_size=9, block_size=12, time_conditioning=True, score=True)
+    options = SamplingOptions(8, sampler="analytic", steps=4, stop="none")
+    done = generate_tokens(model, [[1, 2], [3]], options)
+    assert [len(row) for row in done.tokens] == [8, 8] and max(done.nfe) <= 4
+    assert generate_tokens(model, [[3]], options, rows=[1]).tokens[0] == done.tokens[1]
+    with pytest.raises(InputError, match="context"):
+        generate_tokens(model, [[1, 2]], SamplingOptions(11))
+    with pytest.raises(InputError, match="SEDD"):
+        generate_tokens(model_of("mdlm"), [[1]], options)

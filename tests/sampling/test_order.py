@@ -1,10 +1,17 @@
+import math
+
 import pytest
 import torch
 
 from blockdiff.categorical import uniform
 from blockdiff.errors import InputError
 from blockdiff.sampling.order import events, next_positions
-from blockdiff.sampling.stopping import finished_length
+from blockdiff.sampling.stopping import (
+    finished_length,
+    is_dull,
+    stopping_rules,
+    token_entropy,
+)
 from blockdiff.schedules import SCHEDULES, get_schedule
 
 PAST = torch.iinfo(torch.int64).max
@@ -112,3 +119,34 @@ def test_when_a_row_is_finished(tokens, length):
 def test_without_an_eos_only_the_end_counts():
     tokens = torch.tensor([[1, 1, 7, 9, 9, 9]])
     assert finished_length(tokens, torch.tensor([2]), torch.tensor([5]), 9, None).item() == -1
+
+
+def test_the_second_eos():
+    start, end = torch.tensor([2]), torch.tensor([6])
+    for tokens, length in (
+        ([1, 1, 7, 1, 7, 1, 9, 9], 5),
+        ([1, 1, 7, 1, 1, 9, 9, 9], -1),
+        ([1, 1, 7, 7, 9, 9, 9, 9], 4),
+    ):
+        found = finished_length(torch.tensor([tokens]), start, end, 9, 7, torch.tensor([2]))
+        assert found.tolist() == [length]
+
+
+def test_entropy_and_dull_rows():
+    assert token_entropy(torch.arange(256)) == pytest.approx(math.log(256))
+    assert token_entropy(torch.tensor([3, 3, 3, 3])) == 0
+    lively, dull = torch.arange(300), torch.arange(300) % 50  # log 50 = 3.9 nats
+    short = torch.where(torch.arange(300) < 200, dull, 999)
+    late = torch.where(torch.arange(300) < 270, dull, 999)
+    tokens = torch.stack([lively, dull, short, late])
+    found, known = is_dull(tokens, torch.full((4,), 2), torch.full((4,), 290), 999)
+    assert found.tolist() == [False, True, False, True]
+    assert known.tolist() == [290, 290, 200, 270]
+
+
+def test_names_of_stopping_rules():
+    assert stopping_rules("paper") == {"second_eos", "low_entropy"}
+    assert stopping_rules("none") == frozenset() and stopping_rules("eos") == {"eos"}
+    for wrong in ("first_eos", "eos,second_eos"):
+        with pytest.raises(InputError):
+            stopping_rules(wrong)

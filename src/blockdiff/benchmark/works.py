@@ -100,7 +100,7 @@ def sampling(options: BenchmarkOptions, device: str, kind: str) -> Run:
             return {"tokens": len(text) - 1, "nfe": evaluations}
 
         return run_naive
-    wish = SamplingOptions(max_new_tokens=new, top_p=options.top_p, stop_at_eos=False)
+    wish = SamplingOptions(max_new_tokens=new, top_p=options.top_p, stop="none")
 
     def run() -> dict[str, float]:
         done = generate_tokens(model, [[0]] * options.batch_size, wish)

@@ -21,36 +21,16 @@ import torch
 from torch import Tensor
 
 from blockdiff.cache import BlockCache
-from blockdiff.categorical import check_warp, draw, uniform
+from blockdiff.categorical import check_warp, real_dtype, uniform
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
+from blockdiff.noising import total_noise
+from blockdiff.sampling.analytic import analytic
 from blockdiff.sampling.options import SamplingOptions
-from blockdiff.sampling.order import check_sampler, events, next_positions
-from blockdiff.sampling.stopping import finished_length
-
-# What a random number is for, the last part of its address; a token drawn anew counts on.
-_ORDER, _TOKEN = 0, 1
-
-
-@dataclass(frozen=True)
-class Step:
-    """The state after one network evaluation.
-
-    `tokens` int64 [B, S]: prompt and text so far, the mask token where nothing is fixed.
-    `fixed` bool [B, S]: the positions this step fixed. `nfe` int64 [B]: network evaluations of each
-    row so far, the prompt's included. `lengths` int64 [B]: final length of a finished row (prompt
-    and EOS included), −1 while it goes on.
-    """
-
-    tokens: Tensor
-    fixed: Tensor
-    nfe: Tensor
-    lengths: Tensor
-
-    @property
-    def done(self) -> Tensor:
-        return self.lengths >= 0
+from blockdiff.sampling.order import arrival_rate, check_sampler, events, next_positions
+from blockdiff.sampling.progress import ORDER, Progress, Step
+from blockdiff.sampling.stopping import stopping_rules
 
 
 def stream_tokens(
@@ -69,6 +49,8 @@ def stream_tokens(
     row_ids = torch.tensor(rows if rows is not None else range(len(prompts)), device=model.device)
     canvas, starts = _canvas(model, prompts, options)
     walk = _autoregressive if model.config.causal else _blocks
+    if options.sampler == "analytic":
+        walk = analytic
     was_training = model.training
     model.eval()
     # The mode is entered for each step only, never while the consumer runs.
@@ -88,8 +70,12 @@ def _check(model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOption
     check_warp(options.temperature, options.top_k, options.top_p, options.top_p_rule)
     check_sampler(options.sampler, options.steps)
     config = model.config
-    if config.time_conditioning:
-        raise InputError("this model is conditioned on time; its sampler is not available yet")
+    stopping_rules(options.stop)
+    if options.sampler == "analytic" and config.kind != "sedd":
+        raise InputError(
+            f"the analytic sampler reads the scores of SEDD, and this is {config.kind}: use "
+            "first_hitting or ancestral"
+        )
     if options.max_new_tokens < 1:
         raise InputError(f"max_new_tokens {options.max_new_tokens} must be at least 1")
     if not prompts:
@@ -105,6 +91,13 @@ def _check(model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOption
                 "is this the model's tokenizer?"
             )
     BlockLayout(config.length, options.block_size or config.block_size)
+    if config.kind == "sedd":
+        longest = max(len(prompt) for prompt in prompts) + options.max_new_tokens
+        if longest > config.length or options.block_size not in (None, config.length):
+            raise InputError(
+                f"SEDD writes within its context of {config.length} tokens, in one block; prompt "
+                f"and new tokens come to {longest}: lower --max-new-tokens"
+            )
 
 
 def _canvas(
@@ -121,63 +114,6 @@ def _canvas(
     return canvas, starts
 
 
-class _Progress:
-    """What all rows share: the canvas, the counts, and the making of steps."""
-
-    def __init__(
-        self,
-        model: DiT,
-        canvas: Tensor,
-        starts: Tensor,
-        row_ids: Tensor,
-        options: SamplingOptions,
-    ) -> None:
-        self.canvas, self.starts, self.row_ids, self.options = canvas, starts, row_ids, options
-        self.ends = starts + options.max_new_tokens
-        self.nfe = torch.zeros_like(starts)
-        self.lengths = torch.full_like(starts, -1)
-        self.mask_token_id = model.config.mask_token_id
-        self.eos_token_id = model.config.eos_token_id if options.stop_at_eos else None
-
-    def active(self) -> Tensor:
-        return (self.lengths < 0).nonzero().squeeze(-1)
-
-    def active_in(self, cache: BlockCache) -> Tensor:
-        """The active rows, in the order of the cache, which forgets the others."""
-        finished = self.lengths[cache.rows] >= 0
-        if bool(finished.any()):
-            cache.drop(finished.nonzero().squeeze(-1))
-        return cache.rows
-
-    def draw(self, logits: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        """Tokens for `rows` [P] at `positions` [P] from logits [P, V]."""
-        logits = logits.float()
-        logits[:, self.mask_token_id] = -torch.inf
-        seed, ids = self.options.seed, self.row_ids[rows]
-        return draw(
-            logits,
-            lambda which, attempt: uniform(seed, ids[which], positions[which], _TOKEN + attempt),
-            temperature=self.options.temperature,
-            top_k=self.options.top_k,
-            top_p=self.options.top_p,
-            top_p_rule=self.options.top_p_rule,
-        )
-
-    def step(self, rows: Tensor, fixed_rows: Tensor, fixed_positions: Tensor) -> Step:
-        """Counts an evaluation of `rows`, sees which are finished, and reports."""
-        self.nfe[rows] += 1
-        fixed = torch.zeros_like(self.canvas, dtype=torch.bool)
-        fixed[fixed_rows, fixed_positions] = True
-        self.lengths[rows] = finished_length(
-            self.canvas[rows],
-            self.starts[rows],
-            self.ends[rows],
-            self.mask_token_id,
-            self.eos_token_id,
-        )
-        return Step(self.canvas.clone(), fixed, self.nfe.clone(), self.lengths.clone())
-
-
 def _blocks(
     model: DiT, canvas: Tensor, starts: Tensor, row_ids: Tensor, options: SamplingOptions
 ) -> Iterator[Step]:
@@ -186,7 +122,7 @@ def _blocks(
     size = options.block_size or config.block_size
     capacity = config.length - size
     stride = size if capacity else max(size // 2, 1)
-    progress = _Progress(model, canvas, starts, row_ids, options)
+    progress = Progress(model, canvas, starts, row_ids, options)
     prepared = model.prepare()
     cache = _new_cache(model, canvas, capacity, size)
     # The block with the first free position; without a cache, one with as much before it as fits.
@@ -201,6 +137,7 @@ def _blocks(
         yield progress.step(everyone[first > 0], everyone[:0], everyone[:0])
     offset = torch.arange(size, device=canvas.device)
     event = torch.zeros(len(canvas), size, dtype=torch.int64, device=canvas.device)
+    arrival = torch.zeros(len(canvas), size, dtype=real_dtype(canvas.device), device=canvas.device)
     uncached = torch.zeros(len(canvas), dtype=torch.bool, device=canvas.device)
 
     def look(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,8 +153,11 @@ def _blocks(
             first[complete] += stride
             uncached[complete] = capacity > 0
         position, _, masked = look(rows)
-        u = uniform(options.seed, row_ids[rows, None], position, _ORDER)
+        u = uniform(options.seed, row_ids[rows, None], position, ORDER)
         event[rows] = events(u, masked, options.sampler, options.steps, options.schedule)
+        arrival[rows] = arrival_rate(
+            u, event[rows], options.sampler, options.steps, options.schedule
+        )
 
     open_blocks(everyone)
     while len(rows := progress.active_in(cache)):
@@ -229,6 +169,10 @@ def _blocks(
             x = torch.cat([_read(canvas, rows, before, config.mask_token_id), x], dim=1)
             position = torch.cat([before, position], dim=1)
             at = torch.cat([torch.zeros_like(fix), fix], dim=1)
+        if config.time_conditioning:
+            rate = arrival[rows].masked_fill(~fix, 0).amax(-1)
+            clean = 0 if finished is None else size
+            prepared = model.prepare(total_noise(rate).float(), BlockLayout(size, size), clean)
         logits = model.decode(x, position, cache, at, finished=finished, prepared=prepared)
         if finished is not None:
             cache.append_staged(finished.nonzero().squeeze(-1))
@@ -253,7 +197,7 @@ def _autoregressive(
     model: DiT, canvas: Tensor, starts: Tensor, row_ids: Tensor, options: SamplingOptions
 ) -> Iterator[Step]:
     """AR: each evaluation feeds a row's last token and fixes the next one."""
-    progress = _Progress(model, canvas, starts, row_ids, options)
+    progress = Progress(model, canvas, starts, row_ids, options)
     prepared = model.prepare()
     cache = _new_cache(model, canvas, model.config.length - 1, 1)
     everyone = torch.arange(len(canvas), device=canvas.device)
@@ -299,7 +243,11 @@ def _prefill(
 
 @dataclass(frozen=True)
 class Generation:
-    """Finished rows. `tokens`: new ids of each row, EOS included; `finish`: "eos" or "length"."""
+    """Finished rows.
+
+    `tokens`: new ids of each row, EOS included. `finish`: "eos", "length", or "low_entropy" for a
+    text that the rule of that name gave up.
+    """
 
     tokens: list[list[int]]
     nfe: list[int]
@@ -310,6 +258,11 @@ class Generation:
     def tokens_per_second(self) -> float:
         """New tokens of all rows over wall time, the prompt's evaluation included."""
         return sum(map(len, self.tokens)) / max(self.seconds, 1e-9)
+
+    @property
+    def rejection_rate(self) -> float:
+        """Share of the rows given up as too dull."""
+        return self.finish.count("low_entropy") / max(len(self.finish), 1)
 
     @property
     def tokens_per_nfe(self) -> float:
@@ -336,5 +289,8 @@ def collect(
         step.tokens[row, len(prompt) : int(step.lengths[row])].tolist()
         for row, prompt in enumerate(prompts)
     ]
-    finish = ["eos" if new and new[-1] == eos_token_id else "length" for new in tokens]
+    finish = [
+        "low_entropy" if given_up else "eos" if new and new[-1] == eos_token_id else "length"
+        for new, given_up in zip(tokens, step.rejected.tolist(), strict=True)
+    ]
     return Generation(tokens, step.nfe.tolist(), finish, seconds)

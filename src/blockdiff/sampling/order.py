@@ -5,6 +5,7 @@ Each position therefore gets its unmasking event up front, from one uniform u: i
 t exactly when u < 1 − α_t (the forward process run once, then read backwards).
 
     ancestral      T steps t_i = 1 − i/T; event i is the step in which u crosses 1 − α
+    analytic       T steps of SEDD, whose network also says how likely a position is unmasked
     first_hitting  T → ∞: one position an event, in descending order of u (Zheng et al. 2024)
 
 A step in which nothing is unmasked needs no network evaluation and simply never comes up.
@@ -18,7 +19,7 @@ from torch import Tensor
 from blockdiff.errors import InputError
 from blockdiff.schedules import get_schedule
 
-SAMPLERS = ("first_hitting", "ancestral")
+SAMPLERS = ("first_hitting", "ancestral", "analytic")
 
 
 def events(u: Tensor, masked: Tensor, sampler: str, steps: int | None, schedule: str) -> Tensor:
@@ -37,12 +38,26 @@ def events(u: Tensor, masked: Tensor, sampler: str, steps: int | None, schedule:
     return event.masked_fill(~masked, torch.iinfo(torch.int64).max)
 
 
+def arrival_rate(
+    u: Tensor, event: Tensor, sampler: str, steps: int | None, schedule: str
+) -> Tensor:
+    """The mask rate [n, K] just before each position's event, for a time-conditioned network.
+
+    First-hitting: u itself, the rate at the very moment. Ancestral: that at its step's beginning.
+    """
+    if sampler == "first_hitting":
+        return u
+    assert steps is not None
+    time = 1 - event.clamp(max=steps - 1).to(u.dtype) / steps
+    return get_schedule(schedule).mask_rate(time)
+
+
 def check_sampler(sampler: str, steps: int | None) -> None:
     """Raises `InputError` unless the sampler exists and its steps make sense."""
     if sampler not in SAMPLERS:
         raise InputError(f"no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
-    if sampler == "ancestral" and (steps is None or steps < 1):
-        raise InputError("the ancestral sampler needs a number of steps per block, at least 1")
+    if sampler in ("ancestral", "analytic") and (steps is None or steps < 1):
+        raise InputError(f"the {sampler} sampler needs a number of steps per block, at least 1")
     if sampler == "first_hitting" and steps is not None:
         raise InputError(
             "first_hitting takes one step per token: leave steps out or use the ancestral sampler"
