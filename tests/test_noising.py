@@ -233,6 +233,18 @@ def test_redrawn_masks_are_what_rejection_leaves(clip):
     torch.testing.assert_close(draw.weight[:, 4:8][own], expected, rtol=1e-4, atol=0)
 
 
+def test_bell_shaped_rates():
+    noise = uniform_noise(20_000)
+    draw = make("bell", noise)
+    rate = -torch.expm1(-draw.sigma[:, 1].double())
+    assert stats.kstest(rate.numpy(), stats.beta(2, 2).cdf).pvalue > REJECT
+    assert not draw.unbiased and (z_scores(losses(draw)) > 5).any()
+    expected = (1 / rate[:, None]).expand(-1, 4)[draw.masked[:, 4:8]]
+    torch.testing.assert_close(
+        draw.weight[:, 4:8][draw.masked[:, 4:8]].double(), expected, rtol=1e-3, atol=0
+    )
+
+
 def test_redrawing_needs_a_mask_that_fits():
     with pytest.raises(InputError, match="widen"):
         make("clipped_redraw", uniform_noise(1), clip=(0.55, 0.7))

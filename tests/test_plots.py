@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from blockdiff.errors import InputError
-from blockdiff.plots import loss_plot
+from blockdiff.plots import loss_plot, variance_plot
 
 
 def metrics(end: float, lines: int = 60) -> list[dict[str, float]]:
@@ -103,3 +103,22 @@ def test_nothing_to_draw(curves, tmp_path: Path):
     with pytest.raises(InputError, match="no losses to draw"):
         loss_plot(curves, tmp_path / "loss.png", title="")
     assert not list(tmp_path.iterdir())
+
+
+def test_variance_plot(tmp_path):
+    """A panel for each block size and kind; what has no noise is written as 0, not dropped."""
+    record = {"unbiased": True, "passes": 1, "block_size": 4}
+    records = [
+        {**record, "estimator": name, "block_size": size,
+         "loss": {"mask": value, "mask_stderr": value / 10},
+         "gradient": {"mask": 2 * value, "mask_stderr": value}}
+        for size in (1, 4)
+        for name, value in (("exact_k", 0.0 if size == 1 else 0.02), ("bernoulli", 3.0))
+    ]  # fmt: skip
+    variance_plot(records, tmp_path / "v.png", title="noise")
+    assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
+    for one in records:
+        one["gradient"] = None
+    variance_plot(records, tmp_path / "loss.png", title="noise")
+    whole, half = ((tmp_path / name).stat().st_size for name in ("v.png", "loss.png"))
+    assert half < whole

@@ -1,4 +1,4 @@
-"""The command line: `blockdiff train | evaluate | generate | tokenizer | benchmark | demo`.
+"""The command line: `blockdiff train | evaluate | variance | generate | …`.
 
 Bad input ends in one line on standard error and exit code 2. Nothing heavy is imported before a
 command is known.
@@ -26,8 +26,8 @@ from blockdiff.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """Measure the likelihood of a text under a model.
+class DataOptions:
+    """A text to measure on.
 
     Attributes:
         data: Corpus: pydoc, files (txt, jsonl, parquet; .xz and .gz too), a folder, or a hub id.
@@ -39,18 +39,8 @@ class EvaluateOptions:
         subset: Subset of a hub data set.
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
         length: Tokens per sequence; the model's own context when left out.
-        block_size: Block size L'; the model's own when left out.
         bos: Put a beginning-of-text token before each document.
         across_documents: Let windows run across documents; otherwise pad at each document's end.
-        estimator: auto (enumerate up to L' = 4, else exact_k), or one of those that bound the
-            likelihood: enumerate, exact_k, paired, bernoulli, d3pm.
-        draws: Noised copies per sequence, where masks are not enumerated.
-        timesteps: Time steps T of d3pm.
-        windows: Sequences measured, evenly spread; 0 is all of them.
-        batch_size: Sequences per pass; chosen by size when left out.
-        seed: Seed of the masks.
-        precision: Weights: float32, bf16, int8, or auto (bf16 where it is faster).
-        json: Print one JSON object.
     """
 
     data: str
@@ -62,9 +52,28 @@ class EvaluateOptions:
     subset: str | None = None
     tokenizer: str | None = None
     length: int | None = None
-    block_size: int | None = None
     bos: bool = False
     across_documents: bool = True
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure the likelihood of a text under a model.
+
+    Attributes:
+        block_size: Block size L'; the model's own when left out.
+        estimator: auto (enumerate up to L' = 4, else exact_k), or one of those that bound the
+            likelihood: enumerate, exact_k, paired, bernoulli, d3pm.
+        draws: Noised copies per sequence, where masks are not enumerated.
+        timesteps: Time steps T of d3pm.
+        windows: Sequences measured, evenly spread; 0 is all of them.
+        batch_size: Sequences per pass; chosen by size when left out.
+        seed: Seed of the masks.
+        precision: Weights: float32, bf16, int8, or auto (bf16 where it is faster).
+        json: Print one JSON object.
+    """
+
+    block_size: int | None = None
     estimator: str = "auto"
     draws: int = 8
     timesteps: int = 1000
@@ -72,6 +81,34 @@ class EvaluateOptions:
     batch_size: int | None = None
     seed: int = 0
     precision: str = "float32"
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class VarianceOptions:
+    """Measure how noisy the estimators of the bound are: loss and gradient, masks and data apart.
+
+    Attributes:
+        block_sizes: Block sizes L', for example 1,4,16; the model's own when left out.
+        estimators: Which, with commas, for example bernoulli:cosine,clipped:0.3:0.8,
+            exact_k+stratified; all of the paper's and ours when left out.
+        batch_size: Sequences in a batch; the variance is that of a batch's mean.
+        batches: Batches, each with its own text.
+        draws: Draws of masks for each batch.
+        gradient: Measure the gradient too.
+        seed: Seed of the masks.
+        plot: Also draw the result, as a PNG.
+        json: Print one JSON object.
+    """
+
+    block_sizes: str | None = None
+    estimators: str | None = None
+    batch_size: int = 8
+    batches: int = 8
+    draws: int = 16
+    gradient: bool = True
+    seed: int = 0
+    plot: str | None = None
     json: bool = False
 
 
@@ -212,8 +249,25 @@ def _evaluate(given: Namespace) -> None:
 
     options = _dataclass(EvaluateOptions, given)
     arguments = {k: v for k, v in asdict(options).items() if k != "json"}
-    record = evaluate_corpus(given.model, **arguments)
+    record = evaluate_corpus(given.model, **arguments, **asdict(_dataclass(DataOptions, given)))
     print(json.dumps(record, indent=2) if options.json else summary_table(record))
+
+
+def _variance(given: Namespace) -> None:
+    from blockdiff.evaluation.variance import measure_corpus, variance_table
+    from blockdiff.plots import variance_plot
+
+    options = _dataclass(VarianceOptions, given)
+    if options.plot and Path(options.plot).exists():
+        raise InputError(f"{options.plot} exists; name another file for --plot")
+    arguments = {k: v for k, v in asdict(options).items() if k not in ("json", "plot")}
+    data = asdict(_dataclass(DataOptions, given))
+    found = measure_corpus(given.model, **arguments, **data)
+    records = [x.record() for x in found]
+    if options.plot:
+        variance_plot(records, Path(options.plot), title=f"{given.model} on {data['data']}")
+    record = {"model": given.model, "data": data["data"], "estimators": records}
+    print(json.dumps(record, indent=2) if options.json else variance_table(found))
 
 
 def _generate(given: Namespace) -> None:
@@ -267,7 +321,8 @@ def _commands() -> dict[str, Command]:
     work = ("work", f"What is timed: {', '.join(WORKS)}.")
     return {
         "train": (TrainConfig, (), _train, None),
-        "evaluate": (EvaluateOptions, (), _evaluate, model),
+        "evaluate": (DataOptions, (EvaluateOptions,), _evaluate, model),
+        "variance": (DataOptions, (VarianceOptions,), _variance, model),
         "generate": (GenerateOptions, (SamplingOptions,), _generate, model),
         "tokenizer": (TokenizerOptions, (), _tokenizer, None),
         "benchmark": (BenchmarkOptions, (), _benchmark, work),
@@ -287,7 +342,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--version", action="version", version=f"blockdiff {__version__}")
     subcommands = parser.add_subcommands(dest="command", required=True)
     for name, (first, others, _, positional) in _commands().items():
-        summary = (first.__doc__ or "").strip().splitlines()[0]
+        described = others[0] if first is DataOptions else first
+        summary = (described.__doc__ or "").strip().splitlines()[0]
         command = _Parser(description=summary)
         command.add_argument("--config", action="config", help="YAML file with these options.")
         if positional is not None:

@@ -13,6 +13,7 @@ number of tokens of a block that may be masked:
     paired      k on {0…n}, a subset and its complement, weights (n+1)/k and (n+1)/(n−k), halved
     enumerate   all 2^n − 1 subsets with weight 1/(k·C(n, k)): the bound itself, no noise
     d3pm        t ~ U{1/T, …, 1}, weight T(α_{t−1/T} − α_t)/(1 − α_t): the bound of T steps
+    bell        mask rate ~ Beta(2, 2), weight 1/rate: a clip with soft ends, biased like one
     clipped_redraw   clipped, with each block's masked share itself inside [β, ω]
 
 No estimator draws its own random numbers: all are functions of a `Noise`, so the same code serves
@@ -255,6 +256,23 @@ def d3pm(
     return _draw(x_0, masked, weight, rate, mask_token_id)
 
 
+def bell(
+    x_0: Tensor, layout: BlockLayout, noise: Noise, maskable: Tensor, mask_token_id: int
+) -> Draw:
+    """Mask rate ~ Beta(2, 2), weight 1/rate: few blocks with hardly a mask or hardly a word.
+
+    Without the importance weight 1/(6·rate·(1 − rate)), which would be unbounded at both ends and
+    give the variance back: biased.
+    """
+    draws = noise.token.shape[0] // x_0.shape[0]
+    # The inverse of 3u² − 2u³, by the cubic's trigonometric solution.
+    rate = (0.5 - torch.sin(torch.asin(1 - 2 * noise.block) / 3)).clamp(min=1e-6)
+    masked = (noise.token < _per_token(rate, layout)) & maskable.repeat(draws, 1)
+    return _draw(
+        x_0, masked, _per_token(1 / rate, layout) / draws, rate, mask_token_id, unbiased=False
+    )
+
+
 def check_clip(beta: float, omega: float) -> None:
     """Raises `InputError` unless 0 ≤ β ≤ ω ≤ 1 and ω > 0."""
     if not (0 <= beta <= omega <= 1 and omega > 0):
@@ -348,7 +366,7 @@ def _lowest_k(
 # (x_0, layout, noise, maskable, mask_token_id) → Draw
 Estimator = Callable[[Tensor, BlockLayout, Noise, Tensor, int], Draw]
 ESTIMATORS: tuple[str, ...] = (
-    "bernoulli", "clipped", "clipped_redraw", "d3pm", "exact_k", "paired", "enumerate",
+    "bell", "bernoulli", "clipped", "clipped_redraw", "d3pm", "exact_k", "paired", "enumerate",
 )  # fmt: skip
 
 
@@ -373,6 +391,8 @@ def make_estimator(
             raise InputError(f"estimator {name} needs a clip, for example 0.45,0.95")
         chosen = clipped if name == "clipped" else clipped_redraw
         return partial(chosen, beta=clip[0], omega=clip[1])
+    if name == "bell":
+        return bell
     if name == "exact_k":
         return exact_k
     if name == "paired":

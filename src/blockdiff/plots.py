@@ -1,10 +1,11 @@
-"""Loss curves."""
+"""Loss curves, and the noise of estimators."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -126,3 +127,59 @@ def _perplexity_axis(axes: Axes) -> None:
     right.yaxis.set_minor_formatter(NullFormatter())
     right.set_ylabel("perplexity")
     right.spines["right"].set_alpha(0.4)
+
+
+def variance_plot(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+    """Draws the masks' variance of loss and gradient at equal passes, as a PNG.
+
+    `records`: those of `EstimatorVariance`; a panel for each block size, estimators from the
+    noisiest to the quietest, ± 1.96 standard errors. What is 0 but for rounding is written as such.
+    """
+    sizes = list(dict.fromkeys(record["block_size"] for record in records))
+    kinds = [kind for kind in ("loss", "gradient") if records[0].get(kind) is not None]
+    height = 1.2 + 0.26 * max(sum(r["block_size"] == size for r in records) for size in sizes)
+    figure = Figure(figsize=(4.4 * len(kinds) + 1, height * len(sizes)), dpi=130,
+                    layout="constrained")  # fmt: skip
+    figure.suptitle(title, x=0.01, ha="left")
+    panels = figure.subplots(len(sizes), len(kinds), squeeze=False)
+    for row, size in zip(panels, sizes, strict=True):
+        own = [r for r in records if r["block_size"] == size]
+        own = sorted(own, key=lambda r: -r["passes"] * r[kinds[-1]]["mask"])
+        for axes, kind in zip(row, kinds, strict=True):
+            _variance_panel(axes, own, kind)
+            axes.set_title(f"L' = {size}: {kind}", loc="left", fontsize=10)
+            axes.set_yticks(range(len(own)), [_estimator_label(r) for r in own], fontsize=8)
+            if kind != kinds[0]:
+                axes.set_yticklabels([])
+    unit = "variance × passes"
+    panels[-1][0].set_xlabel(f"{unit}, nats² per token²")
+    if len(kinds) > 1:
+        panels[-1][1].set_xlabel(f"{unit}, trace of the covariance")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def _estimator_label(record: Mapping[str, Any]) -> str:
+    return str(record["estimator"]) + ("" if record["unbiased"] else " (biased)")
+
+
+def _variance_panel(axes: Axes, records: Sequence[Mapping[str, Any]], kind: str) -> None:
+    values = np.array([r["passes"] * r[kind]["mask"] for r in records])
+    errors = np.array([1.96 * r["passes"] * r[kind]["mask_stderr"] for r in records])
+    noise = 1e-6 * values.max()
+    seen = values > noise
+    where = np.arange(len(values))
+    colours = [_COLOURS[0] if r["unbiased"] else _COLOURS[1] for r in records]
+    low = np.minimum(errors, 0.95 * np.abs(values))  # a bar must not leave a logarithmic axis
+    for i in where[seen]:
+        axes.errorbar(values[i], i, xerr=[[low[i]], [errors[i]]], fmt="o", color=colours[i],
+                      markersize=4, capsize=2, elinewidth=1)  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    for i in where[~seen]:
+        axes.annotate("0", (0.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    axes.set_ylim(-0.6, len(values) - 0.4)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -5,21 +5,73 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.loading import load
-from blockdiff.data.packing import pack
+from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
 from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.models.dit import DiT
 from blockdiff.models.hub import default_device
 from blockdiff.models.precision import convert
 
 PARTS = ("all", "train", "validation")
+
+
+def open_documents(
+    data: str,
+    *,
+    part: str = "all",
+    validation_fraction: float = 0.05,
+    split_seed: int = 0,
+    text_column: str = "text",
+    split: str = "train",
+    subset: str | None = None,
+) -> Iterable[str]:
+    """The documents of a corpus, or of the part of it that training saw or held out."""
+    if part not in PARTS:
+        raise InputError(f"no part {part!r}; choose one of {', '.join(PARTS)}")
+    documents = load_corpus(data, split=split, text_column=text_column, subset=subset)
+    if part == "all":
+        return documents
+    train, held_out = split_documents(documents, validation_fraction, split_seed)
+    return train if part == "train" else held_out
+
+
+def open_sequences(
+    network: DiT,
+    words: PreTrainedTokenizerBase,
+    data: str,
+    *,
+    length: int | None = None,
+    bos: bool = False,
+    across_documents: bool = True,
+    windows: int = 0,
+    **corpus: Any,
+) -> tuple[Windows, dict[str, Tensor]]:
+    """A packed corpus (see `open_documents`) and `windows` of it, evenly spread, 0 for all.
+
+    The sequences are x_0 int64 [B, L], and documents [B, L] where windows are padded, on the
+    network's device.
+    """
+    if windows < 0:
+        raise InputError(f"--windows is {windows}; it must not be negative (0 is all)")
+    packed = pack(
+        open_documents(data, **corpus),
+        words,
+        length=network.config.length if length is None else length,
+        bos=bos,
+        across_documents=across_documents,
+    )
+    return packed, {name: x.to(network.device) for name, x in stack(packed, windows).items()}
 
 
 def evaluate_corpus(
@@ -50,26 +102,13 @@ def evaluate_corpus(
     Returns `Likelihood.record()` with the model, the data and the same figures per UTF-8 byte:
     nats per token times tokens per byte of the whole corpus. Raises `InputError` on bad input.
     """
-    if part not in PARTS:
-        raise InputError(f"no part {part!r}; choose one of {', '.join(PARTS)}")
-    if windows < 0:
-        raise InputError(f"--windows is {windows}; it must not be negative (0 is all)")
     network, words = load(model, tokenizer=tokenizer, device=default_device())
     convert(network, precision, network.device)
-    documents: Iterable[str] = load_corpus(
-        data, split=split, text_column=text_column, subset=subset
-    )
-    if part != "all":
-        train, held_out = split_documents(documents, validation_fraction, split_seed)
-        documents = train if part == "train" else held_out
-    packed = pack(
-        documents,
-        words,
-        length=network.config.length if length is None else length,
-        bos=bos,
-        across_documents=across_documents,
-    )
-    sequences = {name: x.to(network.device) for name, x in stack(packed, windows).items()}
+    packed, sequences = open_sequences(
+        network, words, data, part=part, validation_fraction=validation_fraction,
+        split_seed=split_seed, text_column=text_column, split=split, subset=subset, length=length,
+        bos=bos, across_documents=across_documents, windows=windows,
+    )  # fmt: skip
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"{network.config.kind} on {data}", total=len(sequences["x_0"]))
         result = likelihood(

@@ -112,7 +112,7 @@ def likelihood(
     elif estimator == "auto":
         small = layout.block_size <= AUTO_ENUMERATE and not model.config.time_conditioning
         estimator = "enumerate" if small else "exact_k"
-    if "clipped" in estimator:
+    if "clipped" in estimator or estimator == "bell":
         raise InputError(_BIASED.format(estimator))
     if estimator == "enumerate" and model.config.time_conditioning:
         raise InputError(

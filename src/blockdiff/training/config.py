@@ -37,7 +37,7 @@ class TrainConfig:
         adaln: Give the network adaptive layer norms, as the paper does.
         time_conditioning: Feed the network the noise level; sedd always does.
         initial_shift: Standard deviation of their shifts at initialisation.
-        estimator: How masks are drawn: exact_k, paired, bernoulli, d3pm, clipped or
+        estimator: How masks are drawn: exact_k, paired, bernoulli, d3pm, bell, clipped or
             clipped_redraw (redraws masks until their share lies in the clip).
         schedule: Noise schedule of bernoulli and d3pm.
         timesteps: Time steps T of d3pm.
@@ -187,7 +187,15 @@ class TrainConfig:
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("bd3lm", "mdlm", "sedd", "ar"),
     "preset": ("nano", "micro", "small", "medium"),
-    "estimator": ("exact_k", "paired", "bernoulli", "d3pm", "clipped", "clipped_redraw"),
+    "estimator": (
+        "exact_k",
+        "paired",
+        "bernoulli",
+        "d3pm",
+        "bell",
+        "clipped",
+        "clipped_redraw",
+    ),
     "schedule": ("linear", "cosine", "square", "square_root", "logarithmic"),
     "lr_schedule": ("constant", "linear", "cosine"),
     "precision": ("auto", "float32", "bf16"),

@@ -1,0 +1,306 @@
+"""How noisy an estimator of the bound is: the variance of its loss and of its gradient.
+
+D batches of text, R draws of masks for each; y_{d,r} is the loss in nats per token of a batch, or
+its gradient, a vector. One-way analysis of variance, with |·|² for vectors (the trace of the
+covariance):
+
+    mask noise  = mean_d 1/(R − 1) Σ_r |y_{d,r} − ȳ_d|²
+    data noise  = 1/(D − 1) Σ_d |ȳ_d − ȳ|² − mask noise / R
+
+Both are unbiased. Their standard errors are jackknifed over batches. An estimator that costs two
+passes a draw (`paired`) is compared with others through `passes`: variance × passes is the variance
+at equal compute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from blockdiff import objectives
+from blockdiff.categorical import fold_seed, real_dtype
+from blockdiff.data.loading import load
+from blockdiff.errors import InputError
+from blockdiff.evaluation.corpus import open_sequences
+from blockdiff.layout import BlockLayout
+from blockdiff.models.dit import DiT
+from blockdiff.models.hub import default_device
+from blockdiff.noising import Estimator, Noise, make_estimator, stratified_noise
+
+# The schedules of the paper's tables, and what is new.
+DEFAULT_ESTIMATORS = (
+    "bernoulli",
+    "bernoulli+stratified",
+    "bernoulli:cosine",
+    "bernoulli:square",
+    "bernoulli:square_root",
+    "bernoulli:logarithmic",
+    "clipped:0.45:0.95",
+    "clipped:0.3:0.8",
+    "bell",
+    "exact_k",
+    "exact_k+stratified",
+    "paired",
+    "paired+stratified",
+)
+_HOW = "name, bernoulli:SCHEDULE, clipped:β:ω or d3pm:T, and +stratified behind it"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One quantity's variance, split; in nats² per token² (times 1/weight² for gradients)."""
+
+    mask: float
+    mask_stderr: float
+    data: float
+    data_stderr: float
+
+
+@dataclass(frozen=True)
+class EstimatorVariance:
+    """What was measured of one estimator at one block size.
+
+    `loss_mean` ± `loss_stderr`: nats per token, over batches. `passes`: noised copies of the text
+    a draw costs. `gradient` is None when it was not asked for.
+    """
+
+    estimator: str
+    block_size: int
+    unbiased: bool
+    passes: int
+    loss_mean: float
+    loss_stderr: float
+    loss: Spread
+    gradient: Spread | None
+    batches: int
+    draws: int
+    batch_size: int
+
+    def record(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def parse_estimator(text: str) -> tuple[Estimator, bool]:
+    """(estimator, whether its noise is stratified) of a name like `clipped:0.3:0.8+stratified`.
+
+    Raises `InputError` for a name that says nothing.
+    """
+    name, plus, how = text.partition("+")
+    name, *settings = name.split(":")
+    if name == "enumerate" or (plus and how != "stratified"):
+        raise InputError(f"no estimator {text!r} to measure the variance of; give {_HOW}")
+    try:
+        if name in ("clipped", "clipped_redraw"):
+            beta, omega = (float(x) for x in settings)
+            return make_estimator(name, clip=(beta, omega)), bool(plus)
+        if name == "d3pm" and settings:
+            return make_estimator(name, timesteps=int(settings[0])), bool(plus)
+        if name == "bernoulli" and settings:
+            return make_estimator(name, settings[0]), bool(plus)
+        if settings:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"estimator {text!r} is not of the form {_HOW}") from None
+    return make_estimator(name), bool(plus)
+
+
+def variance(
+    model: DiT,
+    x_0: Tensor,
+    estimator: str,
+    *,
+    block_size: int | None = None,
+    batch_size: int = 8,
+    draws: int = 16,
+    gradient: bool = True,
+    seed: int = 0,
+    documents: Tensor | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> EstimatorVariance:
+    """Measures `estimator` (see `parse_estimator`) on sequences x_0 int64 [D·B, L].
+
+    `batch_size` B sequences make a batch; what is left over is not used. `progress` is called
+    after each draw. Raises `InputError` for fewer than two batches or draws, or an AR model.
+    """
+    make, stratified = parse_estimator(estimator)
+    batches = len(x_0) // batch_size if batch_size > 0 else 0
+    if batches < 2 or draws < 2:
+        raise InputError(
+            f"{len(x_0)} sequences in batches of {batch_size} and {draws} draws: a variance needs "
+            "at least two batches and two draws"
+        )
+    if model.config.causal:
+        raise InputError("an AR model's loss has no noise of masks; give a diffusion model")
+    layout = BlockLayout(x_0.shape[1], block_size or model.config.block_size)
+    was_training = model.training
+    model.eval()
+    losses = torch.zeros(batches, draws, dtype=torch.float64)
+    means, squares = [], torch.zeros(batches, dtype=torch.float64)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    unbiased, passes = True, 1
+    for d in range(batches):
+        rows = x_0[d * batch_size : (d + 1) * batch_size]
+        own = None if documents is None else documents[d * batch_size : (d + 1) * batch_size]
+        maskable = objectives.maskable_positions(rows, model.config.keep_first, own)
+        total = torch.zeros(sum(p.numel() for p in parameters) if gradient else 0)
+        for r in range(draws):
+            noise = _noise(batch_size, layout, fold_seed(seed, d, r), stratified, rows.device)
+            draw = make(rows, layout, noise, maskable, model.config.mask_token_id)
+            unbiased, passes = draw.unbiased, len(draw.x_t) // len(rows)
+            with torch.set_grad_enabled(gradient):
+                nats = objectives.bd3lm(model, rows, draw, own, block_size=layout.block_size)
+                loss = nats.sum() / maskable.sum().clamp(min=1)
+            losses[d, r] = loss.item()
+            if gradient:
+                flat = _flat_gradient(loss, parameters)
+                total += flat
+                squares[d] += flat.double().square().sum()
+            if progress is not None:
+                progress(1)
+        means.append(total / draws)
+    model.train(was_training)
+    of_loss = _analysis(losses.mean(1)[:, None], losses.square().sum(1), draws)
+    of_gradient = _analysis(torch.stack(means).double(), squares, draws) if gradient else None
+    by_batch = losses.mean(1)
+    return EstimatorVariance(
+        estimator, layout.block_size, unbiased, passes,
+        float(by_batch.mean()), float(by_batch.std() / math.sqrt(batches)),
+        of_loss, of_gradient, batches, draws, batch_size,
+    )  # fmt: skip
+
+
+def _noise(
+    rows: int, layout: BlockLayout, seed: int, stratified: bool, device: torch.device
+) -> Noise:
+    generator = torch.Generator(device).manual_seed(seed)
+    if stratified:
+        return stratified_noise(rows, layout, generator)
+    kind = {"generator": generator, "device": device, "dtype": real_dtype(device)}
+    block, token = (torch.rand(rows, n, **kind) for n in (layout.blocks, layout.length))  # type: ignore[call-overload]
+    tiny = torch.finfo(block.dtype).tiny
+    return Noise(block.clamp(min=tiny), token.clamp(min=tiny))
+
+
+def _flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """The gradient as one vector, on the CPU; zeros where the loss does not depend on a weight."""
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    parts = [
+        torch.zeros(p.numel()) if g is None else g.flatten().float().cpu()
+        for p, g in zip(parameters, found, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _analysis(means: Tensor, squares: Tensor, draws: int) -> Spread:
+    """From ȳ_d [D, n] and Σ_r |y_{d,r}|² [D], the split variance with jackknifed errors."""
+    within = (squares - draws * means.square().sum(1)) / (draws - 1)  # [D]
+    gram = means @ means.mT
+
+    def split(kept: Tensor) -> tuple[float, float]:
+        count = len(kept)
+        own = gram[kept][:, kept]
+        mask = within[kept].mean()
+        between = (own.diagonal().sum() - own.sum() / count) / (count - 1)
+        return float(mask), float(between - mask / draws)
+
+    count = len(means)
+    every = torch.arange(count)
+    mask, data = split(every)
+    if count < 3:
+        return Spread(mask, math.nan, data, math.nan)
+    left = torch.tensor([split(every[every != d]) for d in range(count)])
+    errors = ((left - left.mean(0)).square().sum(0) * (count - 1) / count).sqrt()
+    return Spread(mask, float(errors[0]), data, float(errors[1]))
+
+
+def measure_corpus(
+    model: str | Path,
+    data: str,
+    *,
+    block_sizes: str | None = None,
+    estimators: str | None = None,
+    batch_size: int = 8,
+    batches: int = 8,
+    draws: int = 16,
+    gradient: bool = True,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    **corpus: Any,
+) -> list[EstimatorVariance]:
+    """Measures every estimator at every block size on windows of a corpus.
+
+    `block_sizes` and `estimators`: lists with commas; the model's own block size and
+    `DEFAULT_ESTIMATORS` when left out. Everything is measured on the same windows. `corpus`: see
+    `open_sequences`. Raises `InputError` on bad input.
+    """
+    network, words = load(model, tokenizer=tokenizer, device=default_device())
+    try:
+        sizes = [int(x) for x in (block_sizes or str(network.config.block_size)).split(",")]
+    except ValueError:
+        raise InputError(f"--block-sizes {block_sizes!r} is no list like 1,4,16") from None
+    names = estimators.split(",") if estimators else list(DEFAULT_ESTIMATORS)
+    for name in names:
+        parse_estimator(name)
+    if batches < 2:
+        raise InputError(f"--batches is {batches}; a variance needs at least 2")
+    wanted = batches * batch_size
+    _, sequences = open_sequences(network, words, data, windows=wanted, **corpus)
+    found = []
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("draws", total=len(sizes) * len(names) * batches * draws)
+        for size in sizes:
+            for name in names:
+                bar.update(task, description=f"L' = {size}, {name}")
+                found.append(
+                    variance(
+                        network,
+                        sequences["x_0"],
+                        name,
+                        block_size=size,
+                        batch_size=batch_size,
+                        draws=draws,
+                        gradient=gradient,
+                        seed=seed,
+                        documents=sequences.get("documents"),
+                        progress=lambda done: bar.advance(task, done),
+                    )
+                )
+    return found
+
+
+def variance_table(found: Sequence[EstimatorVariance]) -> str:
+    """What was measured, for people: the least noise of each block size first."""
+    table = Table(title="variance of the loss and of the gradient (trace), at equal passes")
+    table.add_column("L'", justify="right")
+    table.add_column("estimator")
+    for title in ("nats per token", "loss, masks", "loss, data", "gradient, masks", "data"):
+        table.add_column(title, justify="right")
+    sizes = list(dict.fromkeys(x.block_size for x in found))
+    for size in sizes:
+        own = [x for x in found if x.block_size == size]
+        for x in sorted(own, key=lambda x: x.passes * (x.gradient or x.loss).mask):
+            cells = [_cell(x.passes * x.loss.mask, x.passes * x.loss.mask_stderr)]
+            cells.append(_cell(x.loss.data, x.loss.data_stderr))
+            if x.gradient is not None:
+                cells.append(_cell(x.passes * x.gradient.mask, x.passes * x.gradient.mask_stderr))
+                cells.append(_cell(x.gradient.data, x.gradient.data_stderr))
+            name = x.estimator + ("" if x.unbiased else " (biased)")
+            table.add_row(str(size), name, _cell(x.loss_mean, x.loss_stderr), *cells)
+        table.add_section()
+    console = Console(width=120, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _cell(value: float, error: float) -> str:
+    return f"{value:.3g} ± {error:.1g}"
