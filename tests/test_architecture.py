@@ -18,7 +18,19 @@ FLOORS = [
     ["models", "models.*"],
     ["objectives", "sampling", "sampling.*", "data", "data.*"],
     ["training", "training.*", "evaluation", "evaluation.*"],
-    ["", "__main__", "api", "benchmark*", "cli", "demo", "plots", "replay", "watch", "writing"],
+    [
+        "",
+        "__main__",
+        "api",
+        "benchmark*",
+        "cli",
+        "demo",
+        "plots",
+        "replay",
+        "reproduction*",
+        "watch",
+        "writing",
+    ],
 ]
 LIGHT = ["training.config", "sampling.options", "cli"]
 

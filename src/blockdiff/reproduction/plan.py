@@ -1,0 +1,128 @@
+"""What the miniature reproduction runs: a list of jobs, each with the jobs it needs.
+
+A base model is trained with one block of the whole length (MDLM), as the paper does, and then
+fine-tuned at each block size; every model has seen the same number of tokens in the end. Imports
+nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Block sizes of the paper; the context is the fifth, MDLM's.
+BLOCK_SIZES = (1, 4, 8, 16)
+# Where estimators and initialisations are compared.
+COMPARED = (4, 16)
+CLIPS = {"clip-high": "0.45,0.95", "clip-middle": "0.3,0.8", "clip-auto": "auto"}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a reproduction is.
+
+    `steps` of `batch_size` windows for every model, `fine_share` of them after the base; `seeds`:
+    how many; the first runs everything, the others what `matters` names. Variances are measured on
+    `variance` = (batches, windows a batch, draws).
+    """
+
+    steps: int = 5000
+    fine_share: float = 0.3
+    seeds: int = 2
+    batch_size: int = 16
+    length: int = 128
+    vocab_size: int = 1024
+    preset: str = "nano"
+    lr: float = 3e-3
+    warmup: int = 100
+    initial_shift: float = 1.0
+    ema: float = 0.998
+    test_fraction: float = 0.1
+    test_windows: int = 768
+    draws: int = 8
+    searches: int = 6
+    variance: tuple[int, int, int] = (8, 8, 16)
+    save_every: int = 500
+
+    @property
+    def fine_steps(self) -> int:
+        return max(1, round(self.steps * self.fine_share))
+
+    @property
+    def base_steps(self) -> int:
+        return self.steps - self.fine_steps
+
+
+SMOKE = Scale(
+    steps=8, seeds=2, batch_size=4, length=32, vocab_size=300, warmup=2, test_windows=8, draws=2,
+    searches=1, variance=(2, 2, 2), save_every=100,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work; `cost` in arbitrary units orders and shows what is left."""
+
+    name: str
+    kind: str
+    after: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    cost: float = 1.0
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(scale: Scale) -> list[Job]:
+    """Every job, each after those it needs."""
+    jobs: list[Job] = []
+    for seed in range(scale.seeds):
+        jobs += _trainings(scale, seed)
+    trained = [job for job in jobs if not job.name.endswith("-base")]
+    jobs += [
+        Job(f"{job.name}/likelihood", "likelihood", (job.name,), {"model": job.name}, 200.0)
+        for job in trained
+    ]
+    for size in (*BLOCK_SIZES, scale.length):
+        model = "s0-mdlm" if size == scale.length else f"s0-L{size}"
+        settings = {"model": model, "block_size": size}
+        jobs.append(Job(f"variance-L{size}", "variance", (model,), settings, 900.0))
+    return jobs
+
+
+def _trainings(scale: Scale, seed: int) -> list[Job]:
+    base, fine, whole = scale.base_steps, scale.fine_steps, scale.steps
+    jobs: list[Job] = []
+
+    def add(name: str, steps: int, cost: float, after: str = "", **settings: Any) -> None:
+        needs = (f"s{seed}-{after}",) if after else ()
+        jobs.append(
+            Job(
+                f"s{seed}-{name}", "train", needs,
+                {"seed": seed, "steps": steps, "warmup": min(scale.warmup, steps // 3)} | settings,
+                cost * steps,
+            )
+        )  # fmt: skip
+
+    def fine_tuned(name: str, size: int, start: str = "mdlm-base", **settings: Any) -> None:
+        add(name, fine, 1.25, start, init_from=f"s{seed}-{start}", block_size=size, **settings)
+
+    scratch = {"initial_shift": scale.initial_shift}
+    add("mdlm-base", base, 1.0, objective="mdlm", **scratch)
+    add("ar-base", base, 0.65, objective="ar")
+    for size in BLOCK_SIZES:
+        fine_tuned(f"L{size}", size)
+    add("mdlm", whole - base, 1.0, "mdlm-base", continues=f"s{seed}-mdlm-base", total=whole)
+    add("ar", whole - base, 0.65, "ar-base", continues=f"s{seed}-ar-base", total=whole)
+    fine_tuned("L1-bernoulli", 1, estimator="bernoulli")
+    for size in COMPARED:
+        fine_tuned(f"L{size}-bernoulli", size, estimator="bernoulli")
+        for name, clip in CLIPS.items():
+            if seed == 0 or name == "clip-high":
+                fine_tuned(f"L{size}-{name}", size, estimator="clipped", clip=clip)
+        fine_tuned(f"L{size}-from-ar", size, "ar-base")
+        if seed == 0:
+            add(f"L{size}-scratch", whole, 1.25, block_size=size, **scratch)
+    if seed == 0:
+        add("sedd", whole, 1.1, objective="sedd", **scratch)
+    return jobs

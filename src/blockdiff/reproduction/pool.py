@@ -1,0 +1,100 @@
+"""Running a plan: as many workers as cores, what is done stays done.
+
+Each worker computes on one core. A job starts when those it needs are done, the costliest first.
+Interrupted at any point, the same command goes on from the results and checkpoints that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from blockdiff.data.corpora import load_corpus, split_documents
+from blockdiff.data.tokenizers import train_tokenizer
+from blockdiff.errors import InputError
+from blockdiff.models.hub import staging
+from blockdiff.reproduction.plan import Job, Scale, plan
+from blockdiff.reproduction.work import begin_worker, result_path, work
+
+PLAN_FILE = "plan.json"
+SPLIT_SEED = 0
+
+
+def prepare(folder: Path, data: str, scale: Scale, overwrite: bool = False) -> None:
+    """The folder with its plan, split and tokenizer; one that is there goes on if it is the same.
+
+    Raises `InputError` when the folder holds something else, or another plan.
+    """
+    wish = json.loads(json.dumps({"data": data, "scale": asdict(scale)}))
+    path = folder / PLAN_FILE
+    if folder.exists() and any(folder.iterdir()):
+        if not path.is_file():
+            raise InputError(
+                f"{folder} is not empty and holds no reproduction; choose another --out"
+            )
+        if not overwrite:
+            if json.loads(path.read_text(encoding="utf-8")) != wish:
+                raise InputError(
+                    f"{folder} holds a reproduction of another size or data; replace it with "
+                    "--overwrite, or choose another --out"
+                )
+            return
+        shutil.rmtree(folder)
+    documents = list(load_corpus(data))
+    train, test = split_documents(documents, scale.test_fraction, SPLIT_SEED)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "data").mkdir()
+    for name, part in (("train", list(train)), ("test", list(test))):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (folder / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "tokenizer").mkdir()
+    with staging(folder / "tokenizer") as temporary:
+        train_tokenizer(list(train), scale.vocab_size).save_pretrained(temporary)
+    path.write_text(json.dumps(wish, indent=1) + "\n", encoding="utf-8")
+
+
+def run(folder: Path, scale: Scale, workers: int, *, progress: bool = True) -> None:
+    """Does every job of the plan that has no result yet.
+
+    Raises `InputError` naming a job that failed; the others' results stay.
+    """
+    jobs = plan(scale)
+    done = {job.name for job in jobs if result_path(folder, job.name).is_file()}
+    waiting = sorted((job for job in jobs if job.name not in done), key=lambda job: -job.cost)
+    running: dict[Future[None], Job] = {}
+    # Read when a worker imports torch.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), disable=not progress,
+    )  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    with (
+        bar,
+        ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(1,)) as pool,
+    ):
+        left = sum(job.cost for job in jobs if job.name in done)
+        task = bar.add_task("", total=sum(job.cost for job in jobs), completed=left)
+        try:
+            while waiting or running:
+                for job in [job for job in waiting if done.issuperset(job.after)]:
+                    if len(running) < workers:
+                        waiting.remove(job)
+                        running[pool.submit(work, folder, scale, job)] = job
+                bar.update(task, description=", ".join(job.name for job in running.values()))
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    future.result()
+                    done.add(job.name)
+                    bar.advance(task, job.cost)
+        except InputError as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise InputError(f"job {job.name}: {error}") from None
