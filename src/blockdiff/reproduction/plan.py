@@ -107,7 +107,7 @@ def _trainings(scale: Scale, seed: int) -> list[Job]:
     def fine_tuned(name: str, size: int, start: str = "mdlm-base", **settings: Any) -> None:
         add(name, fine, 1.25, start, init_from=f"s{seed}-{start}", block_size=size, **settings)
 
-    scratch = {"initial_shift": scale.initial_shift}
+    scratch: dict[str, Any] = {"initial_shift": scale.initial_shift}
     add("mdlm-base", base, 1.0, objective="mdlm", **scratch)
     add("ar-base", base, 0.65, objective="ar")
     for size in BLOCK_SIZES:

@@ -81,8 +81,8 @@ def run(folder: Path, scale: Scale, workers: int, *, progress: bool = True) -> N
         bar,
         ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(1,)) as pool,
     ):
-        left = sum(job.cost for job in jobs if job.name in done)
-        task = bar.add_task("", total=sum(job.cost for job in jobs), completed=left)
+        task = bar.add_task("", total=sum(job.cost for job in jobs))
+        bar.advance(task, sum(job.cost for job in jobs if job.name in done))
         try:
             while waiting or running:
                 for job in [job for job in waiting if done.issuperset(job.after)]:
