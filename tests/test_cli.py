@@ -87,6 +87,7 @@ def test_options_are_few_and_known() -> None:
         cli.DataOptions,
         cli.EvaluateOptions,
         cli.VarianceOptions,
+        cli.SampleOptions,
         cli.GenerateOptions,
         cli.TokenizerOptions,
         cli.DemoOptions,

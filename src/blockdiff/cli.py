@@ -113,6 +113,39 @@ class VarianceOptions:
 
 
 @dataclass(frozen=True)
+class SampleOptions:
+    """Measure generated texts: perplexity under a judge, entropy, diversity, distance from text.
+
+    Attributes:
+        judge: Causal language model (folder or hub id) for generative perplexity, for example
+            gpt2-large, or an AR model of this package.
+        window: Tokens the judge reads at once; 1024, moved by half, or what it was made for.
+        tokenizer: Folder or hub id of the tokenizer whose tokens are counted; the judge's own when
+            left out.
+        reference: Corpus of real text, for the n-gram divergence; the judge is tried on it too.
+        part: all, or the train or validation documents of the split training made.
+        validation_fraction: Share of the text held out in that split.
+        split_seed: Seed of that split.
+        text_column: Column of the reference that holds the text.
+        words: Words in each piece of the reference.
+        seed: Seed of resampling and shuffling.
+        json: Print one JSON object.
+    """
+
+    judge: str | None = None
+    window: int | None = None
+    tokenizer: str | None = None
+    reference: str | None = None
+    part: str = "all"
+    validation_fraction: float = 0.05
+    split_seed: int = 0
+    text_column: str = "text"
+    words: int = 200
+    seed: int = 0
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class GenerateOptions:
     """Write text.
 
@@ -270,6 +303,16 @@ def _variance(given: Namespace) -> None:
     print(json.dumps(record, indent=2) if options.json else variance_table(found))
 
 
+def _evaluate_samples(given: Namespace) -> None:
+    from blockdiff.evaluation.samples import measure_samples, quality_table
+
+    options = _dataclass(SampleOptions, given)
+    arguments = {k: v for k, v in asdict(options).items() if k != "json"}
+    found = measure_samples(given.samples, **arguments)
+    records = {name: quality.record() for name, quality in found.items()}
+    print(json.dumps(records, indent=2) if options.json else quality_table(found))
+
+
 def _generate(given: Namespace) -> None:
     from blockdiff.sampling.options import SamplingOptions
     from blockdiff.writing import write_texts
@@ -318,11 +361,13 @@ def _commands() -> dict[str, Command]:
     from blockdiff.sampling.options import SamplingOptions
 
     model = ("model", "Model folder or hub id.")
+    samples = ("samples", "What `generate --json` printed (.json), or a corpus of texts.")
     work = ("work", f"What is timed: {', '.join(WORKS)}.")
     return {
         "train": (TrainConfig, (), _train, None),
         "evaluate": (DataOptions, (EvaluateOptions,), _evaluate, model),
         "variance": (DataOptions, (VarianceOptions,), _variance, model),
+        "evaluate-samples": (SampleOptions, (), _evaluate_samples, samples),
         "generate": (GenerateOptions, (SamplingOptions,), _generate, model),
         "tokenizer": (TokenizerOptions, (), _tokenizer, None),
         "benchmark": (BenchmarkOptions, (), _benchmark, work),

@@ -1,0 +1,141 @@
+"""How likely a causal language model finds a text: generative perplexity.
+
+Long texts are read in windows of W tokens that move by half of one; each token is scored once, in
+the first window that holds it (the paper: GPT-2 Large, W = 1,024, stride 512). Every text follows
+the judge's beginning-of-text token, or its end-of-text token where it has none, so its first token
+is scored too; special tokens within a text are not scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from blockdiff import objectives
+from blockdiff.data.loading import load
+from blockdiff.data.tokenizers import bos_id
+from blockdiff.errors import InputError
+from blockdiff.models.config import DiTConfig
+from blockdiff.models.dit import DiT
+from blockdiff.models.hub import default_device
+
+WINDOW = 1024
+# Tokens in one evaluation of the judge.
+TOKENS_PER_PASS = 8192
+
+# ids int64 [n, T] padded on the right, their numbers of tokens [n] → nats [n, T], of token i at i.
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+class Judge:
+    """A causal language model that scores texts."""
+
+    def __init__(
+        self, name: str, tokenizer: PreTrainedTokenizerBase, score: Score, window: int
+    ) -> None:
+        self.name, self.tokenizer, self.window = name, tokenizer, window
+        self._score = score
+        self.first = bos_id(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    @torch.no_grad()
+    def nats(
+        self, texts: Sequence[str], progress: Callable[[int], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Nats float64 [n] and scored tokens int64 [n] of each text; `progress`: windows done."""
+        pieces: list[tuple[int, list[int], int]] = []  # text, window, tokens that are only context
+        for number, text in enumerate(texts):
+            ids = ([] if self.first is None else [self.first]) + self.encode(text)
+            for begin, context in windows(len(ids), self.window):
+                pieces.append((number, ids[begin : begin + self.window], context))
+        pieces.sort(key=lambda piece: len(piece[1]))
+        special = torch.tensor(sorted(self.tokenizer.all_special_ids), dtype=torch.int64)
+        nats = torch.zeros(len(texts), dtype=torch.float64)
+        count = torch.zeros(len(texts), dtype=torch.int64)
+        while pieces:
+            rows = max(1, TOKENS_PER_PASS // len(pieces[-1][1]))
+            batch, pieces = pieces[-rows:], pieces[:-rows]
+            sizes = torch.tensor([len(ids) for _, ids, _ in batch])
+            x = torch.zeros(len(batch), int(sizes.max()), dtype=torch.int64)
+            for row, (_, ids, _) in enumerate(batch):
+                x[row, : len(ids)] = torch.tensor(ids)
+            position = torch.arange(x.shape[1])
+            read = torch.tensor([context for _, _, context in batch])
+            scored = (position >= read[:, None]) & (position < sizes[:, None])
+            scored &= ~torch.isin(x, special)
+            found = torch.where(scored, self._score(x, sizes).cpu().double(), 0.0)
+            owner = torch.tensor([piece[0] for piece in batch])
+            nats.index_add_(0, owner, found.sum(-1))
+            count.index_add_(0, owner, scored.sum(-1))
+            if progress is not None:
+                progress(len(batch))
+        return nats, count
+
+
+def windows(tokens: int, window: int) -> list[tuple[int, int]]:
+    """(begin, tokens that are only context) of the windows over a text of `tokens`.
+
+    The first token of a text is context for the first window; each other token is scored once.
+    """
+    stride = max(window // 2, 1)
+    found = [(0, 1)]
+    while found[-1][0] + window < tokens:
+        begin = found[-1][0] + stride
+        found.append((begin, window - stride))
+    return found
+
+
+def load_judge(source: str | Path, window: int | None = None) -> Judge:
+    """A judge from a folder or hub id: any causal LM of `transformers`, or an AR model of ours.
+
+    `window`: tokens it reads at once, at most (and by default) 1,024 or what it was made for.
+    Raises `InputError` when there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot open a judge in {source}: {reason}") from None
+    device = default_device()
+    if config.model_type == DiTConfig.model_type:
+        model, tokenizer = load(source, device=device)
+        if not model.config.causal:
+            raise InputError(f"{source} is {model.config.kind}; a judge must be autoregressive")
+        size = min(window or WINDOW, model.config.length)
+        return Judge(str(source), tokenizer, _own_score(model), size)
+    try:
+        network: Any = AutoModelForCausalLM.from_pretrained(str(source), use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot open a judge in {source}: {reason}") from None
+    network.eval().to(device)
+    longest = getattr(config, "max_position_embeddings", None) or WINDOW
+    return Judge(str(source), tokenizer, _score_of(network), min(window or WINDOW, longest))
+
+
+def _own_score(model: DiT) -> Score:
+    def score(x: Tensor, sizes: Tensor) -> Tensor:
+        there = torch.arange(x.shape[1]) < sizes[:, None]
+        return objectives.ar(model, x.to(model.device), there.to(model.device))
+
+    return score
+
+
+def _score_of(network: Any) -> Score:
+    def score(x: Tensor, sizes: Tensor) -> Tensor:
+        x = x.to(network.device)
+        # Padding comes last, and a causal model never reads ahead.
+        logits = network(input_ids=x).logits[:, :-1].float()
+        nll = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
+        return F.pad(nll.view(len(x), -1), (1, 0))
+
+    return score

@@ -1,0 +1,310 @@
+"""How good generated texts are; no single figure tells.
+
+Generative perplexity alone is won by dull text, so it never comes without the entropy of each
+sample, the diversity of all of them, and the distance of their n-grams from real text:
+
+    entropy      −Σ_v p_v log p_v of the tokens of one sample, in nats
+    distinct-n   different n-grams over n-grams, all samples together
+    divergence   Jensen-Shannon, in nats (0 … log 2), of the n-grams of samples and reference,
+                 as many tokens of each
+
+All but the first depend on how much text there is: compare like with like, and with the figures of
+real text of the same amount, which stand beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from blockdiff.data.corpora import load_corpus
+from blockdiff.data.tokenizers import load_tokenizer
+from blockdiff.errors import InputError
+from blockdiff.evaluation.corpus import open_documents
+from blockdiff.evaluation.judge import Judge, load_judge
+
+HALVES = 50
+ORDERS = (1, 2, 3, 4)
+# Of the generation's own record, where it came with one.
+COST = ("nfe", "tokens", "finish", "seconds", "rejection_rate")
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure and its standard error."""
+
+    value: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class SampleQuality:
+    """What was measured of a set of texts.
+
+    `perplexity` under the judge (None without one); `entropy` in nats per token, mean of the
+    samples; `distinct` and `divergence` by n (divergence None without a reference); lengths in
+    tokens. `cost`: NFE a sample, tokens per NFE and second, where the generation recorded them.
+    """
+
+    samples: int
+    perplexity: Measured | None
+    entropy: Measured
+    distinct: dict[int, Measured]
+    divergence: dict[int, Measured] | None
+    length_median: float
+    length_max: int
+    rejection_rate: float | None
+    cost: dict[str, float] | None
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_samples(path: str) -> tuple[list[str], dict[str, Any]]:
+    """Texts, and what their generation recorded, from `generate --json` or any corpus file.
+
+    Raises `InputError` when there is no text.
+    """
+    file = Path(path)
+    if file.suffix == ".json" and file.is_file():
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            texts = [str(text) for text in record["texts"]]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is not what `blockdiff generate --json` printed") from None
+        cost = {name: record[name] for name in COST if name in record}
+    else:
+        texts, cost = list(load_corpus(path)), {}
+    if not any(text.strip() for text in texts):
+        raise InputError(f"{path} holds no text")
+    return texts, cost
+
+
+def sample_quality(
+    texts: Sequence[str],
+    encode: Callable[[str], Ids],
+    *,
+    judge: Judge | None = None,
+    reference: Sequence[str] | None = None,
+    cost: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> SampleQuality:
+    """Measures texts; `encode` gives the tokens whose statistics count.
+
+    Standard errors are over samples, by the delta method for perplexity, by halves of the samples
+    for what is no mean.
+    """
+    rows = [list(encode(text)) for text in texts]
+    perplexity = None
+    if judge is not None:
+        nats, count = (x.numpy().astype(float) for x in judge.nats(texts))
+        rate = nats.sum() / max(count.sum(), 1)
+        residual = float(((nats - rate * count) ** 2).sum())
+        n = len(texts)
+        error = math.sqrt(residual * n / max(n - 1, 1)) / max(count.sum(), 1) if n > 1 else math.nan
+        perplexity = Measured(math.exp(rate), math.exp(rate) * error)
+    entropies = np.array([token_entropy(row) for row in rows if row])
+    spread = float(entropies.std(ddof=1) / math.sqrt(len(entropies))) if len(rows) > 1 else math.nan
+    lengths = cost["tokens"] if cost and "tokens" in cost else [len(row) for row in rows]
+    real = None if reference is None else [list(encode(text)) for text in reference]
+    return SampleQuality(
+        samples=len(texts),
+        perplexity=perplexity,
+        entropy=Measured(float(entropies.mean()), spread),
+        distinct={n: _spread(rows, partial(distinct, n=n), seed) for n in ORDERS},
+        divergence=None if real is None else _divergences(rows, real, seed),
+        length_median=float(np.median(lengths)),
+        length_max=int(max(lengths)),
+        rejection_rate=cost.get("rejection_rate") if cost else None,
+        cost=_cost(cost) if cost and "nfe" in cost else None,
+    )
+
+
+def token_entropy(tokens: Ids) -> float:
+    """Nats; of how often each different token occurs in one sample."""
+    share = np.array(list(Counter(tokens).values())) / max(len(tokens), 1)
+    return float(-(share * np.log(share)).sum())
+
+
+def ngrams(rows: Iterable[Ids], n: int) -> Counter[tuple[int, ...]]:
+    """Counts of n-grams, none across two samples."""
+    found: Counter[tuple[int, ...]] = Counter()
+    for row in rows:
+        found.update(zip(*(row[i:] for i in range(n)), strict=False))
+    return found
+
+
+def distinct(rows: Iterable[Ids], n: int) -> float:
+    """Different n-grams over n-grams."""
+    counts = ngrams(rows, n)
+    return len(counts) / max(counts.total(), 1)
+
+
+def divergence(rows: Sequence[Ids], reference: Sequence[Ids], n: int) -> float:
+    """Jensen-Shannon divergence of n-grams in nats, of equally many tokens of both."""
+    tokens = min(sum(map(len, rows)), sum(map(len, reference)))
+    p, q = (ngrams(_first(x, tokens), n) for x in (rows, reference))
+    total_p, total_q = max(p.total(), 1), max(q.total(), 1)
+    result = 0.0
+    for key in p.keys() | q.keys():
+        a, b = p[key] / total_p, q[key] / total_q
+        middle = (a + b) / 2
+        result += sum(x / 2 * math.log(x / middle) for x in (a, b) if x > 0)
+    return result
+
+
+def _first(rows: Iterable[Ids], tokens: int) -> list[Ids]:
+    """As many tokens of the rows as asked for, the last row cut."""
+    taken: list[Ids] = []
+    for row in rows:
+        taken.append(list(islice(row, tokens)))
+        tokens -= len(taken[-1])
+        if tokens <= 0:
+            break
+    return taken
+
+
+def _spread(rows: Sequence[Ids], statistic: Callable[[list[Ids]], float], seed: int) -> Measured:
+    """A statistic of all rows, and its spread over samples of half of them.
+
+    Drawing rows twice, as the bootstrap does, would be seen as repetition by what counts distinct
+    n-grams; halves without replacement have as much spread as the whole has (for means exactly).
+    """
+    value = statistic(list(rows))
+    if len(rows) < 4:
+        return Measured(value, math.nan)
+    rng = random.Random(seed)
+    half = [statistic(rng.sample(list(rows), len(rows) // 2)) for _ in range(HALVES)]
+    return Measured(value, float(np.std(half, ddof=1)))
+
+
+def _divergences(rows: Sequence[Ids], real: Sequence[Ids], seed: int) -> dict[int, Measured]:
+    return {n: _spread(rows, partial(divergence, reference=real, n=n), seed) for n in (1, 2)}
+
+
+def _cost(cost: Mapping[str, Any]) -> dict[str, float]:
+    nfe, tokens = np.array(cost["nfe"]), np.array(cost["tokens"])
+    found = {"nfe": float(nfe.mean()), "tokens_per_nfe": float(tokens.sum() / max(nfe.sum(), 1))}
+    if cost.get("seconds"):
+        found["tokens_per_second"] = float(tokens.sum() / cost["seconds"])
+    return found
+
+
+def shuffled(texts: Sequence[str], seed: int = 0) -> list[str]:
+    """The same words in random order: what a judge that works must find worse."""
+    rng = random.Random(seed)
+    out = []
+    for text in texts:
+        words = text.split()
+        rng.shuffle(words)
+        out.append(" ".join(words))
+    return out
+
+
+def measure_samples(
+    samples: str,
+    *,
+    judge: str | None = None,
+    window: int | None = None,
+    tokenizer: str | None = None,
+    reference: str | None = None,
+    words: int = 200,
+    seed: int = 0,
+    **corpus: Any,
+) -> dict[str, SampleQuality]:
+    """Measures a file of samples; beside it the reference, and its words in random order.
+
+    The reference is cut into pieces of `words` words, as many as there are samples. It tells what
+    good figures are, and whether the judge can be trusted: it must find shuffled text worse. Raises
+    `InputError` on bad input.
+    """
+    if judge is None and tokenizer is None:
+        raise InputError("name a --judge, or a --tokenizer whose tokens are counted")
+    texts, cost = read_samples(samples)
+    critic = None if judge is None else load_judge(judge, window)
+    if tokenizer is None:
+        assert critic is not None
+        encode: Callable[[str], Ids] = critic.encode
+    else:
+        encode = partial(load_tokenizer(tokenizer).encode, add_special_tokens=False)
+    measure = partial(sample_quality, encode=encode, judge=critic, seed=seed)
+    if reference is None:
+        return {"samples": measure(texts, cost=cost)}
+    pieces = [
+        " ".join(part)
+        for text in open_documents(reference, **corpus)
+        for part in _cut(text.split(), words)
+    ]
+    random.Random(seed).shuffle(pieces)
+    real, rest = pieces[: len(texts)], pieces[len(texts) :]
+    if not real or not rest:
+        raise InputError(
+            f"{reference} gives {len(pieces)} pieces of {words} words: less than the samples and "
+            "something to compare them with; lower --words or give more text"
+        )
+    return {
+        "samples": measure(texts, cost=cost, reference=rest),
+        "real text": measure(real, reference=rest),
+        "real, shuffled": measure(shuffled(real, seed), reference=rest),
+    }
+
+
+def _cut(words: list[str], size: int) -> list[list[str]]:
+    """Whole pieces of `size` words."""
+    if size < 1:
+        raise InputError(f"--words is {size}; it must be at least 1")
+    return [words[i : i + size] for i in range(0, len(words) - size + 1, size)]
+
+
+def quality_table(found: Mapping[str, SampleQuality]) -> str:
+    """Named sets of texts side by side, for people."""
+    table = Table()
+    table.add_column("measure")
+    for name in found:
+        table.add_column(name, justify="right")
+    lines: dict[str, list[str]] = {}
+    for quality in found.values():
+        for label, text in _lines(quality).items():
+            lines.setdefault(label, []).append(text)
+    for label, texts in lines.items():
+        table.add_row(label, *texts)
+    console = Console(width=110, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _lines(quality: SampleQuality) -> dict[str, str]:
+    def cell(x: Measured | None, digits: int = 3) -> str:
+        return "–" if x is None else f"{x.value:.{digits}f} ± {x.stderr:.{digits}f}"
+
+    cost = quality.cost or {}
+    lines = {
+        "samples": str(quality.samples),
+        "generative perplexity": cell(quality.perplexity, 2),
+        "entropy of a sample, nats": cell(quality.entropy),
+    }
+    lines |= {f"distinct-{n}": cell(x) for n, x in quality.distinct.items()}
+    for n in (1, 2):
+        lines[f"divergence, {n}-grams"] = cell((quality.divergence or {}).get(n))
+    lines["length, median / max"] = f"{quality.length_median:.0f} / {quality.length_max}"
+    rate = quality.rejection_rate
+    lines["rejected"] = "–" if rate is None else f"{rate:.1%}"
+    for label, key in (("NFE a sample", "nfe"), ("tokens per NFE", "tokens_per_nfe"),
+                       ("tokens per second", "tokens_per_second")):  # fmt: skip
+        lines[label] = f"{cost[key]:.2f}" if key in cost else "–"
+    return lines
