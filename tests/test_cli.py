@@ -88,6 +88,7 @@ def test_options_are_few_and_known() -> None:
         cli.EvaluateOptions,
         cli.VarianceOptions,
         cli.SampleOptions,
+        cli.ReproduceOptions,
         cli.GenerateOptions,
         cli.TokenizerOptions,
         cli.DemoOptions,

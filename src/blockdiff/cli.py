@@ -211,6 +211,26 @@ class DemoOptions:
     overwrite: bool = False
 
 
+@dataclass(frozen=True)
+class ReproduceOptions:
+    """The paper's comparisons in miniature: train, measure, sample and report, in hours on a CPU.
+
+    Attributes:
+        data: Corpus, as for train; the committed report is of State of the Union addresses.
+        out: Folder for checkpoints, results, plots and report; the same command goes on where it
+            was stopped.
+        workers: Processes, each on one core; all cores when left out.
+        smoke: The whole of it, minute: minutes instead of hours, to see that it runs.
+        overwrite: Replace the reproduction that is there.
+    """
+
+    data: str = "pydoc"
+    out: str = "runs/paper-mini"
+    workers: int | None = None
+    smoke: bool = False
+    overwrite: bool = False
+
+
 class _Parser(ArgumentParser):
     """jsonargparse's parser with errors of one line and `--two-words` for `--two_words`."""
 
@@ -351,6 +371,14 @@ def _demo(given: Namespace) -> None:
     demo(**asdict(_dataclass(DemoOptions, given)))
 
 
+def _reproduce(given: Namespace) -> None:
+    from blockdiff.reproduction.pool import reproduce
+
+    if given.what != "paper-mini":
+        raise InputError(f"nothing called {given.what!r} to reproduce; there is paper-mini")
+    reproduce(**asdict(_dataclass(ReproduceOptions, given)))
+
+
 # name and help of a positional argument
 Positional = tuple[str, str]
 Command = tuple[type, tuple[type, ...], Callable[[Namespace], None], Positional | None]
@@ -362,6 +390,7 @@ def _commands() -> dict[str, Command]:
 
     model = ("model", "Model folder or hub id.")
     samples = ("samples", "What `generate --json` printed (.json), or a corpus of texts.")
+    what = ("what", "What is reproduced: paper-mini.")
     work = ("work", f"What is timed: {', '.join(WORKS)}.")
     return {
         "train": (TrainConfig, (), _train, None),
@@ -371,6 +400,7 @@ def _commands() -> dict[str, Command]:
         "generate": (GenerateOptions, (SamplingOptions,), _generate, model),
         "tokenizer": (TokenizerOptions, (), _tokenizer, None),
         "benchmark": (BenchmarkOptions, (), _benchmark, work),
+        "reproduce": (ReproduceOptions, (), _reproduce, what),
         "demo": (DemoOptions, (), _demo, None),
     }
 

@@ -23,17 +23,19 @@ class Scale:
 
     `steps` of `batch_size` windows for every model, `fine_share` of them after the base; `seeds`:
     how many; the first runs everything, the others what `matters` names. Variances are measured on
-    `variance` = (batches, windows a batch, draws).
+    `variance` = (batches, windows a batch, draws). Texts are cut into passages of so many
+    `sentences`, so that they end within reach of the context, as the paper's web pages do.
+    `samples` texts are generated at a time, of `long_tokens` where length is open.
     """
 
-    steps: int = 5000
+    steps: int = 4200
     fine_share: float = 0.3
     seeds: int = 2
     batch_size: int = 16
     length: int = 128
     vocab_size: int = 1024
     preset: str = "nano"
-    lr: float = 3e-3
+    lr: float = 1e-3
     warmup: int = 100
     initial_shift: float = 1.0
     ema: float = 0.998
@@ -43,6 +45,9 @@ class Scale:
     searches: int = 6
     variance: tuple[int, int, int] = (8, 8, 16)
     save_every: int = 500
+    sentences: int = 4
+    samples: int = 128
+    long_tokens: int = 512
 
     @property
     def fine_steps(self) -> int:
@@ -56,6 +61,7 @@ class Scale:
 SMOKE = Scale(
     steps=8, seeds=2, batch_size=4, length=32, vocab_size=300, warmup=2, test_windows=8, draws=2,
     searches=1, variance=(2, 2, 2), save_every=100,
+    samples=4, long_tokens=48,
 )  # fmt: skip
 
 

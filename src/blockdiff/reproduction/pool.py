@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.models.hub import staging
-from blockdiff.reproduction.plan import Job, Scale, plan
+from blockdiff.reproduction.plan import SMOKE, Job, Scale, plan
 from blockdiff.reproduction.work import begin_worker, result_path, work
 
 PLAN_FILE = "plan.json"
@@ -48,17 +49,27 @@ def prepare(folder: Path, data: str, scale: Scale, overwrite: bool = False) -> N
                 )
             return
         shutil.rmtree(folder)
-    documents = list(load_corpus(data))
-    train, test = split_documents(documents, scale.test_fraction, SPLIT_SEED)
+    train, test = (
+        [passage for text in part for passage in passages(text, scale.sentences)]
+        for part in split_documents(list(load_corpus(data)), scale.test_fraction, SPLIT_SEED)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "data").mkdir()
-    for name, part in (("train", list(train)), ("test", list(test))):
+    for name, part in (("train", train), ("test", test)):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
         (folder / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     (folder / "tokenizer").mkdir()
     with staging(folder / "tokenizer") as temporary:
-        train_tokenizer(list(train), scale.vocab_size).save_pretrained(temporary)
+        train_tokenizer(train, scale.vocab_size).save_pretrained(temporary)
     path.write_text(json.dumps(wish, indent=1) + "\n", encoding="utf-8")
+
+
+def passages(text: str, sentences: int) -> list[str]:
+    """A text in passages of so many sentences, the last one shorter; 0 leaves it whole."""
+    if not sentences:
+        return [text]
+    parts = [part for part in re.split(r"(?<=[.!?])\s+(?=[A-Z])", text) if part.strip()]
+    return [" ".join(parts[i : i + sentences]) for i in range(0, len(parts), sentences)]
 
 
 def run(folder: Path, scale: Scale, workers: int, *, progress: bool = True) -> None:
@@ -98,3 +109,16 @@ def run(folder: Path, scale: Scale, workers: int, *, progress: bool = True) -> N
         except InputError as error:
             pool.shutdown(wait=False, cancel_futures=True)
             raise InputError(f"job {job.name}: {error}") from None
+
+
+def reproduce(out: str, data: str, workers: int | None, smoke: bool, overwrite: bool) -> None:
+    """Does the whole plan in a folder, or what is left of it.
+
+    Raises `InputError` on bad input, or when a job failed.
+    """
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers is {workers}; it must be at least 1")
+    scale = SMOKE if smoke else Scale()
+    folder = Path(out)
+    prepare(folder, data, scale, overwrite)
+    run(folder, scale, workers or os.cpu_count() or 1)
