@@ -45,7 +45,7 @@ class Scale:
     searches: int = 6
     variance: tuple[int, int, int] = (8, 8, 16)
     save_every: int = 500
-    sentences: int = 4
+    sentences: int = 2
     samples: int = 128
     long_tokens: int = 512
 
