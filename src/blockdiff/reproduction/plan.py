@@ -93,6 +93,36 @@ def plan(scale: Scale) -> list[Job]:
         model = "s0-mdlm" if size == scale.length else f"s0-L{size}"
         settings = {"model": model, "block_size": size}
         jobs.append(Job(f"variance-L{size}", "variance", (model,), settings, 900.0))
+    return jobs + _samplings(scale)
+
+
+def _samplings(scale: Scale) -> list[Job]:
+    """Texts of the context's length at several NFE, longer ones, and ones that end by themselves.
+
+    The judge is an AR model of another seed than the one that is judged.
+    """
+    judge = f"s{scale.seeds - 1}-ar"
+    whole = scale.length - 1  # after the beginning-of-text token
+    jobs = [Job("samples-real", "real", (judge,), {"judge": judge, "tokens": whole}, 30.0)]
+
+    def add(name: str, model: str, cost: float, **options: Any) -> None:
+        options = {"max_new_tokens": whole, "stop": "none"} | options
+        settings = {"judge": judge, "model": f"s0-{model}", "options": options}
+        jobs.append(Job(f"samples-{name}", "samples", (f"s0-{model}", judge), settings, cost))
+
+    for model in ("ar", "L1", "L4", "L8", "L16", "mdlm"):
+        cost = 400.0 if model == "mdlm" else 60.0
+        add(f"{model}-all", model, cost)
+        if model not in ("L1", "L8"):
+            add(f"{model}-long", model, 4 * cost, max_new_tokens=scale.long_tokens)
+            add(f"{model}-end", model, 4 * cost, max_new_tokens=scale.long_tokens, stop="eos")
+    for model, steps in (("L4", (1, 2)), ("L8", (1, 2, 4)), ("L16", (1, 2, 4, 8)),
+                         ("mdlm", (8, 16, 32, 64)), ("sedd", (8, 16, 32, 64, 128))):  # fmt: skip
+        for count in steps:
+            sampler = "analytic" if model == "sedd" else "ancestral"
+            cost = 3.0 * count if model in ("mdlm", "sedd") else 60.0
+            add(f"{model}-T{count}", model, cost, sampler=sampler, steps=count)
+    add("sedd-end", "sedd", 400.0, sampler="analytic", steps=scale.length, stop="eos")
     return jobs
 
 

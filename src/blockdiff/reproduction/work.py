@@ -11,17 +11,24 @@ import json
 import shutil
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from blockdiff.allocator import keep_freed_memory
+from blockdiff.api import generate
 from blockdiff.data.loading import load
-from blockdiff.evaluation.corpus import open_sequences
+from blockdiff.data.packing import pack
+from blockdiff.data.windows import stack
+from blockdiff.evaluation.corpus import open_documents, open_sequences
+from blockdiff.evaluation.judge import load_judge
 from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.evaluation.samples import sample_quality, shuffled
 from blockdiff.evaluation.variance import DEFAULT_ESTIMATORS, variance
 from blockdiff.reproduction.plan import Job, Scale
+from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.callbacks import METRICS_FILE, read_metrics
 from blockdiff.training.config import CONFIG_FILE, TrainConfig, load_config
 from blockdiff.training.run import train
@@ -40,9 +47,11 @@ def begin_worker(threads: int) -> None:
 def work(folder: Path, scale: Scale, job: Job) -> None:
     """Does a job and writes its result."""
     begin = time.perf_counter()
-    found = {"train": _train, "likelihood": _likelihood, "variance": _variance}[job.kind](
-        folder, scale, job
-    )
+    kinds = {
+        "train": _train, "likelihood": _likelihood, "variance": _variance,
+        "samples": _samples, "real": _real,
+    }  # fmt: skip
+    found = kinds[job.kind](folder, scale, job)
     record = {"job": job.record(), "seconds": time.perf_counter() - begin, **found}
     path = result_path(folder, job.name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +108,54 @@ def _likelihood(folder: Path, scale: Scale, job: Job) -> dict[str, Any]:
     model, x_0 = _open(folder, job, scale.test_windows)
     found = likelihood(model, x_0, draws=scale.draws)
     return {**found.record(), "nats": found.nats.tolist(), "tokens": found.tokens.tolist()}
+
+
+def _samples(folder: Path, scale: Scale, job: Job) -> dict[str, Any]:
+    """Texts of a model, from the beginning-of-text token, and how good they are."""
+    model, words = load(folder / "models" / job.settings["model"])
+    options = SamplingOptions(**job.settings["options"])
+    done = generate(model, tokenizer=words, samples=scale.samples, options=options)
+    lengths = [len(row) for row in done.tokens]
+    cost = {
+        "nfe": done.nfe, "tokens": lengths, "seconds": done.seconds,
+        "rejection_rate": done.rejection_rate,
+    }  # fmt: skip
+    found: dict[str, Any] = {"lengths": lengths, "finish": done.finish, "texts": done.texts[:3]}
+    if options.stop == "none":
+        judge = load_judge(folder / "models" / job.settings["judge"])
+        _, rest = _real_texts(folder, scale, words, options.max_new_tokens)
+        quality = sample_quality(done.texts, judge.encode, judge=judge, reference=rest, cost=cost)
+        found["quality"] = quality.record()
+    else:
+        found["nfe"] = done.nfe
+    return found
+
+
+def _real(folder: Path, scale: Scale, job: Job) -> dict[str, Any]:
+    """The same figures of real text, and of its words in random order."""
+    judge = load_judge(folder / "models" / job.settings["judge"])
+    real, rest = _real_texts(folder, scale, judge.tokenizer, job.settings["tokens"])
+    lines = (folder / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    passages = [json.loads(line)["text"] for line in lines]
+    measure = partial(sample_quality, encode=judge.encode, judge=judge, reference=rest)
+    return {
+        "real": measure(real).record(),
+        "shuffled": measure(shuffled(real)).record(),
+        # The end-of-text token is one of a text's own.
+        "lengths": [len(judge.encode(text)) + 1 for text in passages],
+    }
+
+
+def _real_texts(folder: Path, scale: Scale, words: Any, tokens: int) -> tuple[list[str], list[str]]:
+    """As many windows of the test text as samples, evenly spread, and the others."""
+    documents = open_documents(str(folder / "data" / "test.jsonl"))
+    packed = pack(documents, words, length=tokens, bos=True)
+    texts = [
+        str(words.decode(row, skip_special_tokens=True)) for row in stack(packed, 0)["x_0"].tolist()
+    ]
+    step = max(2, len(texts) // scale.samples)
+    chosen = range(0, len(texts), step)[: scale.samples]
+    return [texts[i] for i in chosen], [t for i, t in enumerate(texts) if i not in chosen]
 
 
 def _variance(folder: Path, scale: Scale, job: Job) -> dict[str, Any]:
