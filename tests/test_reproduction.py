@@ -1,6 +1,14 @@
 """The miniature reproduction, whole but minute: every job runs, stops, goes on and is reported."""
 
 import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -8,7 +16,8 @@ import pytest
 
 from blockdiff.errors import InputError
 from blockdiff.reproduction.plan import SMOKE, Scale, plan
-from blockdiff.reproduction.pool import prepare
+from blockdiff.reproduction.pool import passages, prepare
+from blockdiff.reproduction.results import Results
 from blockdiff.training.config import TrainConfig
 
 
@@ -52,3 +61,72 @@ def test_another_plan_in_the_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "other" / "file").touch()
     with pytest.raises(InputError, match="not empty"):
         prepare(tmp_path / "other", "pydoc", SMOKE)
+
+
+def test_smoke_survives_a_kill(tmp_path: Path) -> None:
+    """The command itself, killed with all its workers half-way, then run again to the report."""
+    words = "the people of this state and its government have laws for war and peace and trade"
+    rng = random.Random(0)
+    texts = [
+        ". ".join(" ".join(rng.choices(words.split(), k=12)).capitalize() for _ in range(12)) + "."
+        for _ in range(60)
+    ]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(json.dumps({"text": t}) for t in texts), encoding="utf-8")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "blockdiff", "reproduce", "paper-mini", "--smoke",
+               "--data", str(corpus), "--out", str(out), "--workers", "2"]  # fmt: skip
+    environment = os.environ | {"BLOCKDIFF_CACHE": str(tmp_path / "cache")}
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        first = subprocess.Popen(
+            command, start_new_session=True, stdout=file, stderr=file, env=environment
+        )
+    while len(done := list((out / "results").glob("*.json"))) < 6:
+        assert first.poll() is None, log.read_text()
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    written = {path: path.stat().st_mtime_ns for path in done}
+    assert len(written) < len(plan(SMOKE))
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == str(out / "report" / "report.md")
+    assert {path: path.stat().st_mtime_ns for path in done} == written, "what was done stays"
+    results = sorted(path.stem for path in (out / "results").glob("*.json"))
+    assert results == sorted(job.name.replace("/", ".") for job in plan(SMOKE))
+    report = (out / "report" / "report.md").read_text(encoding="utf-8")
+    for part in ("28.23", "Blocks of one", "Initialisation", "Variance", "clips.png", "Samples"):
+        assert part in report
+    for plot in re.findall(r"!\[\w+\]\((\w+\.png)\)", report):
+        assert (out / "report" / plot).stat().st_size > 5000
+    _figures_are_those_of_the_results(out, report)
+
+
+def _figures_are_those_of_the_results(out: Path, report: str) -> None:
+    """A few figures, from the per-window nats up to the report."""
+    found = Results(out, SMOKE)
+    raw = [json.loads((out / "results" / f"s{s}-L4.likelihood.json").read_text()) for s in range(2)]
+    rates = [sum(x["nats"]) / sum(x["tokens"]) for x in raw]
+    model = found.nats("L4")
+    assert model.mean == pytest.approx(sum(rates) / 2) and model.seeds == 2
+    assert f"{math.exp(sum(rates) / 2):.2f} [" in report
+    gap, error = found.nats("L4", 0).minus(found.nats("L4", 1))
+    assert gap == pytest.approx(rates[0] - rates[1]) and error > 0
+    summary = json.loads((out / "report" / "results.json").read_text(encoding="utf-8"))
+    assert summary["over_seeds"]["L4"]["perplexity"] == model.perplexity
+    share, low, high = found.gap_closed("L4")
+    ar, mdlm = (found.nats(name).perplexity for name in ("ar", "mdlm"))
+    assert share == pytest.approx((mdlm - model.perplexity) / (mdlm - ar)) and low < share < high
+    sedd = found["samples-sedd-end"]
+    assert max(sedd["lengths"]) < SMOKE.length <= max(found["samples-L4-long"]["lengths"])
+
+
+def test_passages() -> None:
+    text = "One is here. Two is there! Three? Four 3.5 is not cut. Five"
+    assert passages(text, 2) == [
+        "One is here. Two is there!",
+        "Three? Four 3.5 is not cut.",
+        "Five",
+    ]
+    assert passages(text, 0) == [text]

@@ -22,7 +22,7 @@ from matplotlib.ticker import (
 from blockdiff.errors import InputError
 
 # Okabe and Ito's colours, distinct to colour-blind eyes too, darkest first.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _SMOOTHING = 1 / 25  # width of the moving average, as a share of the curve
 _FEWEST_TO_SMOOTH = 20
 
@@ -42,7 +42,7 @@ def loss_plot(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:
     important: list[float] = []  # what the vertical range must hold; raw noise may leave it
     for i, (name, lines) in enumerate(curves.items()):
         prefix = f"{name}, " if len(curves) > 1 else ""
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         important += _training(axes, lines, colour, f"{prefix}training loss")
         important += _validation(axes, lines, colour, f"{prefix}validation ± standard error")
     if not important:
@@ -169,7 +169,7 @@ def _variance_panel(axes: Axes, records: Sequence[Mapping[str, Any]], kind: str)
     noise = 1e-6 * values.max()
     seen = values > noise
     where = np.arange(len(values))
-    colours = [_COLOURS[0] if r["unbiased"] else _COLOURS[1] for r in records]
+    colours = [COLOURS[0] if r["unbiased"] else COLOURS[1] for r in records]
     low = np.minimum(errors, 0.95 * np.abs(values))  # a bar must not leave a logarithmic axis
     for i in where[seen]:
         axes.errorbar(values[i], i, xerr=[[low[i]], [errors[i]]], fmt="o", color=colours[i],

@@ -23,6 +23,7 @@ from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.models.hub import staging
 from blockdiff.reproduction.plan import SMOKE, Job, Scale, plan
+from blockdiff.reproduction.report import write_report
 from blockdiff.reproduction.work import begin_worker, result_path, work
 
 PLAN_FILE = "plan.json"
@@ -122,3 +123,4 @@ def reproduce(out: str, data: str, workers: int | None, smoke: bool, overwrite: 
     folder = Path(out)
     prepare(folder, data, scale, overwrite)
     run(folder, scale, workers or os.cpu_count() or 1)
+    print(write_report(folder, scale, data))

@@ -1,0 +1,141 @@
+"""The report's plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullFormatter
+
+from blockdiff.plots import COLOURS
+from blockdiff.reproduction.plan import BLOCK_SIZES, COMPARED
+from blockdiff.reproduction.results import Results
+
+# name in a plot, name of the jobs, colour
+FAMILIES = (("AR", "ar", 0), ("BD3-LM L' = 4", "L4", 2), ("BD3-LM L' = 8", "L8", 4),
+            ("BD3-LM L' = 16", "L16", 5), ("MDLM", "mdlm", 1), ("SEDD", "sedd", 3))  # fmt: skip
+
+
+def _figure(width: float = 7.5, height: float = 4.6) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def perplexity_by_block_size(results: Results, path: Path) -> None:
+    """Each model's perplexity over L', a point for every seed, AR and SEDD as lines."""
+    figure, axes = _figure()
+    sizes = [*BLOCK_SIZES, results.scale.length]
+    names = [*(f"L{size}" for size in BLOCK_SIZES), "mdlm"]
+    models = [results.nats(name) for name in names]
+    low, high = (np.array([m.interval[i] for m in models]) for i in (0, 1))
+    middle = np.array([m.perplexity for m in models])
+    axes.errorbar(sizes, middle, yerr=[middle - low, high - middle], fmt="o-", color=COLOURS[0],
+                  capsize=3, label="block diffusion (L' = L: MDLM)")  # fmt: skip
+    for size, name in zip(sizes, names, strict=True):
+        own = [results.nats(name, seed).perplexity for seed in results.seeds(name)]
+        axes.plot([size] * len(own), own, "_", color=COLOURS[0], markersize=14)
+    for name, label, colour in (("ar", "AR", 1), ("sedd", "SEDD", 3)):
+        model = results.nats(name)
+        axes.axhline(model.perplexity, color=COLOURS[colour], linewidth=1.2, label=label)
+        axes.axhspan(*model.interval, color=COLOURS[colour], alpha=0.15, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sizes))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.set_xlabel("block size L'")
+    axes.set_ylabel("test perplexity (bound), 95% interval; dashes: seeds")
+    axes.set_title("Perplexity at equal training tokens", loc="left")
+    axes.legend(frameon=False)
+    figure.savefig(path, format="png")
+
+
+def clip_course(results: Results, path: Path) -> None:
+    """β and ω of the searched clip over training."""
+    figure, axes = _figure()
+    for i, size in enumerate(COMPARED):
+        lines = [m for m in results[f"s0-L{size}-clip-auto"]["metrics"] if "clip_beta" in m]
+        tokens = [m["tokens"] for m in lines]
+        low, high = ([m[key] for m in lines] for key in ("clip_beta", "clip_omega"))
+        axes.fill_between(tokens, low, high, step="post", alpha=0.15, color=COLOURS[i], linewidth=0)
+        for edge, label in ((low, f"L' = {size}"), (high, None)):
+            axes.step(tokens, edge, where="post", color=COLOURS[i], marker="o", label=label)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("tokens of fine-tuning")
+    axes.set_ylabel("mask rates drawn from: β to ω")
+    axes.set_title("The clip of least variance", loc="left")
+    axes.legend(frameon=False)
+    figure.savefig(path, format="png")
+
+
+def quality_by_nfe(results: Results, path: Path) -> None:
+    """Generative perplexity and entropy of the samples over network evaluations."""
+    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    real = results["samples-real"]["real"]
+    panels = (
+        (left, "perplexity", "generative perplexity"),
+        (right, "divergence", "divergence of 2-grams from real text"),
+    )
+    for axes, key, label in panels:
+        for name, model, colour in FAMILIES:
+            jobs = [n for n, job in results.jobs.items()
+                    if job.kind == "samples" and job.settings["model"] == f"s0-{model}"
+                    and not n.endswith(("-long", "-end"))]  # fmt: skip
+            found = sorted((results[n]["quality"] for n in jobs), key=lambda q: q["cost"]["nfe"])
+            if not found:
+                continue
+            values = [_figure_of(q, key) for q in found]
+            axes.errorbar([q["cost"]["nfe"] for q in found], [v["value"] for v in values],
+                          yerr=[1.96 * v["stderr"] for v in values], fmt="o-", capsize=2,
+                          color=COLOURS[colour], label=name, markersize=4)  # fmt: skip
+        axes.axhline(
+            _figure_of(real, key)["value"], color="black", linestyle=":", label="real text"
+        )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        if key == "perplexity":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("network evaluations a sample")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Samples of {results.scale.length} tokens", x=0.01, ha="left")
+    figure.savefig(path, format="png")
+
+
+def _figure_of(quality: dict[str, Any], key: str) -> dict[str, float]:
+    found: dict[str, float] = quality[key]["2"] if key == "divergence" else quality[key]
+    return found
+
+
+def length_histogram(results: Results, path: Path) -> None:
+    """How long texts are that end by themselves, beside real passages."""
+    figure, axes = _figure()
+    longest = results.scale.long_tokens
+    bins = np.linspace(0, longest, 33).tolist()
+    real = results["samples-real"]["lengths"]
+    axes.hist(
+        np.minimum(real, longest), bins=bins, density=True, color="lightgrey", label="real passages"
+    )
+    for name, model, colour in FAMILIES:
+        if f"samples-{model}-end" in results.jobs:
+            lengths = np.minimum(results[f"samples-{model}-end"]["lengths"], longest)
+            axes.hist(lengths, bins=bins, density=True, histtype="step", linewidth=1.4,
+                      color=COLOURS[colour], label=name)  # fmt: skip
+    axes.axvline(results.scale.length, color="black", linewidth=0.8, linestyle=":")
+    axes.annotate(" training context", (results.scale.length, 0.98), va="top", fontsize=8,
+                  xycoords=("data", "axes fraction"))  # fmt: skip
+    axes.set_xlabel(f"tokens until the end of the text (or {longest}, the most asked for)")
+    axes.set_ylabel("density")
+    axes.set_title("Generated lengths", loc="left")
+    axes.legend(frameon=False)
+    figure.savefig(path, format="png")
