@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -89,12 +90,17 @@ class Results:
         return Nats(nats, np.array(found[0]["tokens"], dtype=float), len(seeds))
 
     def seconds(self, model: str) -> float:
-        """Core-seconds of training, the runs it continues included; the mean of all seeds."""
+        """Core-seconds of training, the runs it continues included; the mean of all seeds.
+
+        Tokens by the median rate, so that a run that was interrupted or disturbed counts in full.
+        """
         total = 0.0
         for seed in self.seeds(model):
             name = f"s{seed}-{model}"
             while name:
-                total += self[name]["seconds"]
+                metrics = [m for m in self[name]["metrics"] if "tokens_per_second" in m]
+                rate = statistics.median(m["tokens_per_second"] for m in metrics)
+                total += self[name]["job"]["settings"]["steps"] * self.scale.tokens_a_step / rate
                 before = self.jobs[name].settings
                 name = before.get("continues") or before.get("init_from") or ""
         return total / len(self.seeds(model))
