@@ -28,25 +28,25 @@ class Scale:
     `samples` texts are generated at a time, of `long_tokens` where length is open.
     """
 
-    steps: int = 4200
-    fine_share: float = 0.3
+    steps: int = 1600
+    fine_share: float = 0.35
     seeds: int = 2
     batch_size: int = 16
     length: int = 128
     vocab_size: int = 1024
     preset: str = "nano"
-    lr: float = 1e-3
+    lr: float = 3e-3
     warmup: int = 100
     initial_shift: float = 1.0
     ema: float = 0.998
     test_fraction: float = 0.1
     test_windows: int = 768
-    draws: int = 8
+    draws: int = 4
     searches: int = 6
-    variance: tuple[int, int, int] = (8, 8, 16)
-    save_every: int = 500
+    variance: tuple[int, int, int] = (6, 8, 12)
+    save_every: int = 200
     sentences: int = 2
-    samples: int = 128
+    samples: int = 64
     long_tokens: int = 512
 
     @property
@@ -154,14 +154,15 @@ def _trainings(scale: Scale, seed: int) -> list[Job]:
         fine_tuned(f"L{size}", size)
     add("mdlm", whole - base, 1.0, "mdlm-base", continues=f"s{seed}-mdlm-base", total=whole)
     add("ar", whole - base, 0.65, "ar-base", continues=f"s{seed}-ar-base", total=whole)
-    fine_tuned("L1-bernoulli", 1, estimator="bernoulli")
+    if seed == 0:
+        fine_tuned("L1-bernoulli", 1, estimator="bernoulli")
     for size in COMPARED:
         fine_tuned(f"L{size}-bernoulli", size, estimator="bernoulli")
         for name, clip in CLIPS.items():
             if seed == 0 or name == "clip-high":
                 fine_tuned(f"L{size}-{name}", size, estimator="clipped", clip=clip)
-        fine_tuned(f"L{size}-from-ar", size, "ar-base")
         if seed == 0:
+            fine_tuned(f"L{size}-from-ar", size, "ar-base")
             add(f"L{size}-scratch", whole, 1.25, block_size=size, **scratch)
     if seed == 0:
         add("sedd", whole, 1.1, objective="sedd", **scratch)
