@@ -285,6 +285,8 @@ def _train(given: Namespace) -> None:
     from blockdiff.training.run import train
 
     result = train(_dataclass(TrainConfig, given))
+    if not result.is_main_process:
+        return
     loss_plot(
         {"training": read_metrics(result.folder / METRICS_FILE)},
         result.folder / "loss.png",

@@ -48,6 +48,10 @@ class Noise:
     block: Tensor
     token: Tensor
 
+    def rows(self, start: int, end: int) -> Noise:
+        """That of some rows."""
+        return Noise(self.block[start:end], self.token[start:end])
+
 
 @dataclass(frozen=True)
 class Draw:

@@ -196,6 +196,24 @@ def test_bd3lm_from_ar_starts_as_the_ar_network(corpus: Path, tmp_path: Path) ->
     assert blockdiff.load_model(done.folder).config.kind == "bd3lm"
 
 
+def test_a_run_carries_weights_and_their_average_on(corpus: Path, tmp_path: Path) -> None:
+    """The last step's weights and the average differ; a warm-up's first step has rate 0."""
+    base = train(small(corpus, tmp_path / "base", objective="mdlm", ema=0.999), progress=False)
+    checkpoint = last_checkpoint(base.folder)
+    assert checkpoint is not None
+    name = "layers.0.qkv.weight"
+    raw, averaged = (load_file(f / "model.safetensors")[name] for f in (checkpoint, base.folder))
+    assert not torch.equal(raw, averaged)
+    fine = small(corpus, tmp_path / "fine", init_from=str(base.folder), steps=1, ema=0.999)
+    done = train(fine, progress=False).folder
+    after = last_checkpoint(done)
+    assert after is not None
+    assert torch.equal(load_file(after / "model.safetensors")[name], raw)
+    # The average goes on from 12 updates: d = 13/22 in ema ← d·ema + (1 − d)·weights
+    moved = load_file(done / "model.safetensors")[name]
+    torch.testing.assert_close(moved, averaged + (raw - averaged) * 9 / 22)
+
+
 def test_mdlm_and_padding_and_every_estimator_train(corpus: Path, tmp_path: Path) -> None:
     for estimator in ("paired", "bernoulli", "clipped"):
         config = small(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,12 @@ class Corpus:
     Attributes:
         name: what the corpus was asked for as, for messages and logs.
         readers: each gives the documents of one file or data set, opened anew at every call.
+        shared: iterating gives only the share of this process and DataLoader worker.
     """
 
     name: str
     readers: tuple[Callable[[], Iterable[str]], ...]
+    shared: bool = False
 
     def __iter__(self) -> Iterator[str]:
         for read in self.readers:
@@ -58,6 +61,7 @@ def load_corpus(
     text_column: str = "text",
     streaming: bool = False,
     subset: str | None = None,
+    process: tuple[int, int] = (0, 1),
 ) -> Corpus:
     """Open a corpus; its text is read when it is iterated, file by file.
 
@@ -69,7 +73,9 @@ def load_corpus(
         split: split of a data set; local files have none.
         text_column: the column (JSON key) that holds the text.
         streaming: read a hub data set over the network as it is used instead of downloading it.
+            Each process, and each DataLoader worker in it, then gets documents of its own.
         subset: configuration of a hub data set.
+        process: (number, count) of this process among those that share a stream.
 
     Raises:
         InputError: nothing is there, it cannot be reached or read, or it holds no text. Faults
@@ -82,20 +88,24 @@ def load_corpus(
     readers: list[Callable[[], Iterable[str]]] = []
     for one in sources:
         local = Path(os.path.expanduser(one))
-        if (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
-            readers.append(_saved_data_set(local, split, text_column))
-        elif one != "pydoc" and not local.exists() and not looks_like_path(one):
-            readers.append(_hub_data_set(one, subset, split, streaming, text_column))
+        saved = any((local / f"dataset_{kind}.json").is_file() for kind in ("info", "dict"))
+        if not saved and one != "pydoc" and not local.exists() and not looks_like_path(one):
+            stream = process if streaming else None
+            readers.append(_hub_data_set(one, subset, split, stream, text_column))
+            continue
+        if saved:
+            here = [_saved_data_set(local, split, text_column)]
         elif split != "train" or subset is not None:
             raise InputError(
                 f"{one} is not a data set and has no splits or subsets "
                 f"(split={split!r}, subset={subset!r}): leave both out"
             )
         elif one == "pydoc":
-            readers.append(pydoc_documents)
+            here = [pydoc_documents]
         else:
-            readers += [partial(read_file, path, text_column) for path in find_files(one)]
-    corpus = Corpus(name, tuple(readers))
+            here = [partial(read_file, path, text_column) for path in find_files(one)]
+        readers += [partial(_share, read, process) for read in here] if streaming else here
+    corpus = Corpus(name, tuple(readers), shared=streaming)
     if next(iter(corpus), None) is None:
         raise InputError(f"the corpus {name} holds no text: all its documents are empty")
     return corpus
@@ -188,19 +198,38 @@ def _saved_data_set(folder: Path, split: str, text_column: str) -> Callable[[], 
 
 
 def _hub_data_set(
-    name: str, subset: str | None, split: str, streaming: bool, text_column: str
+    name: str, subset: str | None, split: str, stream: tuple[int, int] | None, text_column: str
 ) -> Callable[[], Iterable[str]]:
+    """`name` may end in @revision. `stream`: read as it is used, by this process of so many."""
     import datasets
 
+    where, _, revision = name.partition("@")
     try:
-        data = datasets.load_dataset(name, subset, split=split, streaming=streaming)
+        data = datasets.load_dataset(
+            where, subset, split=split, revision=revision or None, streaming=stream is not None
+        )
     # The hub's clients raise everything from OSError to bare HTTP errors of their transport.
     except Exception as error:
         raise InputError(
             f"{name!r} is no local file, and the Hugging Face hub did not give it (subset "
             f"{subset!r}, split {split!r}): {first_line(error)}; check the name and the network"
         ) from error
+    if stream is not None:
+        from datasets.distributed import split_dataset_by_node
+
+        # Its files are dealt out where there are enough, else its rows; workers it sees to itself.
+        data = split_dataset_by_node(data, *stream)
     return partial(_read_rows, data, text_column, name)
+
+
+def _share(read: Callable[[], Iterable[str]], process: tuple[int, int]) -> Iterator[str]:
+    """Every n-th document, n counting processes and their DataLoader workers."""
+    from torch.utils.data import get_worker_info
+
+    worker = get_worker_info()
+    own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+    number, processes = process
+    yield from islice(read(), number * workers + own, None, processes * workers)
 
 
 def _read_rows(data: Any, text_column: str, name: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from blockdiff.data.corpora import Corpus
 from blockdiff.data.encoding import encode_documents, utf8
 from blockdiff.data.tokenizers import eos_id, fingerprint
 from blockdiff.data.windows import Windows, build_windows, open_windows
@@ -92,8 +93,8 @@ def pack(
 class StreamedWindows(IterableDataset[dict[str, Tensor]]):
     """Windows packed across documents while a corpus is read; nothing is cached.
 
-    Yields `{"x_0": int64 [length]}`. Of n DataLoader workers, each reads the whole corpus, takes
-    every n-th document and drops its own tail.
+    Yields `{"x_0": int64 [length]}`. Each DataLoader worker takes its share of the documents (a
+    `Corpus` may deal them out itself, else every n-th of n workers) and drops its own tail.
 
     Attributes:
         length: tokens in a window.
@@ -118,7 +119,9 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         shard, shards = (worker.id, worker.num_workers) if worker else (0, 1)
-        documents = islice(self._documents, shard, None, shards)
+        documents = self._documents
+        if not (isinstance(documents, Corpus) and documents.shared):
+            documents = islice(documents, shard, None, shards)
         carry = np.empty(0, np.int32)
         found = False
         for ids in encode_documents(documents, self._tokenizer, **self._marks):

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 
 import psutil
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from blockdiff import objectives
@@ -90,6 +92,7 @@ def likelihood(
     documents: Tensor | None = None,
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
+    processes: PartialState | None = None,
 ) -> Likelihood:
     """Measures sequences x_0 int64 [B, L] under the model.
 
@@ -98,8 +101,8 @@ def likelihood(
     per sequence (pairs for `paired`); every draw of a sequence shares one pass over its clean
     tokens. The noise depends on `seed` and the sequence's number only, never on the batching.
     `keep_first` defaults to the model's own setting; `progress` is called with the number of
-    sequences done. Raises `InputError` for biased draws, sizes below 1, or tokens outside the
-    vocabulary.
+    sequences done. `processes` share the sequences, and each gets the result of all. Raises
+    `InputError` for biased draws, sizes below 1, or tokens outside the vocabulary.
     """
     _check(model, x_0, draws, batch_size)
     layout = BlockLayout(x_0.shape[1], block_size or model.config.block_size)
@@ -126,15 +129,17 @@ def likelihood(
     was_training = model.training
     model.eval()
     per_draw = []
-    for start in range(0, len(x_0), rows):
-        part = slice(start, start + rows)
-        index = torch.arange(start, min(start + rows, len(x_0)), device=x_0.device)
-        own = None if documents is None else documents[part]
+    mine = torch.arange(len(x_0), device=x_0.device)
+    if processes is not None:
+        mine = mine[processes.process_index :: processes.num_processes]
+    for index in mine.split(rows) if len(mine) else ():
+        own = None if documents is None else documents[index]
         if estimator == "ar":
-            nats = objectives.ar(model, x_0[part], maskable[part], own).cpu().double().sum(-1)[None]
+            nats = objectives.ar(model, x_0[index], maskable[index], own)
+            nats = nats.cpu().double().sum(-1)[None]
         else:
             nats = _bound(
-                model, x_0[part], index, maskable[part], layout, own,
+                model, x_0[index], index, maskable[index], layout, own,
                 make=make_estimator(estimator, schedule, timesteps=timesteps), estimator=estimator,
                 draws=draws, seed=seed, budget=tokens,
             )  # fmt: skip
@@ -142,6 +147,10 @@ def likelihood(
         if progress is not None:
             progress(len(index))
     model.train(was_training)
+    if processes is not None and processes.num_processes > 1:
+        found = gather_object([(mine.cpu(), per_draw)])
+        order = torch.cat([index for index, _ in found]).argsort()
+        per_draw = [torch.cat([nats for _, parts in found for nats in parts], dim=1)[:, order]]
     exact = estimator in ("ar", "enumerate")
     return _summary(torch.cat(per_draw, dim=1), maskable.sum(-1).cpu(), estimator, exact)
 

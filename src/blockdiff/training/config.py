@@ -33,7 +33,8 @@ class TrainConfig:
         length: Context L in tokens.
         block_size: Block size L' of bd3lm.
         preset: Network size: nano, micro, small or medium.
-        init_from: Model folder or hub id to start from, for example an AR model of this package.
+        init_from: Model folder or hub id to start from, for example an AR model of this package;
+            of a run's folder the weights and their average are both carried on.
         adaln: Give the network adaptive layer norms, as the paper does.
         time_conditioning: Feed the network the noise level; sedd always does.
         initial_shift: Standard deviation of their shifts at initialisation.
@@ -45,8 +46,8 @@ class TrainConfig:
             of least variance after each validation.
         steps: Optimizer steps.
         minutes: Stop after this many minutes of training, however many steps are left; 0 is never.
-        batch_size: Windows per step and process.
-        accumulate: Micro-batches each step is cut into.
+        batch_size: Windows per step, over all processes: the run is the same on any number.
+        accumulate: Micro-batches each process's part of a step is cut into.
         lr: Learning rate.
         lr_schedule: constant, linear or cosine, after the warm-up.
         warmup: Warm-up steps.

@@ -24,17 +24,27 @@ from blockdiff.models.dit import DiT
 from blockdiff.models.hub import default_device, load_model, save_model
 from blockdiff.training.callbacks import MetricsLog, ProgressBar
 from blockdiff.training.config import CONFIG_FILE, TrainConfig, merge_resumed, save_config
-from blockdiff.training.trainer import BlockDiffusionTrainer, last_checkpoint, reporters
+from blockdiff.training.trainer import (
+    BlockDiffusionTrainer,
+    checkpoint_step,
+    last_checkpoint,
+    newest_checkpoint,
+    reporters,
+)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: its folder, the validation of its averaged weights, and its cost."""
+    """A finished run: its folder, the validation of its averaged weights, and its cost.
+
+    `is_main_process`: whether this is the process that reports, of those that trained.
+    """
 
     folder: Path
     metrics: dict[str, float]
     tokens_seen: int
     seconds: float
+    is_main_process: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,14 +72,14 @@ def train(config: TrainConfig, *, progress: bool = True, device: str | None = No
     where = torch.device(device) if device else default_device()
     processes = PartialState(cpu=where.type == "cpu")
     set_seed(config.seed)
-    start = load_model(config.init_from) if config.init_from else None
+    start, average, updates = _start(config.init_from)
     with processes.main_process_first():  # the others find the corpus packed
-        data = prepare_data(config)
+        data = prepare_data(config, (processes.process_index, processes.num_processes))
     model = build_model(config, data.tokenizer, start)
     if processes.is_main_process and not config.resume:
         _begin(out, config, data.tokenizer)
     processes.wait_for_everyone()
-    tokens_per_step = config.batch_size * config.length * processes.num_processes
+    tokens_per_step = config.batch_size * config.length
     bar = ProgressBar(f"{model.config.kind} → {config.out}", tokens_per_step)
     trainer = BlockDiffusionTrainer(
         model,
@@ -79,6 +89,9 @@ def train(config: TrainConfig, *, progress: bool = True, device: str | None = No
         where,
         [MetricsLog(out, tokens_per_step), *([bar] if progress else [])],
     )
+    if average is not None and trainer.ema is not None:
+        _take_weights(trainer.averaged_model, average)
+        trainer.ema_updates = updates
     checkpoint = last_checkpoint(out) if config.resume else None
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -89,7 +102,23 @@ def train(config: TrainConfig, *, progress: bool = True, device: str | None = No
         save_model(trainer.averaged_model, out)
         save_config(config, out)
     seen = result.global_step * tokens_per_step
-    return Trained(out, metrics, seen, float(result.metrics["train_runtime"]))
+    seconds = float(result.metrics["train_runtime"])
+    return Trained(out, metrics, seen, seconds, processes.is_main_process)
+
+
+def _start(source: str | None) -> tuple[DiT | None, DiT | None, int]:
+    """(weights, their moving average, how many updates made it) to start from.
+
+    A run of ours keeps both, the weights in its last checkpoint; another folder has one set only,
+    which then stands for both.
+    """
+    if source is None:
+        return None, None, 0
+    average = load_model(source)
+    checkpoint = newest_checkpoint(Path(source))
+    if checkpoint is None:
+        return average, None, 0
+    return load_model(checkpoint), average, checkpoint_step(checkpoint)
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -122,14 +151,18 @@ def _begin(out: Path, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def prepare_data(config: TrainConfig) -> TrainingData:
-    """Corpus, split, tokenizer and windows of a run."""
+def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> TrainingData:
+    """Corpus, split, tokenizer and windows of a run.
+
+    `process` (number, count): whose share of a stream it is.
+    """
     corpus = load_corpus(
         config.data,
         split=config.split,
         text_column=config.text_column,
         streaming=config.streaming,
         subset=config.subset,
+        process=process,
     )
     documents: Iterable[str] = corpus
     if config.streaming:

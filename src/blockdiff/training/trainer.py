@@ -3,8 +3,9 @@
     x_0 → Draw(x_t, sigma, weight) → logits at the masked positions → nats [B, L] → scalar
 
 Resuming, accumulation, precision, clipping and several processes come from transformers and
-accelerate. Masks and dropout are seeded by (seed, step, micro-batch, process), so a resumed run
-sees the very numbers it would have seen uninterrupted.
+accelerate. A step's masks are drawn for its whole batch, from (seed, step), and each micro-batch of
+each process takes its rows of them. So a resumed run sees the very numbers it would have seen
+uninterrupted, and the gradient of a step does not depend on how many processes share it.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from blockdiff import objectives
 from blockdiff.categorical import fold_seed
+from blockdiff.data.packing import StreamedWindows
 from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
@@ -45,14 +48,24 @@ CLIP_WINDOWS = 128
 
 
 def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
-    """transformers' arguments for a run; checkpoints go to `out/checkpoints`."""
+    """transformers' arguments for a run; checkpoints go to `out/checkpoints`.
+
+    Raises `InputError` when a step cannot be cut into equal parts for the processes there are.
+    """
+    processes = PartialState().num_processes
+    parts = processes * config.accumulate
+    if config.batch_size % parts:
+        raise InputError(
+            f"--batch_size {config.batch_size} cannot be cut into equal parts for {processes} "
+            f"processes of {config.accumulate} micro-batches; make it a multiple of {parts}"
+        )
     schedulers = {
         "constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine",
     }  # fmt: skip
     return TrainingArguments(
         output_dir=str(Path(config.out) / "checkpoints"),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size // config.accumulate,
+        per_device_train_batch_size=config.batch_size // parts,
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.lr,
         lr_scheduler_type=schedulers[config.lr_schedule],
@@ -109,6 +122,7 @@ class BlockDiffusionTrainer(Trainer):
         self.eval_windows = eval_windows
         self.use_clip(config.clip_range() or (WHOLE if config.searches_clip else None))
         self.ema = make_ema(model, config.ema) if config.ema else None
+        self.ema_updates = 0  # of the average that was carried over from another run
         self._micro = (-1, 0)
         super().__init__(
             model=model,
@@ -129,6 +143,17 @@ class BlockDiffusionTrainer(Trainer):
         self.clip = clip
         self.estimator = make_estimator(run.estimator, run.schedule, clip, run.timesteps)
 
+    def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        if not isinstance(self.train_dataset, StreamedWindows):
+            return super().get_train_dataloader()
+        # Each process already reads documents of its own; accelerate would deal them out again.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            drop_last=True,
+        )
+
     # the law
 
     def compute_loss(
@@ -139,30 +164,36 @@ class BlockDiffusionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         x_0, documents = inputs["x_0"], inputs.get("documents")
-        seed = self._seed_micro_batch()
+        first = self._begin_micro_batch(len(x_0))
         core: DiT = self.accelerator.unwrap_model(model)
         maskable = objectives.maskable_positions(x_0, core.config.keep_first, documents)
         if core.config.causal:
             nats = objectives.ar(model, x_0, maskable, documents)
         else:
             layout = BlockLayout(x_0.shape[1], core.config.block_size)
+            seed = fold_seed(self.run.seed, self.state.global_step)
             generator = torch.Generator(x_0.device).manual_seed(seed)
-            noise = stratified_noise(len(x_0), layout, generator)
+            noise = stratified_noise(self.run.batch_size, layout, generator)
+            noise = noise.rows(first, first + len(x_0))
             draw = self.estimator(x_0, layout, noise, maskable, core.config.mask_token_id)
             nats = objectives.bd3lm(model, x_0, draw, documents)
-        loss = nats.sum() / maskable.sum().clamp(min=1)
+        # Gradients are averaged over processes: padded windows make their tokens unequal in number.
+        tokens = self.accelerator.reduce(maskable.sum().float(), reduction="mean")
+        loss = nats.sum() / tokens.clamp(min=1)
         return (loss, {"nats": nats}) if return_outputs else loss
 
-    def _seed_micro_batch(self) -> int:
-        """Seeds dropout and gives the masks' seed, by (seed, step, micro-batch, process)."""
+    def _begin_micro_batch(self, rows: int) -> int:
+        """Which row of the step's batch this micro-batch begins at; seeds dropout by it.
+
+        accelerate deals the micro-batches of a step out to the processes in turn.
+        """
         step, micro = self._micro
         micro = micro + 1 if step == self.state.global_step else 0
         self._micro = (self.state.global_step, micro)
-        seed = fold_seed(
-            self.run.seed, self.state.global_step, micro, self.accelerator.process_index
-        )
-        torch.manual_seed(seed)
-        return seed
+        accelerator = self.accelerator
+        first = (micro * accelerator.num_processes + accelerator.process_index) * rows
+        torch.manual_seed(fold_seed(self.run.seed, self.state.global_step, first))
+        return first
 
     # what is measured and saved is the average
 
@@ -182,6 +213,7 @@ class BlockDiffusionTrainer(Trainer):
             draws=self.run.eval_draws,
             seed=self.run.seed,
             documents=windows.get("documents"),
+            processes=self.accelerator.state,
         )
         metrics = {
             "eval_nats_per_token": result.nats_per_token,
@@ -257,7 +289,7 @@ class _Bookkeeping(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         if self.trainer.ema is not None:
-            self.trainer.ema.n_averaged.fill_(state.global_step)
+            self.trainer.ema.n_averaged.fill_(self.trainer.ema_updates + state.global_step)
         self.begin = time.perf_counter()
 
     def on_step_end(
@@ -278,10 +310,18 @@ class _Bookkeeping(TrainerCallback):
 
 def last_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint of a run; half-written ones are removed."""
-    whole = []
     for folder in (run / "checkpoints").glob("checkpoint-*"):
-        if (folder / COMPLETE).is_file():
-            whole.append(folder)
-        else:
+        if not (folder / COMPLETE).is_file():
             shutil.rmtree(folder)
-    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    return newest_checkpoint(run)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run, which may still be running."""
+    whole = [marker.parent for marker in (run / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")]
+    return max(whole, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step a checkpoint was written after."""
+    return int(folder.name.split("-")[1])
