@@ -17,7 +17,10 @@ README = Path(__file__).parents[1] / "README.md"
 SMALLER = {
     "train": ["--steps", "2", "--batch-size", "2", "--eval-windows", "2", "--report-to", "none"],
     "evaluate": ["--windows", "2"],
+    # The hub's texts cannot be had everywhere; tests/test_zero_shot.py has the names.
+    "zero-shot": ["--windows", "2", "--texts", "pydoc"],
     "variance": ["--draws", "2", "--batches", "2", "--batch-size", "1", "--estimators", "paired"],
+    "evaluate-samples": ["--words", "20"],
     "generate": ["--max-new-tokens", "4"],
     "tokenizer": [],
     "benchmark": ["--preset", "nano", "--batch-size", "1", "--repeats", "1"],
@@ -29,6 +32,10 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
+# Hours, or minutes as --smoke: tests/test_reproduction.py runs it.
+ELSEWHERE = {"reproduce"}
+
+
 def commands() -> list[list[str]]:
     text = "\n".join(code_blocks("bash")).replace("\\\n", " ")
     return [shlex.split(line, comments=True)[1:] for line in text.splitlines()
@@ -36,7 +43,8 @@ def commands() -> list[list[str]]:
 
 
 def test_the_readme_shows_every_command() -> None:
-    assert {words[0] for words in commands()} == set(SMALLER)
+    assert {words[0] for words in commands()} == set(SMALLER) | ELSEWHERE
+    assert set(SMALLER) | ELSEWHERE == set(cli._commands())
 
 
 def test_the_readme_names_the_test_command() -> None:
@@ -50,8 +58,14 @@ def test_readme_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BLOCKDIFF_CACHE", str(tmp_path / "cache"))
     for words in commands():
+        if words[0] in ELSEWHERE:
+            continue
+        words, to = (words[:-2], words[-1]) if words[-2] == ">" else (words, None)
         cli.main([*words, *SMALLER[words[0]]])
-        assert capsys.readouterr().out, words
+        out = capsys.readouterr().out
+        assert out, words
+        if to is not None:
+            Path(to).write_text(out, encoding="utf-8")
     for block in code_blocks("python"):
         exec(compile(block, str(README), "exec"), {})
 

@@ -41,6 +41,8 @@ class DataOptions:
         length: Tokens per sequence; the model's own context when left out.
         bos: Put a beginning-of-text token before each document.
         across_documents: Let windows run across documents; otherwise pad at each document's end.
+        detokenizer: What undoes a benchmark's own marks: none, wikitext, ptb, lm1b, lambada or
+            scientific.
     """
 
     data: str
@@ -54,6 +56,39 @@ class DataOptions:
     length: int | None = None
     bos: bool = False
     across_documents: bool = True
+    detokenizer: str = "none"
+
+
+@dataclass(frozen=True)
+class ZeroShotOptions:
+    """Perplexity on texts the model was not trained on: the paper's, or any other, in one table.
+
+    Attributes:
+        texts: With commas: ptb, wikitext2, wikitext103, lm1b, lambada, ag_news, pubmed, arxiv (from
+            the Hugging Face hub), files, or hub ids, with :DETOKENIZER after those that need one,
+            for example news.txt:lm1b.
+        tokenizer: Folder or hub id of the tokenizer, where the model has none.
+        length: Tokens per sequence; the model's own context when left out.
+        bos: Put a beginning-of-text token before each document.
+        windows: Sequences measured of each text, evenly spread; 0 is all of them.
+        estimator: auto (enumerate up to L' = 4, else exact_k), or enumerate, exact_k, paired,
+            bernoulli.
+        draws: Noised copies per sequence, where masks are not enumerated.
+        seed: Seed of the masks.
+        precision: Weights: float32, bf16, int8, or auto (bf16 where it is faster).
+        json: Print one JSON array.
+    """
+
+    texts: str = "ptb,wikitext103,lm1b,lambada,ag_news,pubmed,arxiv"
+    tokenizer: str | None = None
+    length: int | None = None
+    bos: bool = False
+    windows: int = 0
+    estimator: str = "auto"
+    draws: int = 8
+    seed: int = 0
+    precision: str = "float32"
+    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -308,6 +343,15 @@ def _evaluate(given: Namespace) -> None:
     print(json.dumps(record, indent=2) if options.json else summary_table(record))
 
 
+def _zero_shot(given: Namespace) -> None:
+    from blockdiff.evaluation.zero_shot import zero_shot, zero_shot_table
+
+    options = _dataclass(ZeroShotOptions, given)
+    arguments = {k: v for k, v in asdict(options).items() if k != "json"}
+    records = zero_shot(given.model, **arguments)
+    print(json.dumps(records, indent=2) if options.json else zero_shot_table(records))
+
+
 def _variance(given: Namespace) -> None:
     from blockdiff.evaluation.variance import measure_corpus, variance_table
     from blockdiff.plots import variance_plot
@@ -397,6 +441,7 @@ def _commands() -> dict[str, Command]:
     return {
         "train": (TrainConfig, (), _train, None),
         "evaluate": (DataOptions, (EvaluateOptions,), _evaluate, model),
+        "zero-shot": (ZeroShotOptions, (), _zero_shot, model),
         "variance": (DataOptions, (VarianceOptions,), _variance, model),
         "evaluate-samples": (SampleOptions, (), _evaluate_samples, samples),
         "generate": (GenerateOptions, (SamplingOptions,), _generate, model),

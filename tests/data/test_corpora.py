@@ -186,8 +186,8 @@ def test_a_hub_data_set_gets_every_option_and_yields_its_texts(monkeypatch, stre
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     options = {"split": "test", "streaming": streaming}
-    corpus = load_corpus("some/set", subset="en", text_column="body", **options)
-    assert calls == [(("some/set", "en"), options)]
+    corpus = load_corpus("some/set@v2", subset="en", text_column="body", **options)
+    assert calls == [(("some/set", "en"), options | {"revision": "v2"})]
     assert list(corpus) == list(corpus) == ["a", "b"]
     missing = message_of("some/set", text_column="gone")
     assert "no column 'gone'; it has 'body', 'text'" in missing

@@ -112,7 +112,8 @@ def load_corpus(
 
 
 def looks_like_path(source: str) -> bool:
-    """Whether a name that is not on disk was meant as a local path, not as a hub id."""
+    """Whether a name that is not on disk was meant as a local path, not as a hub id[@revision]."""
+    source = source.partition("@")[0]
     return (
         source.startswith((".", "/", "~"))
         or source.count("/") > 1

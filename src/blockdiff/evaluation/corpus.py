@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blockdiff.data.corpora import load_corpus, split_documents
+from blockdiff.data.detokenizers import detokenized
 from blockdiff.data.loading import load
 from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
@@ -35,11 +36,14 @@ def open_documents(
     text_column: str = "text",
     split: str = "train",
     subset: str | None = None,
+    detokenizer: str = "none",
 ) -> Iterable[str]:
     """The documents of a corpus, or of the part of it that training saw or held out."""
     if part not in PARTS:
         raise InputError(f"no part {part!r}; choose one of {', '.join(PARTS)}")
-    documents = load_corpus(data, split=split, text_column=text_column, subset=subset)
+    documents = detokenized(
+        load_corpus(data, split=split, text_column=text_column, subset=subset), detokenizer
+    )
     if part == "all":
         return documents
     train, held_out = split_documents(documents, validation_fraction, split_seed)
@@ -84,6 +88,7 @@ def evaluate_corpus(
     text_column: str = "text",
     split: str = "train",
     subset: str | None = None,
+    detokenizer: str = "none",
     tokenizer: str | None = None,
     length: int | None = None,
     block_size: int | None = None,
@@ -99,16 +104,41 @@ def evaluate_corpus(
 ) -> dict[str, object]:
     """Measures a corpus under the model in a folder or hub repository.
 
-    Returns `Likelihood.record()` with the model, the data and the same figures per UTF-8 byte:
-    nats per token times tokens per byte of the whole corpus. Raises `InputError` on bad input.
+    Returns `measure_sequences`'s record. Raises `InputError` on bad input.
     """
     network, words = load(model, tokenizer=tokenizer, device=default_device())
     convert(network, precision, network.device)
     packed, sequences = open_sequences(
         network, words, data, part=part, validation_fraction=validation_fraction,
         split_seed=split_seed, text_column=text_column, split=split, subset=subset, length=length,
-        bos=bos, across_documents=across_documents, windows=windows,
+        bos=bos, across_documents=across_documents, windows=windows, detokenizer=detokenizer,
     )  # fmt: skip
+    record = measure_sequences(
+        network, packed, sequences, model=str(model), data=data, block_size=block_size,
+        estimator=estimator, draws=draws, timesteps=timesteps, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    return {**record, "part": part, "precision": precision}
+
+
+def measure_sequences(
+    network: DiT,
+    packed: Windows,
+    sequences: dict[str, Tensor],
+    *,
+    model: str,
+    data: str,
+    estimator: str = "auto",
+    draws: int = 8,
+    seed: int = 0,
+    block_size: int | None = None,
+    timesteps: int = 1000,
+    batch_size: int | None = None,
+) -> dict[str, Any]:
+    """Measures what `open_sequences` gave; `model` and `data` name the two in the record.
+
+    Returns `Likelihood.record()` with the model, the data and the same figures per UTF-8 byte:
+    nats per token times tokens per byte of the whole corpus.
+    """
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"{network.config.kind} on {data}", total=len(sequences["x_0"]))
         result = likelihood(
@@ -125,13 +155,11 @@ def evaluate_corpus(
         )
     per_byte = packed.corpus_tokens / packed.bytes
     return {
-        "model": str(model),
+        "model": model,
         "kind": network.config.kind,
         "block_size": block_size or network.config.block_size,
         "length": packed.length,
         "data": data,
-        "part": part,
-        "precision": precision,
         **result.record(),
         "tokens_per_byte": per_byte,
         "nats_per_byte": result.nats_per_token * per_byte,

@@ -18,12 +18,16 @@ class TrainConfig:
 
     Attributes:
         out: Folder of the run: model, tokenizer, metrics and checkpoints.
-        data: Corpus: pydoc, files (txt, jsonl, parquet; .xz and .gz too), a folder, or a hub id.
+        data: Corpus: pydoc, files (txt, jsonl, parquet; .xz and .gz too), a folder, or a hub id,
+            @revision after it or not.
         validation_data: Corpus to validate on; by default documents held out of data.
-        validation_fraction: Share of the text held out when there is no validation_data.
+        validation_split: Split of a hub data set to validate on: of validation_data, or of data.
+        validation_fraction: Share of the text held out when neither is given.
         text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
         split: Split of a hub data set.
         subset: Subset (configuration) of a hub data set.
+        detokenizer: What undoes a benchmark's own marks: none, wikitext, ptb, lm1b, lambada or
+            scientific.
         streaming: Read a hub data set as it is needed, keeping nothing on disk.
         tokenizer: Folder or hub id of a tokenizer; by default a BPE is trained on the corpus.
         vocab_size: Size of the trained BPE.
@@ -73,10 +77,12 @@ class TrainConfig:
     out: str = "runs/train"
     data: str = "pydoc"
     validation_data: str | None = None
+    validation_split: str | None = None
     validation_fraction: float = 0.05
     text_column: str = "text"
     split: str = "train"
     subset: str | None = None
+    detokenizer: str = "none"
     streaming: bool = False
     tokenizer: str | None = None
     vocab_size: int = 2048

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from blockdiff.data.corpora import Corpus, load_corpus, split_documents
+from blockdiff.data.detokenizers import detokenized
 from blockdiff.data.packing import StreamedWindows, Windows, pack, stream_windows
 from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
@@ -156,23 +157,17 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
 
     `process` (number, count): whose share of a stream it is.
     """
-    corpus = load_corpus(
-        config.data,
-        split=config.split,
-        text_column=config.text_column,
-        streaming=config.streaming,
-        subset=config.subset,
-        process=process,
-    )
+    corpus = _open(config, config.data, config.split, process if config.streaming else None)
     documents: Iterable[str] = corpus
-    if config.streaming:
-        if config.validation_data is None or not (config.tokenizer or config.init_from):
-            raise InputError("a streamed corpus needs --validation_data and --tokenizer")
-        held_out = list(_validation_corpus(config))
-    elif config.validation_data is not None:
-        held_out = list(_validation_corpus(config))
+    if config.validation_data is not None or config.validation_split is not None:
+        split = config.validation_split or "train"
+        held_out = list(_open(config, config.validation_data or config.data, split))
+    elif config.streaming:
+        raise InputError("a streamed corpus needs --validation_data or --validation_split")
     else:
         documents, held_out = split_documents(corpus, config.validation_fraction, config.seed)
+    if config.streaming and not (config.tokenizer or config.init_from):
+        raise InputError("a streamed corpus needs --tokenizer")
     tokenizer = _tokenizer(config, documents)
     options: dict[str, Any] = {"length": config.length, "bos": config.bos}
     windows: Windows | StreamedWindows
@@ -189,9 +184,19 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
     return TrainingData(tokenizer, windows, stack(validation, config.eval_windows))
 
 
-def _validation_corpus(config: TrainConfig) -> Corpus:
-    assert config.validation_data is not None
-    return load_corpus(config.validation_data, text_column=config.text_column)
+def _open(
+    config: TrainConfig, data: str, split: str, process: tuple[int, int] | None = None
+) -> Corpus:
+    """A corpus of the run; as a stream, where `process` says whose share of it."""
+    corpus = load_corpus(
+        data,
+        split=split,
+        text_column=config.text_column,
+        streaming=process is not None,
+        subset=config.subset if data == config.data else None,
+        process=process or (0, 1),
+    )
+    return detokenized(corpus, config.detokenizer)
 
 
 def _tokenizer(config: TrainConfig, documents: Iterable[str]) -> PreTrainedTokenizerBase:
