@@ -1,6 +1,7 @@
 """Two processes (gloo, on the CPU) train as one does: real launchers, real commands."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -107,6 +108,18 @@ def test_two_processes_take_the_steps_of_one_and_another_number_resumes(
     resumed = load_file(tmp_path / "cut" / "model.safetensors")
     for name in final:
         torch.testing.assert_close(resumed[name], final[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_sharded_network_takes_the_steps_of_a_whole_one(tmp_path: Path) -> None:
+    """FSDP2 over gloo. (accelerate itself shards on accelerators only.)"""
+    folder = Path(__file__).parent
+    command = [sys.executable, "-m", *TORCHRUN[:-1], str(folder / "sharded.py")]
+    done = subprocess.run(
+        [*command, str(tmp_path / "done")], capture_output=True, text=True, timeout=600,
+        env=os.environ | {"PYTHONPATH": str(folder.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "done").read_text() == "same"
 
 
 def test_micro_batches_take_their_rows_of_the_same_masks(corpus: Path, tmp_path: Path) -> None:

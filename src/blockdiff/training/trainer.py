@@ -37,7 +37,7 @@ from blockdiff.models.precision import use_bf16
 from blockdiff.noising import make_estimator, stratified_noise
 from blockdiff.training.clipping import WHOLE, best_clip, clip_variances
 from blockdiff.training.config import TrainConfig
-from blockdiff.training.ema import make_ema
+from blockdiff.training.ema import make_ema, update_ema
 
 # Written last: a checkpoint without it was interrupted and is ignored.
 COMPLETE = "complete"
@@ -93,6 +93,7 @@ def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArg
         remove_unused_columns=False,
         report_to=[name for name in reporters(config) if name != "tensorboard"],
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # every weight has a part in every step
     )
 
 
@@ -132,6 +133,8 @@ class BlockDiffusionTrainer(Trainer):
             eval_dataset=train_dataset if eval_windows is not None else None,
             callbacks=[_Bookkeeping(self), *_tensorboard(config), *callbacks],
         )
+        if self.is_fsdp_enabled and self.ema is None:
+            raise InputError("a sharded (FSDP) run is measured and saved by its --ema; give one")
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         # The loss is a mean over equal micro-batches, for the Trainer to divide by their number.
@@ -296,9 +299,7 @@ class _Bookkeeping(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         if self.trainer.ema is not None:
-            self.trainer.ema.update_parameters(
-                self.trainer.accelerator.unwrap_model(self.trainer.model)
-            )
+            update_ema(self.trainer.ema, self.trainer.accelerator.unwrap_model(self.trainer.model))
         minutes = self.trainer.run.minutes
         if minutes and time.perf_counter() - self.begin > 60 * minutes:
             control.should_training_stop = control.should_save = True
