@@ -25,6 +25,7 @@ FLOORS = [
         "benchmark*",
         "cli",
         "demo",
+        "illustrations",
         "plots",
         "replay",
         "reproduction*",

@@ -156,6 +156,7 @@ def _trainings(scale: Scale, seed: int) -> list[Job]:
     add("ar", whole - base, 0.65, "ar-base", continues=f"s{seed}-ar-base", total=whole)
     if seed == 0:
         fine_tuned("L1-bernoulli", 1, estimator="bernoulli")
+        fine_tuned("L1-from-ar", 1, "ar-base")
     for size in COMPARED:
         fine_tuned(f"L{size}-bernoulli", size, estimator="bernoulli")
         for name, clip in CLIPS.items():

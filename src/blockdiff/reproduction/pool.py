@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +44,8 @@ def prepare(folder: Path, data: str, scale: Scale, overwrite: bool = False) -> N
                 f"{folder} is not empty and holds no reproduction; choose another --out"
             )
         if not overwrite:
-            if json.loads(path.read_text(encoding="utf-8")) != wish:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            if {key: there.get(key) for key in wish} != wish:
                 raise InputError(
                     f"{folder} holds a reproduction of another size or data; replace it with "
                     "--overwrite, or choose another --out"
@@ -62,7 +64,16 @@ def prepare(folder: Path, data: str, scale: Scale, overwrite: bool = False) -> N
     (folder / "tokenizer").mkdir()
     with staging(folder / "tokenizer") as temporary:
         train_tokenizer(train, scale.vocab_size).save_pretrained(temporary)
-    path.write_text(json.dumps(wish, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(wish | {"commit": commit()}, indent=1) + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """The commit of the code that runs; empty where it is no git checkout."""
+    found = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return found.stdout.strip()
 
 
 def passages(text: str, sentences: int) -> list[str]:
