@@ -21,6 +21,7 @@ from blockdiff.errors import InputError
 from blockdiff.training.callbacks import read_metrics
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import train
+from blockdiff.training.trainer import micro_batch
 
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
               "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1",
@@ -140,8 +141,10 @@ def test_a_stream_trains_in_two_processes(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="equal"):
-        train(replace(small(corpus, tmp_path / "run"), accumulate=3), progress=False)
+    config = small(corpus, tmp_path / "run")
+    assert micro_batch(replace(config, accumulate=2), 2) == 1
+    with pytest.raises(InputError, match="a multiple of 6"):
+        micro_batch(replace(config, accumulate=2), 3)
 
 
 @pytest.mark.parametrize("kind", ["file", "hub, one file", "hub, four files"])

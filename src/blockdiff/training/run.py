@@ -29,6 +29,7 @@ from blockdiff.training.trainer import (
     BlockDiffusionTrainer,
     checkpoint_step,
     last_checkpoint,
+    micro_batch,
     newest_checkpoint,
     reporters,
 )
@@ -72,6 +73,7 @@ def train(config: TrainConfig, *, progress: bool = True, device: str | None = No
     reporters(config)
     where = torch.device(device) if device else default_device()
     processes = PartialState(cpu=where.type == "cpu")
+    micro_batch(config, processes.num_processes)  # refused before anything is touched
     set_seed(config.seed)
     start, average, updates = _start(config.init_from)
     with processes.main_process_first():  # the others find the corpus packed

@@ -48,24 +48,14 @@ CLIP_WINDOWS = 128
 
 
 def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
-    """transformers' arguments for a run; checkpoints go to `out/checkpoints`.
-
-    Raises `InputError` when a step cannot be cut into equal parts for the processes there are.
-    """
-    processes = PartialState().num_processes
-    parts = processes * config.accumulate
-    if config.batch_size % parts:
-        raise InputError(
-            f"--batch_size {config.batch_size} cannot be cut into equal parts for {processes} "
-            f"processes of {config.accumulate} micro-batches; make it a multiple of {parts}"
-        )
+    """transformers' arguments for a run; checkpoints go to `out/checkpoints`."""
     schedulers = {
         "constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine",
     }  # fmt: skip
     return TrainingArguments(
         output_dir=str(Path(config.out) / "checkpoints"),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size // parts,
+        per_device_train_batch_size=micro_batch(config, PartialState().num_processes),
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.lr,
         lr_scheduler_type=schedulers[config.lr_schedule],
@@ -95,6 +85,20 @@ def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArg
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # every weight has a part in every step
     )
+
+
+def micro_batch(config: TrainConfig, processes: int) -> int:
+    """Windows that go through the network at once in each of `processes`.
+
+    Raises `InputError` when a step's windows cannot be shared out equally.
+    """
+    parts = processes * config.accumulate
+    if config.batch_size % parts:
+        raise InputError(
+            f"--batch_size {config.batch_size} cannot be cut into equal parts for {processes} "
+            f"processes of {config.accumulate} micro-batches; make it a multiple of {parts}"
+        )
+    return config.batch_size // parts
 
 
 def reporters(config: TrainConfig) -> list[str]:
