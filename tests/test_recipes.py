@@ -94,6 +94,6 @@ def test_recipes_train(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         config = parse(path, *more)
         done = train(config, progress=False)
         model = load_model(done.folder)
-        assert model.config.kind == config.objective or config.objective == "bd3lm"
+        assert model.config.kind == config.objective
         assert model.config.block_size == config.effective_block_size
-        assert done.metrics["eval_nats_per_token"] < 20
+        assert 0 < done.metrics["eval_nats_per_token"] < 7

@@ -6,7 +6,6 @@ from pathlib import Path
 import datasets
 import pytest
 
-import blockdiff
 from blockdiff import cli
 from blockdiff.data.detokenizers import DETOKENIZERS
 from blockdiff.errors import InputError
@@ -88,4 +87,5 @@ def test_a_wrong_name_costs_nothing(model: Path, capsys: pytest.CaptureFixture[s
         assert stop.value.code == 2 and words in error and error.count("\n") == 1
     with pytest.raises(InputError):
         find_text_sets("")
-    assert blockdiff.load_model(model)
+    texts = "./ptb.txt:ptb,ptb,./ptb.txt"
+    assert set(find_text_sets(texts)) == {"./ptb.txt:ptb", "ptb", "./ptb.txt"}

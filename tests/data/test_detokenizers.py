@@ -10,7 +10,8 @@ from blockdiff.data.detokenizers import DETOKENIZERS, detokenize, detokenized
 from blockdiff.errors import InputError
 
 ORDINARY = (
-    "He said, \"Don't go: it's 5.3% (or $1,000) - the boys' own; isn't it?\" Yes!\n\nA new line."
+    'He said "yes" and "no" to "it". He said, "Don\'t go: it\'s 5.3% (or $1,000) - the boys\' own; '
+    "isn't it?\" Yes!\n\nA new line."
 )
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -147,7 +148,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(corpus: Path, tmp_path: Path) 
         micro_batch(replace(config, accumulate=2), 3)
 
 
-@pytest.mark.parametrize("kind", ["file", "hub, one file", "hub, four files"])
+@pytest.mark.parametrize("kind", ["file", "files", "hub, one file", "hub, four files"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_processes_and_workers_read_a_stream_without_overlap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, workers: int
@@ -155,7 +156,12 @@ def test_processes_and_workers_read_a_stream_without_overlap(
     texts = [f"document {i:03}" for i in range(48)]
     name = str(tmp_path / "stream.jsonl")
     Path(name).write_text("\n".join(json.dumps({"text": t}) for t in texts), encoding="utf-8")
-    if kind != "file":
+    if kind == "files":  # a document each
+        name = str(tmp_path / "folder")
+        Path(name).mkdir()
+        for i, text in enumerate(texts):
+            (Path(name) / f"{i}.txt").write_text(text, encoding="utf-8")
+    elif kind != "file":
         name = "owner/name"
         rows = datasets.Dataset.from_list([{"text": t} for t in texts])
         stream = rows.to_iterable_dataset(num_shards=1 if "one" in kind else 4)
@@ -175,6 +181,19 @@ class _Listed(torch.utils.data.IterableDataset[str]):
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter(self.documents)
+
+
+def test_an_endless_stream_begins_again(corpus: Path, tmp_path: Path) -> None:
+    """No short last batch, however long the run; a worker without text is no error."""
+    run = train(replace(small(corpus, tmp_path / "run"), steps=1), progress=False).folder
+    tokenizer = load_tokenizer(str(run))
+    once = [w["x_0"] for w in stream_windows(load_corpus(corpus), tokenizer, length=8)]
+    endless = stream_windows(load_corpus(corpus), tokenizer, length=8, endless=True)
+    twice = [w["x_0"] for w in islice(endless, 2 * len(once))]
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=False))
+    one = stream_windows(list(load_corpus(corpus))[-1:], tokenizer, length=8, endless=True)
+    loader = DataLoader(one, batch_size=2, num_workers=2, drop_last=True)
+    assert [len(batch["x_0"]) for batch in islice(loader, 20)] == [2] * 20
 
 
 def test_windows_of_a_shared_stream_hold_every_token_once(corpus: Path, tmp_path: Path) -> None:

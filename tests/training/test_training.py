@@ -211,6 +211,10 @@ def test_a_run_carries_weights_and_their_average_on(corpus: Path, tmp_path: Path
     assert torch.equal(load_file(after / "model.safetensors")[name], raw)
     # The average goes on from 12 updates: d = 13/22 in ema ← d·ema + (1 − d)·weights
     moved = load_file(done / "model.safetensors")[name]
+    # All of it is in the checkpoint: the run goes on where its base is gone.
+    base.folder.rename(tmp_path / "away")
+    longer = train(replace(fine, steps=2, resume=True), progress=False).folder
+    assert not torch.equal(load_file(longer / "model.safetensors")[name], moved)
     torch.testing.assert_close(moved, averaged + (raw - averaged) * 9 / 22)
 
 

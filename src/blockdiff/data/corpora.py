@@ -86,6 +86,7 @@ def load_corpus(
         raise InputError("no corpus given: name a file, a folder, a data set or 'pydoc'")
     name = ", ".join(sources)
     readers: list[Callable[[], Iterable[str]]] = []
+    local_readers: list[Callable[[], Iterable[str]]] = []
     for one in sources:
         local = Path(os.path.expanduser(one))
         saved = any((local / f"dataset_{kind}.json").is_file() for kind in ("info", "dict"))
@@ -94,17 +95,19 @@ def load_corpus(
             readers.append(_hub_data_set(one, subset, split, stream, text_column))
             continue
         if saved:
-            here = [_saved_data_set(local, split, text_column)]
+            local_readers.append(_saved_data_set(local, split, text_column))
         elif split != "train" or subset is not None:
             raise InputError(
                 f"{one} is not a data set and has no splits or subsets "
                 f"(split={split!r}, subset={subset!r}): leave both out"
             )
         elif one == "pydoc":
-            here = [pydoc_documents]
+            local_readers.append(pydoc_documents)
         else:
-            here = [partial(read_file, path, text_column) for path in find_files(one)]
-        readers += [partial(_share, read, process) for read in here] if streaming else here
+            local_readers += [partial(read_file, path, text_column) for path in find_files(one)]
+    if streaming and local_readers:
+        local_readers = [partial(_share, local_readers, process)]
+    readers += local_readers
     corpus = Corpus(name, tuple(readers), shared=streaming)
     if next(iter(corpus), None) is None:
         raise InputError(f"the corpus {name} holds no text: all its documents are empty")
@@ -205,10 +208,13 @@ def _hub_data_set(
     import datasets
 
     where, _, revision = name.partition("@")
+    # The hub's converted copies have no named subsets: each is a folder.
+    folder = {"data_dir": subset} if revision == "refs/convert/parquet" and subset else {}
     try:
         data = datasets.load_dataset(
-            where, subset, split=split, revision=revision or None, streaming=stream is not None
-        )
+            where, None if folder else subset, split=split, revision=revision or None,
+            streaming=stream is not None, **folder,
+        )  # fmt: skip
     # The hub's clients raise everything from OSError to bare HTTP errors of their transport.
     except Exception as error:
         raise InputError(
@@ -223,14 +229,17 @@ def _hub_data_set(
     return partial(_read_rows, data, text_column, name)
 
 
-def _share(read: Callable[[], Iterable[str]], process: tuple[int, int]) -> Iterator[str]:
-    """Every n-th document, n counting processes and their DataLoader workers."""
+def _share(
+    readers: Sequence[Callable[[], Iterable[str]]], process: tuple[int, int]
+) -> Iterator[str]:
+    """Every n-th document of all readers, n counting processes and their DataLoader workers."""
     from torch.utils.data import get_worker_info
 
     worker = get_worker_info()
     own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
     number, processes = process
-    yield from islice(read(), number * workers + own, None, processes * workers)
+    documents = (document for read in readers for document in read())
+    yield from islice(documents, number * workers + own, None, processes * workers)
 
 
 def _read_rows(data: Any, text_column: str, name: str) -> Iterator[str]:

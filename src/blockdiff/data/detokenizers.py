@@ -21,7 +21,7 @@ _CONTRACTIONS: Rules = (
     (r" (n't|'(?:s|re|ve|ll|d|m))\b", r"\1"),
     (r"(?<=s) '(?=\s|$)", "'"),
 )
-_QUOTES: Rules = ((r'"[ ]+([^"]*?)[ ]+"', r'"\1"'),)
+_QUOTES: Rules = ((r'(?<!\S)" +([^"]*?) +"(?!\w)', r'"\1"'),)
 _PUNCTUATION: Rules = (
     (r"([(\[{]) +", r"\1"),
     (r" +([)\]}])", r"\1"),

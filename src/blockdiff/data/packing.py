@@ -94,7 +94,8 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
     """Windows packed across documents while a corpus is read; nothing is cached.
 
     Yields `{"x_0": int64 [length]}`. Each DataLoader worker takes its share of the documents (a
-    `Corpus` may deal them out itself, else every n-th of n workers) and drops its own tail.
+    `Corpus` may deal them out itself, else every n-th of n workers) and drops its own tail, or, if
+    `endless`, reads them again and again. A worker for which no document is left yields nothing.
 
     Attributes:
         length: tokens in a window.
@@ -108,10 +109,12 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
         length: int,
         bos: bool,
         eos: bool,
+        endless: bool = False,
     ) -> None:
         _require_length(length)
         encode_documents((), tokenizer, bos=bos, eos=eos)  # a missing token is refused here
         self.length = length
+        self.endless = endless
         self._documents = documents
         self._tokenizer = tokenizer
         self._marks = {"bos": bos, "eos": eos}
@@ -119,24 +122,29 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         worker = get_worker_info()
         shard, shards = (worker.id, worker.num_workers) if worker else (0, 1)
-        documents = self._documents
-        if not (isinstance(documents, Corpus) and documents.shared):
-            documents = islice(documents, shard, None, shards)
         carry = np.empty(0, np.int32)
-        found = False
-        for ids in encode_documents(documents, self._tokenizer, **self._marks):
-            tokens = np.concatenate([carry, ids])
-            full = len(tokens) // self.length * self.length
-            for window in tokens[:full].reshape(-1, self.length):
-                found = True
-                yield {"x_0": torch.from_numpy(window.astype(np.int64))}
-            carry = tokens[full:]
-        if not found:
-            raise InputError(
-                f"the stream (part {shard + 1} of {shards}) ended after {len(carry)} tokens, "
-                f"before one window of {self.length}: give more text, a smaller length or fewer "
-                "workers; a generator can be read only once"
-            )
+        while True:
+            documents = self._documents
+            if not (isinstance(documents, Corpus) and documents.shared):
+                documents = islice(documents, shard, None, shards)
+            found = False
+            for ids in encode_documents(documents, self._tokenizer, **self._marks):
+                tokens = np.concatenate([carry, ids])
+                full = len(tokens) // self.length * self.length
+                for window in tokens[:full].reshape(-1, self.length):
+                    found = True
+                    yield {"x_0": torch.from_numpy(window.astype(np.int64))}
+                carry = tokens[full:]
+            if not found and shard > 0 and len(carry) == 0:
+                return
+            if not found:
+                raise InputError(
+                    f"the stream (part {shard + 1} of {shards}) ended after {len(carry)} tokens, "
+                    f"before one window of {self.length}: give more text, a smaller length or "
+                    "fewer workers; a generator can be read only once"
+                )
+            if not self.endless:
+                return
 
 
 def stream_windows(
@@ -146,6 +154,7 @@ def stream_windows(
     length: int,
     bos: bool = False,
     eos: bool = True,
+    endless: bool = False,
 ) -> StreamedWindows:
     """Pack a corpus on the fly; arguments and windows are those of `pack` across documents.
 
@@ -153,7 +162,7 @@ def stream_windows(
         InputError: `length` below 1, or BOS or EOS asked of a tokenizer without; while iterating,
             a stream shorter than one window or a text that encodes to the mask token.
     """
-    return StreamedWindows(documents, tokenizer, length=length, bos=bos, eos=eos)
+    return StreamedWindows(documents, tokenizer, length=length, bos=bos, eos=eos, endless=endless)
 
 
 def _require_length(length: int) -> None:

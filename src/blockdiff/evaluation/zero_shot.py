@@ -62,7 +62,7 @@ def find_text_sets(names: str) -> dict[str, TextSet]:
     found: dict[str, TextSet] = {}
     for given in filter(None, (part.strip() for part in names.split(","))):
         if given in TEXT_SETS:
-            found[given] = TEXT_SETS[given]
+            found.setdefault(given, TEXT_SETS[given])
             continue
         source, _, detokenizer = given.rpartition(":")
         if not source or detokenizer not in DETOKENIZERS:
@@ -74,7 +74,8 @@ def find_text_sets(names: str) -> dict[str, TextSet]:
                 f"{', '.join(TEXT_SETS)}"
             )
         name = Path(source).name.split(".")[0]
-        found[given if name in found else name] = TextSet(source, detokenizer=detokenizer)
+        key = given if name in {*found, *TEXT_SETS} else name
+        found[key] = TextSet(source, detokenizer=detokenizer)
     if not found:
         raise InputError(f"no text to measure; name some of {', '.join(TEXT_SETS)}, or files")
     return found

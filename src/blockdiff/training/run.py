@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,15 @@ def train(config: TrainConfig, *, progress: bool = True, device: str | None = No
         _check_free(out, config.overwrite)
     reporters(config)
     where = torch.device(device) if device else default_device()
-    processes = PartialState(cpu=where.type == "cpu")
+    # The others wait while one packs the corpus, which can take hours.
+    processes = PartialState(cpu=where.type == "cpu", timeout=timedelta(days=1))
     micro_batch(config, processes.num_processes)  # refused before anything is touched
     set_seed(config.seed)
-    start, average, updates = _start(config.init_from)
+    if processes.is_main_process and config.resume:
+        last_checkpoint(out)  # removes half-written ones
+    processes.wait_for_everyone()
+    checkpoint = newest_checkpoint(out) if config.resume else None
+    start, average, updates = _start(config.init_from, checkpoint)
     with processes.main_process_first():  # the others find the corpus packed
         data = prepare_data(config, (processes.process_index, processes.num_processes))
     model = build_model(config, data.tokenizer, start)
@@ -95,7 +101,6 @@ def train(config: TrainConfig, *, progress: bool = True, device: str | None = No
     if average is not None and trainer.ema is not None:
         _take_weights(trainer.averaged_model, average)
         trainer.ema_updates = updates
-    checkpoint = last_checkpoint(out) if config.resume else None
     try:
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         metrics = trainer.evaluate()
@@ -109,19 +114,20 @@ def train(config: TrainConfig, *, progress: bool = True, device: str | None = No
     return Trained(out, metrics, seen, seconds, processes.is_main_process)
 
 
-def _start(source: str | None) -> tuple[DiT | None, DiT | None, int]:
+def _start(source: str | None, checkpoint: Path | None) -> tuple[DiT | None, DiT | None, int]:
     """(weights, their moving average, how many updates made it) to start from.
 
     A run of ours keeps both, the weights in its last checkpoint; another folder has one set only,
-    which then stands for both.
+    which then stands for both. A run that has a `checkpoint` of its own goes on from that alone.
     """
     if source is None:
         return None, None, 0
-    average = load_model(source)
-    checkpoint = newest_checkpoint(Path(source))
-    if checkpoint is None:
+    if checkpoint is not None:
+        return load_model(checkpoint), None, 0
+    average, newest = load_model(source), newest_checkpoint(Path(source))
+    if newest is None:
         return average, None, 0
-    return load_model(checkpoint), average, checkpoint_step(checkpoint)
+    return load_model(newest), average, checkpoint_step(newest)
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -174,7 +180,7 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
     options: dict[str, Any] = {"length": config.length, "bos": config.bos}
     windows: Windows | StreamedWindows
     if config.streaming:
-        windows = stream_windows(documents, tokenizer, **options)
+        windows = stream_windows(documents, tokenizer, endless=True, **options)
     else:
         windows = pack(documents, tokenizer, across_documents=config.across_documents, **options)
         if len(windows) < config.batch_size:

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -52,7 +53,7 @@ def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArg
     schedulers = {
         "constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine",
     }  # fmt: skip
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(Path(config.out) / "checkpoints"),
         max_steps=config.steps,
         per_device_train_batch_size=micro_batch(config, PartialState().num_processes),
@@ -85,6 +86,10 @@ def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArg
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # every weight has a part in every step
     )
+    if arguments.n_gpu > 1:
+        # transformers would split batches by DataParallel; torchrun is the way to use them all.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def micro_batch(config: TrainConfig, processes: int) -> int:
@@ -137,6 +142,8 @@ class BlockDiffusionTrainer(Trainer):
             eval_dataset=train_dataset if eval_windows is not None else None,
             callbacks=[_Bookkeeping(self), *_tensorboard(config), *callbacks],
         )
+        if self.ema is not None:
+            self.ema.to(self.args.device)
         if self.is_fsdp_enabled and self.ema is None:
             raise InputError("a sharded (FSDP) run is measured and saved by its --ema; give one")
         self.remove_callback(PrinterCallback)
@@ -257,9 +264,12 @@ class BlockDiffusionTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)  # a half-written one of the same step
             folder.mkdir(parents=True)
             if self.ema is not None:
-                save_file(self.ema.module.state_dict(), folder / EMA_WEIGHTS)
+                updates = {"updates_before": str(self.ema_updates)}
+                save_file(self.ema.module.state_dict(), folder / EMA_WEIGHTS, metadata=updates)
             (folder / CLIP).write_text(json.dumps(self.clip), encoding="utf-8")
+        self.accelerator.wait_for_everyone()  # the folder is there for all
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # and holds every process's part
         if self.args.should_save:
             (folder / COMPLETE).touch()
 
@@ -270,7 +280,10 @@ class BlockDiffusionTrainer(Trainer):
             beta, omega = json.loads(stored.read_text(encoding="utf-8"))
             self.use_clip((beta, omega))
         if self.ema is not None:
-            self.ema.module.load_state_dict(load_file(Path(resume_from_checkpoint) / EMA_WEIGHTS))
+            average = Path(resume_from_checkpoint) / EMA_WEIGHTS
+            self.ema.module.load_state_dict(load_file(average))
+            with safe_open(average, "pt") as file:
+                self.ema_updates = int((file.metadata() or {}).get("updates_before", 0))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: transformers' formula is for one stream of tokens."""
