@@ -6,6 +6,7 @@ Of the paper's figures only those are quoted that a second source confirms.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -245,6 +246,11 @@ def _initialisation(results: Results) -> str:
             rows.append([label, _cell(model), f"{results.seconds(name):.0f} s", str(model.seeds)])
         head = [f"L' = {size}, started from", "test perplexity", "training, one core", "seeds"]
         parts.append(table(head, rows))
+        shares = []
+        for start in ("from-ar", "scratch"):
+            share, low, high = results.gap_closed(f"L{size}-{start}", 0)
+            shares.append(f"{start.replace('-', ' ')} {share:.1%} [{low:.1%}, {high:.1%}]")
+        parts.append(f"Share of the gap from MDLM to AR that is closed: {'; '.join(shares)}.")
     return "\n\n".join(parts)
 
 
@@ -322,6 +328,7 @@ def _generation(results: Results) -> str:
         "Generative perplexity is that of an AR model of another seed, small as the models it "
         "judges: compare within the table only, and never without entropy and divergence. "
         f"{results.scale.samples} samples a row, none rejected; ± one standard error.",
+        "At one token a step, by generative perplexity:\n\n" + "\n".join(_sample_order(results)),
         table(["model", "tokens", "steps a block", "NFE", "gen. perplexity", "entropy",
                "distinct-2", "divergence, 2-grams", "tokens/s", "paper, OWT, L = 1,024"], rows),
         "![lengths](lengths.png)",
@@ -329,6 +336,21 @@ def _generation(results: Results) -> str:
         f"{results.scale.long_tokens} tokens; SEDD at its context):",
         table(["model", "median", "max", "ended"], lengths),
     ])  # fmt: skip
+
+
+def _sample_order(results: Results) -> list[str]:
+    """Whether each model's samples are better than the next one's, at equal NFE."""
+    names = ("L4", "L8", "L16", "mdlm")
+    found = [results[f"samples-{name}-all"]["quality"]["perplexity"] for name in names]
+    lines = []
+    for (a, b), (x, y) in zip(pairwise(names), pairwise(found), strict=True):
+        gap, error = y["value"] - x["value"], math.hypot(x["stderr"], y["stderr"])
+        labels = [NAMES.get(name, f"L' = {name[1:]}") for name in (a, b)]
+        lines.append(
+            f"- {labels[0]} < {labels[1]}: {_verdict(gap > 1.96 * error)}, "
+            f"by {gap:.1f} ± {error:.1f}"
+        )
+    return lines
 
 
 def _quality(quality: dict[str, Any]) -> list[str]:
