@@ -202,11 +202,11 @@ def test_a_full_disk_while_saving_is_one_line(
 
     real = trainer.save_file
 
-    def full(tensors: object, path: Path) -> None:
+    def full(tensors: object, path: Path, **more: object) -> None:
         if path.parent.name == "checkpoint-2":
             path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        real(tensors, path)
+        real(tensors, path, **more)
 
     monkeypatch.setattr(trainer, "save_file", full)
     run = ["train", "--out", tmp_path / "run"]

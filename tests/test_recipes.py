@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from blockdiff.cli import build_parser
 from blockdiff.data.corpora import load_corpus
@@ -16,7 +17,7 @@ from blockdiff.training.run import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SETS = ("lm1b", "owt")
-FILES = sorted(RECIPES.glob("*/*.yaml"))
+FILES = sorted(path for name in SETS for path in RECIPES.glob(f"{name}/*.yaml"))
 PAPER = ("ar", "sedd", "mdlm", "base", "bd3lm-16", "bd3lm-8", "bd3lm-4", "bd3lm-1")
 # What is small or local in the stand-in; everything else is the recipe's.
 STAND_IN = {"preset": "nano", "length": 32, "batch_size": 4, "steps": 2, "warmup": 1,
@@ -77,6 +78,12 @@ def test_every_recipe_of_the_paper_sees_a_million_steps(name: str) -> None:
         config = parse(RECIPES / name / f"{stem}.yaml")
         before = 850_000 if config.init_from else 0
         assert config.steps + before == (850_000 if stem == "base" else 1_000_000)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_accelerate_reads_its_configurations(name: str, kind: str) -> None:
+    config = load_config_from_file(str(RECIPES / "accelerate" / f"{name}.yaml"))
+    assert config.distributed_type == kind and config.num_processes == 8
 
 
 @pytest.mark.parametrize("name", SETS)
