@@ -157,6 +157,8 @@ def _trainings(scale: Scale, seed: int) -> list[Job]:
     if seed == 0:
         fine_tuned("L1-bernoulli", 1, estimator="bernoulli")
         fine_tuned("L1-from-ar", 1, "ar-base")
+        for size in (1, 8):
+            add(f"L{size}-scratch", whole, 1.25, block_size=size, **scratch)
     for size in COMPARED:
         fine_tuned(f"L{size}-bernoulli", size, estimator="bernoulli")
         for name, clip in CLIPS.items():

@@ -179,7 +179,7 @@ def _perplexities(results: Results) -> str:
 
 def _order(results: Results, a: str, b: str, clear: bool, seed: int | None = None) -> str:
     gap, error = results.nats(b, seed).minus(results.nats(a, seed))
-    names = [NAMES.get(x, f"L' = {x[1:]}") for x in (a, b)]
+    names = [NAMES.get(x, f"L' = {x[1:].partition('-')[0]}") for x in (a, b)]
     return (
         f"- {names[0]} < {names[1]}: {_verdict(gap > 1.96 * error)}, by {gap:.4f} ± {error:.4f}; "
         f"intervals apart: {'yes' if clear else 'no'}"
@@ -192,13 +192,15 @@ def _blocks_of_one(results: Results) -> str:
     labels = {
         "ar": "AR",
         "L1-from-ar": "exact_k, started from AR",
+        "L1-scratch": "exact_k, from scratch",
         "L1": "exact_k, started from MDLM",
         "L1-bernoulli": "bernoulli, linear, started from MDLM",
     }
     for name, label in labels.items():
         model = results.nats(name)
         rows.append([label, _cell(model, False), f"{model.perplexity / ar.perplexity - 1:+.1%}"])
-    gap = min(results.nats(x).perplexity for x in ("L1", "L1-from-ar")) / ar.perplexity - 1
+    exact = ("L1", "L1-from-ar", "L1-scratch")
+    gap = min(results.nats(x).perplexity for x in exact) / ar.perplexity - 1
     return "\n\n".join([
         "## Blocks of one token",
         "At L' = 1 the bound is the likelihood. With every token masked (the paper's tuned "
@@ -251,6 +253,17 @@ def _initialisation(results: Results) -> str:
             share, low, high = results.gap_closed(f"L{size}-{start}", 0)
             shares.append(f"{start.replace('-', ' ')} {share:.1%} [{low:.1%}, {high:.1%}]")
         parts.append(f"Share of the gap from MDLM to AR that is closed: {'; '.join(shares)}.")
+    order = ["ar", "L4-scratch", "L8-scratch", "L16-scratch", "mdlm"]
+    models = [results.nats(name, 0) for name in order]
+    lines = [
+        _order(results, a, b, clear, seed=0)
+        for (a, b), clear in zip(pairwise(order), apart(models), strict=True)
+    ]
+    perplexities = " < ".join(f"{model.perplexity:.2f}" for model in models)
+    parts.append(
+        f"The order of block sizes when every model is trained from scratch (one seed; AR, L' = 4, "
+        f"8, 16, MDLM: {perplexities}):\n\n" + "\n".join(lines)
+    )
     return "\n\n".join(parts)
 
 
