@@ -344,3 +344,11 @@ def test_a_fraction_outside_zero_and_one(fraction):
 def test_too_little_to_split(documents):
     with pytest.raises(InputError, match="too small to split"):
         split_documents(documents)
+
+
+def test_several_sources_keep_their_order(monkeypatch, tmp_path):
+    path = tmp_path / "local.txt"
+    path.write_text("local", encoding="utf-8")
+    data = datasets.Dataset.from_dict({"text": ["hub"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    assert list(load_corpus([str(path), "some/set"])) == ["local", "hub"]

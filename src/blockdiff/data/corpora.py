@@ -86,7 +86,9 @@ def load_corpus(
         raise InputError("no corpus given: name a file, a folder, a data set or 'pydoc'")
     name = ", ".join(sources)
     readers: list[Callable[[], Iterable[str]]] = []
-    local_readers: list[Callable[[], Iterable[str]]] = []
+    # Local documents of a stream are dealt out together, across files; else the order stays.
+    to_share: list[Callable[[], Iterable[str]]] = []
+    local_readers = to_share if streaming else readers
     for one in sources:
         local = Path(os.path.expanduser(one))
         saved = any((local / f"dataset_{kind}.json").is_file() for kind in ("info", "dict"))
@@ -105,9 +107,8 @@ def load_corpus(
             local_readers.append(pydoc_documents)
         else:
             local_readers += [partial(read_file, path, text_column) for path in find_files(one)]
-    if streaming and local_readers:
-        local_readers = [partial(_share, local_readers, process)]
-    readers += local_readers
+    if to_share:
+        readers.append(partial(_share, to_share, process))
     corpus = Corpus(name, tuple(readers), shared=streaming)
     if next(iter(corpus), None) is None:
         raise InputError(f"the corpus {name} holds no text: all its documents are empty")

@@ -62,7 +62,7 @@ def _summary(results: Results, data: str) -> dict[str, Any]:
     seeds = {name: results.nats(name) for name in models}
     return {
         "data": Path(data).name,
-        "commit": json.loads((results.folder / "plan.json").read_text())["commit"],
+        "commit": _commit(results),
         "machine": _machine(),
         "over_seeds": {
             name: {
@@ -101,6 +101,12 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def _commit(results: Results) -> str:
+    """The commit of the code that made the plan; empty where it is not known."""
+    plan = json.loads((results.folder / "plan.json").read_text(encoding="utf-8"))
+    return str(plan.get("commit", ""))
+
+
 def _processor() -> str:
     """The processor's own name where Linux tells it, and what counts for speed here."""
     info = Path("/proc/cpuinfo")
@@ -128,7 +134,6 @@ def _verdict(holds: bool) -> str:
 def _head(results: Results, data: str) -> str:
     scale, machine = results.scale, _machine()
     tokens = scale.steps * scale.batch_size * scale.length
-    plan = json.loads((results.folder / "plan.json").read_text(encoding="utf-8"))
     seconds = sum(results[name]["processor_seconds"] for name in results.jobs)
     cores = machine["cores"] or 1
     return f"""# The paper in miniature
@@ -143,7 +148,7 @@ model has seen; [..] is the 95% interval over windows.
 
 On {cores} cores ({machine["processor"]}, torch {machine["torch"]}): {seconds / 3600:.2f} hours of
 processor time, {seconds / 3600 / cores:.2f} hours with every core at work. Commit
-{plan.get("commit", "")[:12] or "unknown"}. Every figure is in [results.json](results.json)."""
+{_commit(results)[:12] or "unknown"}. Every figure is in [results.json](results.json)."""
 
 
 def _perplexities(results: Results) -> str:
