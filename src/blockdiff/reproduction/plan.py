@@ -1,8 +1,8 @@
 """What the miniature reproduction runs: a list of jobs, each with the jobs it needs.
 
-A base model is trained with one block of the whole length (MDLM), as the paper does, and then
-fine-tuned at each block size; every model has seen the same number of tokens in the end. Imports
-nothing heavy.
+Every model is trained from scratch on the same number of tokens, at every seed. Beside that the
+paper's way, a base of one whole block (MDLM) that is fine-tuned at each block size, and the same
+from an AR base, where the estimators are compared; the base's tokens count. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from typing import Any
 BLOCK_SIZES = (1, 4, 8, 16)
 # Where estimators and initialisations are compared.
 COMPARED = (4, 16)
+# The paper's clips for L' = 4 and for L' = 16, and the one that is searched for.
 CLIPS = {"clip-high": "0.45,0.95", "clip-middle": "0.3,0.8", "clip-auto": "auto"}
+# How much longer the two runs are that show whether L' = 1 goes on towards AR.
+LONGER = 2
 
 
 @dataclass(frozen=True)
 class Scale:
     """How large a reproduction is.
 
-    `steps` of `batch_size` windows for every model, `fine_share` of them after the base; `seeds`:
-    how many; the first runs everything, the others what `matters` names. Variances are measured on
+    `steps` of `batch_size` windows for every model, `fine_share` of them after a base; `seeds`: how
+    many; some comparisons are run with the first only. Variances are measured on
     `variance` = (batches, windows a batch, draws). Texts are cut into passages of so many
     `sentences`, so that they end within reach of the context, as the paper's web pages do.
     `samples` texts are generated at a time, of `long_tokens` where length is open.
@@ -130,6 +133,13 @@ def _samplings(scale: Scale) -> list[Job]:
     return jobs
 
 
+def clips(size: int, seed: int = 0) -> list[str]:
+    """The clips compared at a block size; other seeds than the first repeat one of them."""
+    if seed:
+        return ["clip-high"]
+    return [name for name in CLIPS if name != "clip-middle" or size > 4]
+
+
 def _trainings(scale: Scale, seed: int) -> list[Job]:
     base, fine, whole = scale.base_steps, scale.fine_steps, scale.steps
     jobs: list[Job] = []
@@ -144,29 +154,29 @@ def _trainings(scale: Scale, seed: int) -> list[Job]:
             )
         )  # fmt: skip
 
-    def fine_tuned(name: str, size: int, start: str = "mdlm-base", **settings: Any) -> None:
+    def fine_tuned(name: str, size: int, start: str, **settings: Any) -> None:
         add(name, fine, 1.25, start, init_from=f"s{seed}-{start}", block_size=size, **settings)
+
+    def go_on(name: str, start: str, before: int, total: int, cost: float) -> None:
+        add(name, total - before, cost, start, continues=f"s{seed}-{start}", total=total)
 
     scratch: dict[str, Any] = {"initial_shift": scale.initial_shift}
     add("mdlm-base", base, 1.0, objective="mdlm", **scratch)
     add("ar-base", base, 0.65, objective="ar")
+    go_on("mdlm", "mdlm-base", base, whole, 1.0)
+    go_on("ar", "ar-base", base, whole, 0.65)
     for size in BLOCK_SIZES:
-        fine_tuned(f"L{size}", size)
-    add("mdlm", whole - base, 1.0, "mdlm-base", continues=f"s{seed}-mdlm-base", total=whole)
-    add("ar", whole - base, 0.65, "ar-base", continues=f"s{seed}-ar-base", total=whole)
-    if seed == 0:
-        fine_tuned("L1-bernoulli", 1, estimator="bernoulli")
-        fine_tuned("L1-from-ar", 1, "ar-base")
-        for size in (1, 8):
-            add(f"L{size}-scratch", whole, 1.25, block_size=size, **scratch)
+        add(f"L{size}", whole, 1.25, block_size=size, **scratch)
+    fine_tuned("L1-from-ar", 1, "ar-base")
     for size in COMPARED:
-        fine_tuned(f"L{size}-bernoulli", size, estimator="bernoulli")
-        for name, clip in CLIPS.items():
-            if seed == 0 or name == "clip-high":
-                fine_tuned(f"L{size}-{name}", size, estimator="clipped", clip=clip)
-        if seed == 0:
-            fine_tuned(f"L{size}-from-ar", size, "ar-base")
-            add(f"L{size}-scratch", whole, 1.25, block_size=size, **scratch)
+        fine_tuned(f"L{size}-from-mdlm", size, "mdlm-base")
+        fine_tuned(f"L{size}-from-ar", size, "ar-base")
+        fine_tuned(f"L{size}-bernoulli", size, "ar-base", estimator="bernoulli")
+        for name in clips(size, seed):
+            fine_tuned(f"L{size}-{name}", size, "ar-base", estimator="clipped", clip=CLIPS[name])
     if seed == 0:
+        fine_tuned("L1-bernoulli", 1, "ar-base", estimator="bernoulli")
         add("sedd", whole, 1.1, objective="sedd", **scratch)
+        go_on("ar-longer", "ar", whole, LONGER * whole, 0.65)
+        go_on("L1-longer", "L1", whole, LONGER * whole, 1.25)
     return jobs

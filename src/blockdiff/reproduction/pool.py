@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -64,16 +63,7 @@ def prepare(folder: Path, data: str, scale: Scale, overwrite: bool = False) -> N
     (folder / "tokenizer").mkdir()
     with staging(folder / "tokenizer") as temporary:
         train_tokenizer(train, scale.vocab_size).save_pretrained(temporary)
-    path.write_text(json.dumps(wish | {"commit": commit()}, indent=1) + "\n", encoding="utf-8")
-
-
-def commit() -> str:
-    """The commit of the code that runs; empty where it is no git checkout."""
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    return found.stdout.strip()
+    path.write_text(json.dumps(wish, indent=1) + "\n", encoding="utf-8")
 
 
 def passages(text: str, sentences: int) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -57,6 +58,7 @@ def work(folder: Path, scale: Scale, job: Job) -> None:
         "seconds": time.perf_counter() - begin,
         # What else the machine does meanwhile does not count.
         "processor_seconds": time.process_time() - busy,
+        "commit": commit(),
         **found,
     }
     path = result_path(folder, job.name)
@@ -64,6 +66,15 @@ def work(folder: Path, scale: Scale, job: Job) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def commit() -> str:
+    """The commit of the code that runs; empty where it is no git checkout."""
+    found = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    return found.stdout.strip()
 
 
 def result_path(folder: Path, name: str) -> Path:
