@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from blockdiff.errors import InputError
-from blockdiff.reproduction.plan import SMOKE, Scale, plan
+from blockdiff.reproduction.plan import LONGER, SMOKE, Scale, plan
 from blockdiff.reproduction.pool import passages, prepare
 from blockdiff.reproduction.results import Results
 from blockdiff.training.config import TrainConfig
@@ -43,8 +43,14 @@ def test_every_model_sees_the_same_number_of_tokens() -> None:
         before = wish.get("continues") or wish.get("init_from")
         return wish["steps"] + (steps(before) if before else 0)
 
-    trained = [n for n, job in jobs.items() if job.kind == "train" and not n.endswith("-base")]
+    trained = [
+        name
+        for name, job in jobs.items()
+        if job.kind == "train" and not name.endswith(("-base", "-longer"))
+    ]
     assert len(trained) > 20 and {steps(name) for name in trained} == {Scale().steps}
+    longer = [name for name in jobs if name.endswith("-longer")]
+    assert {steps(name) for name in longer} == {LONGER * Scale().steps} and len(longer) == 2
 
 
 def test_another_plan_in_the_folder_is_left_alone(tmp_path: Path) -> None:
@@ -96,7 +102,8 @@ def test_smoke_survives_a_kill(tmp_path: Path) -> None:
     results = sorted(path.stem for path in (out / "results").glob("*.json"))
     assert results == sorted(job.name.replace("/", ".") for job in plan(SMOKE))
     report = (out / "report" / "report.md").read_text(encoding="utf-8")
-    for part in ("28.23", "Blocks of one", "Initialisation", "Variance", "clips.png", "Samples"):
+    for part in ("28.23", "Blocks of one", "Initialisation", "Variance", "clips.png", "Samples",
+                 "At equal NFE", "the paper's way"):  # fmt: skip
         assert part in report
     for plot in re.findall(r"!\[\w+\]\((\w+\.png)\)", report):
         assert (out / "report" / plot).stat().st_size > 5000
@@ -118,8 +125,25 @@ def _figures_are_those_of_the_results(out: Path, report: str) -> None:
     share, low, high = found.gap_closed("L4")
     ar, mdlm = (found.nats(name).perplexity for name in ("ar", "mdlm"))
     assert share == pytest.approx((mdlm - model.perplexity) / (mdlm - ar)) and low < share < high
+    _the_best_clip_is_named(out, report)
     sedd = found["samples-sedd-end"]
     assert max(sedd["lengths"]) < SMOKE.length <= max(found["samples-L4-long"]["lengths"])
+
+
+def _the_best_clip_is_named(out: Path, report: str) -> None:
+    """Over the seeds a clip was trained with, against exact_k of the same seeds."""
+
+    def nats(model: str, seeds: list[int]) -> float:
+        raw = [
+            json.loads((out / "results" / f"s{s}-L16{model}.likelihood.json").read_text())
+            for s in seeds
+        ]
+        return sum(sum(x["nats"]) for x in raw) / sum(sum(x["tokens"]) for x in raw)
+
+    seeds = {"clip-high": [0, 1], "clip-middle": [0], "clip-auto": [0]}
+    gaps = {name: nats(f"-{name}", own) - nats("-from-ar", own) for name, own in seeds.items()}
+    best = min(gaps, key=lambda name: gaps[name])
+    assert f"best clip ({best})" in report and f"the clip is {gaps[best]:+.4f} ±" in report
 
 
 def test_passages() -> None:

@@ -36,10 +36,17 @@ def perplexity_by_block_size(results: Results, path: Path) -> None:
     low, high = (np.array([m.interval[i] for m in models]) for i in (0, 1))
     middle = np.array([m.perplexity for m in models])
     axes.errorbar(sizes, middle, yerr=[middle - low, high - middle], fmt="o-", color=COLOURS[0],
-                  capsize=3, label="block diffusion (L' = L: MDLM)")  # fmt: skip
+                  capsize=3, label="block diffusion from scratch (L' = L: MDLM)")  # fmt: skip
     for size, name in zip(sizes, names, strict=True):
         own = [results.nats(name, seed).perplexity for seed in results.seeds(name)]
         axes.plot([size] * len(own), own, "_", color=COLOURS[0], markersize=14)
+    starts = (
+        ("from-ar", "started from AR", 2),
+        ("from-mdlm", "started from MDLM, as the paper", 4),
+    )
+    for start, label, colour in starts:
+        own = [results.nats(f"L{size}-{start}").perplexity for size in COMPARED]
+        axes.plot(COMPARED, own, "s--", color=COLOURS[colour], label=label, markersize=5)
     for name, label, colour in (("ar", "AR", 1), ("sedd", "SEDD", 3)):
         model = results.nats(name)
         axes.axhline(model.perplexity, color=COLOURS[colour], linewidth=1.2, label=label)
@@ -107,7 +114,10 @@ def quality_by_nfe(results: Results, path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False,
+        fontsize=8,
+    )  # fmt: skip
     figure.suptitle(f"Samples of {results.scale.length} tokens", x=0.01, ha="left")
     figure.savefig(path, format="png")
 

@@ -96,7 +96,7 @@ def plan(scale: Scale) -> list[Job]:
         Job(f"{job.name}/likelihood", "likelihood", (job.name,), {"model": job.name}, 200.0)
         for job in trained
     ]
-    for size in (*BLOCK_SIZES, scale.length):
+    for size in sizes(scale):
         model = "s0-mdlm" if size == scale.length else f"s0-L{size}"
         settings = {"model": model, "block_size": size}
         jobs.append(Job(f"variance-L{size}", "variance", (model,), settings, 900.0))
@@ -131,6 +131,11 @@ def _samplings(scale: Scale) -> list[Job]:
             add(f"{model}-T{count}", model, cost, sampler=sampler, steps=count)
     add("sedd-end", "sedd", 400.0, sampler="analytic", steps=scale.length, stop="eos")
     return jobs
+
+
+def sizes(scale: Scale) -> list[int]:
+    """Every block size, the whole context last."""
+    return [*BLOCK_SIZES, scale.length]
 
 
 def clips(size: int, seed: int = 0) -> list[str]:

@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -20,13 +20,13 @@ import torch
 
 from blockdiff.plots import variance_plot
 from blockdiff.reproduction import figures
-from blockdiff.reproduction.plan import BLOCK_SIZES, CLIPS, COMPARED, Scale
+from blockdiff.reproduction.measures import generation, variances
+from blockdiff.reproduction.plan import CLIPS, COMPARED, LONGER, Scale, clips, sizes
 from blockdiff.reproduction.results import Nats, Results, apart
+from blockdiff.reproduction.wording import NAMES, label, table, verdict
 
-# LM1B perplexities, and generative perplexities of OpenWebText models at L = 1,024.
+# LM1B perplexities.
 PAPER_PERPLEXITY = {"ar": "22.83", "L4": "28.23", "mdlm": "31.78"}
-PAPER_GENERATION = {"ar": "14.1", "L4": "25.7", "mdlm": "46.8"}
-NAMES = {"ar": "AR", "mdlm": "MDLM", "sedd": "SEDD"}
 # What the per-window arrays would only make long.
 _ARRAYS = ("nats", "tokens", "metrics", "config", "lengths", "finish")
 
@@ -40,20 +40,18 @@ def write_report(folder: Path, scale: Scale, data: str) -> Path:
     figures.clip_course(results, out / "clips.png")
     figures.quality_by_nfe(results, out / "quality.png")
     figures.length_histogram(results, out / "lengths.png")
-    records = [r for size in _sizes(results) for r in results[f"variance-L{size}"]["estimators"]]
+    records = [
+        r for size in sizes(results.scale) for r in results[f"variance-L{size}"]["estimators"]
+    ]
     variance_plot(records, out / "variance.png", title="Noise of the estimators")
     (out / "results.json").write_text(
         json.dumps(_summary(results, data), indent=1) + "\n", encoding="utf-8"
     )
     parts = [_head(results, data), _perplexities(results), _blocks_of_one(results),
-             _estimators(results), _initialisation(results), _variances(results),
-             _clips(results), _generation(results), _times(results)]  # fmt: skip
+             _estimators(results), _initialisation(results), variances(results),
+             _clips(results), generation(results), _times(results)]  # fmt: skip
     (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return out / "report.md"
-
-
-def _sizes(results: Results) -> list[int]:
-    return [*BLOCK_SIZES, results.scale.length]
 
 
 def _summary(results: Results, data: str) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def _summary(results: Results, data: str) -> dict[str, Any]:
     seeds = {name: results.nats(name) for name in models}
     return {
         "data": Path(data).name,
-        "commit": _commit(results),
+        "commits": _commits(results),
         "machine": _machine(),
         "over_seeds": {
             name: {
@@ -101,10 +99,10 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _commit(results: Results) -> str:
-    """The commit of the code that made the plan; empty where it is not known."""
-    plan = json.loads((results.folder / "plan.json").read_text(encoding="utf-8"))
-    return str(plan.get("commit", ""))
+def _commits(results: Results) -> dict[str, int]:
+    """How many jobs each commit of the code did; "unknown" where it was no git checkout."""
+    found = Counter(results[name].get("commit") or "unknown" for name in results.jobs)
+    return dict(found.most_common())
 
 
 def _processor() -> str:
@@ -116,19 +114,9 @@ def _processor() -> str:
     return " ".join([name[1].strip() if name else platform.machine(), *extras])
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def _cell(model: Nats, bound: bool = True) -> str:
     low, high = model.interval
     return f"{'≤ ' if bound else ''}{model.perplexity:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _verdict(holds: bool) -> str:
-    return "**yes**" if holds else "**no**"
 
 
 def _head(results: Results, data: str) -> str:
@@ -136,19 +124,21 @@ def _head(results: Results, data: str) -> str:
     tokens = scale.steps * scale.batch_size * scale.length
     seconds = sum(results[name]["processor_seconds"] for name in results.jobs)
     cores = machine["cores"] or 1
+    commits = ", ".join(f"{name[:12]} ({count} jobs)" for name, count in _commits(results).items())
     return f"""# The paper in miniature
 
 `blockdiff reproduce paper-mini --data {Path(data).name}`: every model a `{scale.preset}` network on
 passages of {scale.sentences} sentences, a BPE of {scale.vocab_size} tokens, context
 {scale.length}, {tokens:,} tokens of training each ({scale.steps} steps of {scale.batch_size}
-windows, Adam at {scale.lr:g}, EMA {scale.ema}). The block diffusion models start from the MDLM of
-{scale.base_steps} steps and go on for {scale.fine_steps} at their own block size. {scale.seeds}
-seeds of everything but what is marked. Measured on {scale.test_windows} windows of texts that no
-model has seen; [..] is the 95% interval over windows.
+windows, Adam at {scale.lr:g}, EMA {scale.ema}). A model is trained from scratch unless it says
+otherwise; one that starts from MDLM or from AR takes over after {scale.base_steps} of those steps
+and goes on for {scale.fine_steps} at its own block size. {scale.seeds} seeds of everything but what
+is marked. Measured on {scale.test_windows} windows of texts that no model has seen; [..] is the 95%
+interval over windows.
 
 On {cores} cores ({machine["processor"]}, torch {machine["torch"]}): {seconds / 3600:.2f} hours of
-processor time, {seconds / 3600 / cores:.2f} hours with every core at work. Commit
-{_commit(results)[:12] or "unknown"}. Every figure is in [results.json](results.json)."""
+processor time, {seconds / 3600 / cores:.2f} hours with every core at work. Code: {commits}.
+Every figure is in [results.json](results.json)."""
 
 
 def _perplexities(results: Results) -> str:
@@ -157,15 +147,15 @@ def _perplexities(results: Results) -> str:
     rows = []
     for name, model in models.items():
         seeds = [f"{results.nats(name, s).perplexity:.2f}" for s in results.seeds(name)]
-        label = NAMES.get(name, f"BD3-LM L' = {name[1:]}")
-        rows.append([label, _cell(model, name != "ar"), ", ".join(seeds),
+        title = NAMES.get(name, f"BD3-LM L' = {name[1:]}")
+        rows.append([title, _cell(model, name != "ar"), ", ".join(seeds),
                      f"{results.seconds(name):.0f} s", PAPER_PERPLEXITY.get(name, "")])  # fmt: skip
     claimed = ["ar", "L4", "L8", "L16", "mdlm"]
     verdicts = []
     clears = apart([models[x] for x in claimed])
     for (a, b), clear in zip(pairwise(claimed), clears, strict=True):
         verdicts.append(_order(results, a, b, clear))
-    sedd = _order(results, "mdlm", "sedd", apart([models["mdlm"], models["sedd"]])[0], seed=0)
+    sedd = _order(results, "mdlm", "sedd", apart([models["mdlm"], models["sedd"]])[0], 0)
     shares = []
     for name in ("L4", "L8", "L16"):
         share, low, high = results.gap_closed(name)
@@ -178,65 +168,78 @@ def _perplexities(results: Results) -> str:
         "Is each better than the next? Window by window, in nats per token, and whether the two "
         "95% intervals are apart:\n\n" + "\n".join([*verdicts, sedd]),
         f"Share of the gap from MDLM to AR that is closed (the paper: 40% at L' = 4): "
-        f"{'; '.join(shares)}. At least the paper's share at L' = 4: {_verdict(enough)}.",
+        f"{'; '.join(shares)}. At least the paper's share at L' = 4: {verdict(enough)}.",
     ])  # fmt: skip
 
 
-def _order(results: Results, a: str, b: str, clear: bool, seed: int | None = None) -> str:
-    gap, error = results.nats(b, seed).minus(results.nats(a, seed))
-    names = [NAMES.get(x, f"L' = {x[1:].partition('-')[0]}") for x in (a, b)]
+def _order(results: Results, a: str, b: str, clear: bool, *seeds: int) -> str:
+    gap, error = results.nats(b, *seeds).minus(results.nats(a, *seeds))
+    names = [label(a), label(b)]
     return (
-        f"- {names[0]} < {names[1]}: {_verdict(gap > 1.96 * error)}, by {gap:.4f} ± {error:.4f}; "
+        f"- {names[0]} < {names[1]}: {verdict(gap > 1.96 * error)}, by {gap:.4f} ± {error:.4f}; "
         f"intervals apart: {'yes' if clear else 'no'}"
     )
 
 
 def _blocks_of_one(results: Results) -> str:
-    ar = results.nats("ar")
-    rows = []
     labels = {
         "ar": "AR",
+        "L1": "exact_k, from scratch",
         "L1-from-ar": "exact_k, started from AR",
-        "L1-scratch": "exact_k, from scratch",
-        "L1": "exact_k, started from MDLM",
-        "L1-bernoulli": "bernoulli, linear, started from MDLM",
+        "L1-bernoulli": "bernoulli, linear, started from AR",
+        "ar-longer": f"AR, {LONGER} times as many tokens",
+        "L1-longer": f"exact_k, from scratch, {LONGER} times as many tokens",
     }
-    for name, label in labels.items():
-        model = results.nats(name)
-        rows.append([label, _cell(model, False), f"{model.perplexity / ar.perplexity - 1:+.1%}"])
-    exact = ("L1", "L1-from-ar", "L1-scratch")
-    gap = min(results.nats(x).perplexity for x in exact) / ar.perplexity - 1
+    rows = []
+    for name, title in labels.items():
+        model, own = results.nats(name), results.seeds(name)
+        ar = "ar-longer" if name.endswith("-longer") else "ar"
+        gaps = [results.nats(name, s).minus(results.nats(ar, s)) for s in own]
+        cells = [f"{math.exp(gap) - 1:+.1%} ± {error:.1%}" for gap, error in gaps]
+        rows.append([title, _cell(model, False), "" if name == ar else ", ".join(cells)])
+    gap = min(results.nats(name).mean - results.nats("ar").mean for name in ("L1", "L1-from-ar"))
     return "\n\n".join([
         "## Blocks of one token",
         "At L' = 1 the bound is the likelihood. With every token masked (the paper's tuned "
         "schedule) `clipped` draws what `exact_k` draws, weight for weight (a test asserts it), so "
         "one run stands for both.",
-        table(["L' = 1", "test perplexity", "against AR"], rows),
-        f"Within 2% of AR by `exact_k`: {_verdict(gap <= 0.02)}, {gap:+.1%}.",
+        table(["L' = 1", "test perplexity", "above AR of the same seed, by seed"], rows),
+        f"Within 2% of AR by `exact_k`: {verdict(math.expm1(gap) <= 0.02)}, "
+        f"{math.expm1(gap):+.1%}.",
     ])  # fmt: skip
 
 
 def _estimators(results: Results) -> str:
-    parts = ["## Estimators and clips: what training with them gives"]
+    parts = [
+        "## Estimators and clips: what training with them gives",
+        "Started from AR, every model measured with the same unbiased estimator.",
+    ]
     for size in COMPARED:
-        best = results.nats(f"L{size}")
-        rows = [["exact_k, stratified", _cell(best), "", str(best.seeds)]]
-        for name in ("bernoulli", *CLIPS):
-            model = results.nats(f"L{size}-{name}")
-            own = results.seeds(f"L{size}-{name}")
-            pairs = [results.nats(f"L{size}-{name}", s).minus(results.nats(f"L{size}", s))
-                     for s in own]  # fmt: skip
+        reference = f"L{size}-from-ar"
+        rows = [["exact_k, stratified", _cell(results.nats(reference)), "",
+                 str(results.nats(reference).seeds)]]  # fmt: skip
+        names = {name: results.nats(f"L{size}-{name}") for name in ("bernoulli", *clips(size))}
+        for name, model in names.items():
+            pairs = [results.nats(f"L{size}-{name}", s).minus(results.nats(reference, s))
+                     for s in results.seeds(f"L{size}-{name}")]  # fmt: skip
             clip = f" U[{CLIPS[name]}]" if name in CLIPS and name != "clip-auto" else ""
             gaps = ", ".join(f"{gap:+.4f} ± {error:.4f}" for gap, error in pairs)
             rows.append([name + clip, _cell(model), gaps, str(model.seeds)])
-        parts.append(f"L' = {size} (every model measured with the same unbiased estimator):")
-        parts.append(
-            table(
-                ["trained with", "test perplexity", "nats per token above exact_k, by seed",
-                 "seeds"], rows,
-            )
-        )  # fmt: skip
+        best = min(clips(size), key=lambda name: _above(results, f"L{size}-{name}", reference)[0])
+        gap, error = _above(results, f"L{size}-{best}", reference)
+        parts += [
+            table([f"L' = {size}, trained with", "test perplexity",
+                   "nats per token above exact_k, by seed", "seeds"], rows),
+            f"`exact_k` no worse than the best clip ({best}): {verdict(gap > -1.96 * error)}; "
+            f"the clip is {gap:+.4f} ± {error:.4f} above it.",
+        ]  # fmt: skip
     return "\n\n".join(parts)
+
+
+def _above(results: Results, model: str, reference: str) -> tuple[float, float]:
+    """Nats per token above another model's, ± s.e., over the seeds of the first."""
+    seeds = results.seeds(model)
+    return results.nats(model, *seeds).minus(results.nats(reference, *seeds))
 
 
 def _initialisation(results: Results) -> str:
@@ -247,60 +250,25 @@ def _initialisation(results: Results) -> str:
     ]
     for size in COMPARED:
         rows = []
-        for name, label in ((f"L{size}-from-ar", "AR"), (f"L{size}", "MDLM (the paper's way)"),
-                            (f"L{size}-scratch", "from scratch")):  # fmt: skip
+        for name, title in ((f"L{size}", "from scratch"), (f"L{size}-from-ar", "AR"),
+                            (f"L{size}-from-mdlm", "MDLM (the paper's way)")):  # fmt: skip
             model = results.nats(name)
-            rows.append([label, _cell(model), f"{results.seconds(name):.0f} s", str(model.seeds)])
-        head = [f"L' = {size}, started from", "test perplexity", "training, one core", "seeds"]
-        parts.append(table(head, rows))
-        shares = []
-        for start in ("from-ar", "scratch"):
-            share, low, high = results.gap_closed(f"L{size}-{start}", 0)
-            shares.append(f"{start.replace('-', ' ')} {share:.1%} [{low:.1%}, {high:.1%}]")
-        parts.append(f"Share of the gap from MDLM to AR that is closed: {'; '.join(shares)}.")
-    order = ["ar", "L4-scratch", "L8-scratch", "L16-scratch", "mdlm"]
-    models = [results.nats(name, 0) for name in order]
+            seeds = ", ".join(f"{results.nats(name, s).perplexity:.2f}"
+                              for s in results.seeds(name))  # fmt: skip
+            share, low, high = results.gap_closed(name)
+            rows.append([title, _cell(model), seeds, f"{share:.1%} [{low:.1%}, {high:.1%}]",
+                         f"{results.seconds(name):.0f} s"])  # fmt: skip
+        parts.append(table([f"L' = {size}, started from", "test perplexity, mean of seeds", "seeds",
+                            "of the gap from MDLM to AR closed", "training, one core"],
+                           rows))  # fmt: skip
+    order = ["ar", *(f"L{size}-from-mdlm" for size in COMPARED), "mdlm"]
     lines = [
-        _order(results, a, b, clear, seed=0)
-        for (a, b), clear in zip(pairwise(order), apart(models), strict=True)
+        _order(results, a, b, clear)
+        for (a, b), clear in zip(
+            pairwise(order), apart([results.nats(name) for name in order]), strict=True
+        )
     ]
-    perplexities = " < ".join(f"{model.perplexity:.2f}" for model in models)
-    parts.append(
-        f"The order of block sizes when every model is trained from scratch (one seed; AR, L' = 4, "
-        f"8, 16, MDLM: {perplexities}):\n\n" + "\n".join(lines)
-    )
-    return "\n\n".join(parts)
-
-
-def _variances(results: Results) -> str:
-    parts = [
-        "## Variance of loss and gradient",
-        "![variance](variance.png)",
-        "Noise of the masks only, at equal passes, of batches of "
-        f"{results.scale.variance[1]} windows; ± one standard error. Measured on each block size's "
-        "own model. The last columns: how much less than Bernoulli's.",
-    ]
-    for size in _sizes(results):
-        found = {r["estimator"]: r for r in results[f"variance-L{size}"]["estimators"]}
-        plain = found["bernoulli"]
-        rows = []
-        for r in sorted(found.values(), key=lambda r: r["passes"] * r["gradient"]["mask"]):
-            cells = []
-            for kind in ("loss", "gradient"):
-                own, base = r["passes"] * r[kind]["mask"], plain[kind]["mask"]
-                error = r["passes"] * r[kind]["mask_stderr"]
-                factor = "no noise" if own < 1e-6 * base else f"{base / own:.2f}×"
-                cells.append((f"{own:.3g} ± {error:.1g}", factor))
-            name = r["estimator"] + ("" if r["unbiased"] else " (biased)")
-            (loss, less_loss), (gradient, less_gradient) = cells
-            rows.append([name, f"{r['loss_mean']:.3f}", loss, gradient, less_loss, less_gradient])
-        parts.append(f"L' = {size}:")
-        parts.append(
-            table(
-                ["estimator", "nats per token", "variance of the loss", "of the gradient (trace)",
-                 "loss", "gradient"], rows,
-            )
-        )  # fmt: skip
+    parts.append("The order of block sizes the paper's way:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
@@ -315,80 +283,6 @@ def _clips(results: Results) -> str:
         "![clips](clips.png)",
         f"The last ones found: {'; '.join(last)}.",
     ])  # fmt: skip
-
-
-def _generation(results: Results) -> str:
-    rows = []
-    for name, job in results.jobs.items():
-        if job.kind != "samples" or job.settings["options"]["stop"] != "none":
-            continue
-        quality = results[name]["quality"]
-        model = job.settings["model"].partition("-")[2]
-        options = job.settings["options"]
-        how = f"T = {options['steps']}" if "steps" in options else "one token a step"
-        paper = PAPER_GENERATION.get(model, "") if name == f"samples-{model}-all" else ""
-        rows.append([NAMES.get(model, f"L' = {model[1:]}"), str(options["max_new_tokens"]), how,
-                     *_quality(quality), paper])  # fmt: skip
-    for label in ("real", "shuffled"):
-        quality = results["samples-real"][label]
-        rows.append([f"{label} text", str(results.scale.length - 1), "", *_quality(quality), ""])
-    lengths = []
-    for name, job in results.jobs.items():
-        if name.endswith("-end"):
-            model = job.settings["model"].partition("-")[2]
-            own = results[name]["lengths"]
-            ended = sum(reason == "eos" for reason in results[name]["finish"]) / len(own)
-            lengths.append([NAMES.get(model, f"L' = {model[1:]}"), *_lengths(own), f"{ended:.0%}"])
-    lengths.append(["real passages", *_lengths(results["samples-real"]["lengths"]), ""])
-    return "\n\n".join([
-        "## Samples",
-        "![quality](quality.png)",
-        "Generative perplexity is that of an AR model of another seed, small as the models it "
-        "judges: compare within the table only, and never without entropy and divergence. "
-        f"{results.scale.samples} samples a row, none rejected; ± one standard error.",
-        "At one token a step, by generative perplexity:\n\n" + "\n".join(_sample_order(results)),
-        table(["model", "tokens", "steps a block", "NFE", "gen. perplexity", "entropy",
-               "distinct-2", "divergence, 2-grams", "tokens/s", "paper, OWT, L = 1,024"], rows),
-        "![lengths](lengths.png)",
-        "Texts that end by themselves (or at "
-        f"{results.scale.long_tokens} tokens; SEDD at its context):",
-        table(["model", "median", "max", "ended"], lengths),
-    ])  # fmt: skip
-
-
-def _sample_order(results: Results) -> list[str]:
-    """Whether each model's samples are better than the next one's, at equal NFE."""
-    names = ("L4", "L8", "L16", "mdlm")
-    found = [results[f"samples-{name}-all"]["quality"]["perplexity"] for name in names]
-    lines = []
-    for (a, b), (x, y) in zip(pairwise(names), pairwise(found), strict=True):
-        gap, error = y["value"] - x["value"], math.hypot(x["stderr"], y["stderr"])
-        labels = [NAMES.get(name, f"L' = {name[1:]}") for name in (a, b)]
-        lines.append(
-            f"- {labels[0]} < {labels[1]}: {_verdict(gap > 1.96 * error)}, "
-            f"by {gap:.1f} ± {error:.1f}"
-        )
-    return lines
-
-
-def _quality(quality: dict[str, Any]) -> list[str]:
-    def cell(found: dict[str, float], digits: int) -> str:
-        return f"{found['value']:.{digits}f} ± {found['stderr']:.{digits}f}"
-
-    cost = quality["cost"] or {}
-    return [
-        f"{cost['nfe']:.1f}" if cost else "",
-        cell(quality["perplexity"], 1),
-        cell(quality["entropy"], 2),
-        cell(quality["distinct"]["2"], 3),
-        cell(quality["divergence"]["2"], 3),
-        f"{cost['tokens_per_second']:.0f}" if cost else "",
-    ]
-
-
-def _lengths(own: Sequence[int]) -> list[str]:
-    ordered = sorted(own)
-    return [str(ordered[len(ordered) // 2]), str(ordered[-1])]
 
 
 def _times(results: Results) -> str:

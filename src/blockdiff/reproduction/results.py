@@ -82,12 +82,11 @@ class Results:
         """The seeds a model was trained with."""
         return [s for s in range(self.scale.seeds) if f"s{s}-{model}" in self.jobs]
 
-    def nats(self, model: str, seed: int | None = None) -> Nats:
-        """Of one seed, or the mean of all."""
-        seeds = self.seeds(model) if seed is None else [seed]
-        found = [self[f"s{s}-{model}/likelihood"] for s in seeds]
+    def nats(self, model: str, *seeds: int) -> Nats:
+        """The mean of these seeds, or of all."""
+        found = [self[f"s{s}-{model}/likelihood"] for s in seeds or self.seeds(model)]
         nats = np.mean([np.array(x["nats"]) for x in found], axis=0)
-        return Nats(nats, np.array(found[0]["tokens"], dtype=float), len(seeds))
+        return Nats(nats, np.array(found[0]["tokens"], dtype=float), len(found))
 
     def seconds(self, model: str) -> float:
         """Core-seconds of training, the runs it continues included; the mean of all seeds.
@@ -105,9 +104,9 @@ class Results:
                 name = before.get("continues") or before.get("init_from") or ""
         return total / len(self.seeds(model))
 
-    def gap_closed(self, model: str, seed: int | None = None) -> tuple[float, float, float]:
+    def gap_closed(self, model: str, *seeds: int) -> tuple[float, float, float]:
         """(share, low, high) of the gap from MDLM to AR, in perplexity; 95 % by bootstrap."""
-        parts = [self.nats(name, seed) for name in ("mdlm", model, "ar")]
+        parts = [self.nats(name, *seeds) for name in ("mdlm", model, "ar")]
         tokens = parts[0].tokens
         rng = np.random.default_rng(0)
         draws = rng.integers(len(tokens), size=(2000, len(tokens)))

@@ -1,0 +1,150 @@
+"""The report's parts on noise and on samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from blockdiff.reproduction.plan import sizes
+from blockdiff.reproduction.results import Results
+from blockdiff.reproduction.wording import label, table, verdict
+
+# Generative perplexities of OpenWebText models at L = 1,024.
+PAPER_GENERATION = {"ar": "14.1", "L4": "25.7", "mdlm": "46.8"}
+
+
+def variances(results: Results) -> str:
+    parts = [
+        "## Variance of loss and gradient",
+        "![variance](variance.png)",
+        "Noise of the masks only, at equal passes, of batches of "
+        f"{results.scale.variance[1]} windows; ± one standard error. Measured on each block size's "
+        "own model. The last columns: how much less than Bernoulli's.",
+    ]
+    for size in sizes(results.scale):
+        found = {r["estimator"]: r for r in results[f"variance-L{size}"]["estimators"]}
+        plain = found["bernoulli"]
+        rows = []
+        for r in sorted(found.values(), key=lambda r: r["passes"] * r["gradient"]["mask"]):
+            cells = []
+            for kind in ("loss", "gradient"):
+                own, base = r["passes"] * r[kind]["mask"], plain[kind]["mask"]
+                error = r["passes"] * r[kind]["mask_stderr"]
+                factor = "no noise" if own < 1e-6 * base else f"{base / own:.2f}×"
+                cells.append((f"{own:.3g} ± {error:.1g}", factor))
+            name = r["estimator"] + ("" if r["unbiased"] else " (biased)")
+            (loss, less_loss), (gradient, less_gradient) = cells
+            rows.append([name, f"{r['loss_mean']:.3f}", loss, gradient, less_loss, less_gradient])
+        parts.append(f"L' = {size}: `exact_k`, stratified, below Bernoulli: {_less_noise(found)}.")
+        parts.append(
+            table(
+                ["estimator", "nats per token", "variance of the loss", "of the gradient (trace)",
+                 "loss", "gradient"], rows,
+            )
+        )  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def _less_noise(found: dict[str, Any]) -> str:
+    """Whether stratified exact_k has less variance than Bernoulli, beyond both errors."""
+    verdicts = []
+    for kind in ("loss", "gradient"):
+        own, other = found["exact_k+stratified"][kind], found["bernoulli"][kind]
+        error = math.hypot(own["mask_stderr"], other["mask_stderr"])
+        verdicts.append(f"{kind} {verdict(other['mask'] - own['mask'] > 1.96 * error)}")
+    return ", ".join(verdicts)
+
+
+def generation(results: Results) -> str:
+    rows = []
+    for name, job in results.jobs.items():
+        if job.kind != "samples" or job.settings["options"]["stop"] != "none":
+            continue
+        quality = results[name]["quality"]
+        model = job.settings["model"].partition("-")[2]
+        options = job.settings["options"]
+        how = f"T = {options['steps']}" if "steps" in options else "one token a step"
+        paper = PAPER_GENERATION.get(model, "") if name == f"samples-{model}-all" else ""
+        rows.append([label(model), str(options["max_new_tokens"]), how,
+                     *_quality(quality), paper])  # fmt: skip
+    for kind in ("real", "shuffled"):
+        quality = results["samples-real"][kind]
+        rows.append([f"{kind} text", str(results.scale.length - 1), "", *_quality(quality), ""])
+    lengths = []
+    for name, job in results.jobs.items():
+        if name.endswith("-end"):
+            model = job.settings["model"].partition("-")[2]
+            own = results[name]["lengths"]
+            ended = sum(reason == "eos" for reason in results[name]["finish"]) / len(own)
+            lengths.append([label(model), *_lengths(own), f"{ended:.0%}"])
+    lengths.append(["real passages", *_lengths(results["samples-real"]["lengths"]), ""])
+    return "\n\n".join([
+        "## Samples",
+        "![quality](quality.png)",
+        "Generative perplexity is that of an AR model of another seed, small as the models it "
+        "judges: compare within the table only, and never without entropy and divergence. "
+        f"{results.scale.samples} samples a row, none rejected; ± one standard error.",
+        "At one token a step, by generative perplexity:\n\n" + "\n".join(_sample_order(results)),
+        "At equal NFE:\n\n" + "\n".join(_at_equal_nfe(results)),
+        table(["model", "tokens", "steps a block", "NFE", "gen. perplexity", "entropy",
+               "distinct-2", "divergence, 2-grams", "tokens/s", "paper, OWT, L = 1,024"], rows),
+        "![lengths](lengths.png)",
+        "Texts that end by themselves (or at "
+        f"{results.scale.long_tokens} tokens; SEDD at its context):",
+        table(["model", "median", "max", "ended"], lengths),
+    ])  # fmt: skip
+
+
+def _sample_order(results: Results) -> list[str]:
+    """Whether each model's samples are better than the next one's, at one token a step."""
+    names = ("L4", "L8", "L16", "mdlm")
+    return [
+        _better(results, (f"samples-{a}-all", label(a)), (f"samples-{b}-all", label(b)))
+        for a, b in pairwise(names)
+    ]
+
+
+def _at_equal_nfe(results: Results) -> list[str]:
+    """Block models beside MDLM, whose number of steps is that of nearest NFE."""
+    ours: list[tuple[str, str, int, float]] = []
+    mdlm: list[tuple[str, str, int, float]] = []
+    for name, job in results.jobs.items():
+        steps = job.settings.get("options", {}).get("steps")
+        model = job.settings.get("model", "").partition("-")[2]
+        if job.kind == "samples" and steps and model in ("mdlm", "L4", "L8", "L16"):
+            nfe = results[name]["quality"]["cost"]["nfe"]
+            (mdlm if model == "mdlm" else ours).append((name, model, steps, nfe))
+    lines = []
+    for name, model, steps, nfe in ours:
+        other, _, other_steps, other_nfe = min(mdlm, key=lambda m: abs(m[3] - nfe))
+        lines.append(_better(results, (name, f"{label(model)}, T = {steps} ({nfe:.1f} NFE)"),
+                             (other, f"MDLM, T = {other_steps} ({other_nfe:.1f})")))  # fmt: skip
+    return lines
+
+
+def _better(results: Results, a: tuple[str, str], b: tuple[str, str]) -> str:
+    x, y = (results[name]["quality"]["perplexity"] for name, _ in (a, b))
+    gap, error = y["value"] - x["value"], math.hypot(x["stderr"], y["stderr"])
+    return f"- {a[1]} < {b[1]}: {verdict(gap > 1.96 * error)}, by {gap:.1f} ± {error:.1f}"
+
+
+def _quality(quality: dict[str, Any]) -> list[str]:
+    def cell(found: dict[str, float], digits: int) -> str:
+        return f"{found['value']:.{digits}f} ± {found['stderr']:.{digits}f}"
+
+    cost = quality["cost"] or {}
+    return [
+        f"{cost['nfe']:.1f}" if cost else "",
+        cell(quality["perplexity"], 1),
+        cell(quality["entropy"], 2),
+        cell(quality["distinct"]["2"], 3),
+        cell(quality["divergence"]["2"], 3),
+        f"{cost['tokens_per_second']:.0f}" if cost else "",
+    ]
+
+
+def _lengths(own: Sequence[int]) -> list[str]:
+    ordered = sorted(own)
+    return [str(ordered[len(ordered) // 2]), str(ordered[-1])]
