@@ -13,7 +13,7 @@ import blockdiff
 
 SOURCE = Path(blockdiff.__file__).parent
 FLOORS = [
-    ["allocator", "errors", "schedules", "layout", "categorical"],
+    ["allocator", "errors", "schedules", "layout", "categorical", "starter"],
     ["noising", "attention", "cache"],
     ["models", "models.*"],
     ["objectives", "sampling", "sampling.*", "data", "data.*"],

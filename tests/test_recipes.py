@@ -104,3 +104,21 @@ def test_recipes_train(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert model.config.kind == config.objective
         assert model.config.block_size == config.effective_block_size
         assert 0 < done.metrics["eval_nats_per_token"] < 7
+
+
+def test_the_starters_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written but for its size, on the kinds of file it names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BLOCKDIFF_CACHE", str(tmp_path / "cache"))
+    Path("texts").mkdir()
+    texts = [f"Fellow citizens, this is address number {i} of a good many. " * 8 for i in range(40)]
+    for name in ("sotu", "moby_dick"):
+        lines = "\n".join(json.dumps({"text": text}) for text in texts)
+        Path("texts", f"{name}.jsonl").write_text(lines)
+    small = [f"--{key}={value}" for key, value in STAND_IN.items() if value is not None]
+    more = ["--data=texts", "--vocab_size=280", *small]
+    for stem in ("ar", "bd3lm-4"):
+        config = parse(RECIPES / "starter" / f"{stem}.yaml", *more)
+        assert config.out == f"runs/starter/{stem}"
+        model = load_model(train(config, progress=False).folder)
+    assert model.config.block_size == 4 and not model.config.adaln

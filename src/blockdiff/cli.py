@@ -434,7 +434,7 @@ def _commands() -> dict[str, Command]:
     """name → (first options class, others, what to run, its positional argument)."""
     from blockdiff.sampling.options import SamplingOptions
 
-    model = ("model", "Model folder or hub id.")
+    model = ("model", "Model folder or hub id; starter is the one that comes with the package.")
     samples = ("samples", "What `generate --json` printed (.json), or a corpus of texts.")
     what = ("what", "What is reproduced: paper-mini.")
     work = ("work", f"What is timed: {', '.join(WORKS)}.")

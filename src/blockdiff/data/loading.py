@@ -20,7 +20,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple[DiT, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a folder or hub id.
+    """Model and tokenizer from a folder or hub id, or `starter`, which comes with the package.
 
     `tokenizer` names another place for the tokenizer: released checkpoints come without one (the
     OpenWebText models use GPT-2's). Raises `InputError` when either is missing or they do not fit.

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from blockdiff.data.corpora import looks_like_path
 from blockdiff.data.files import first_line
 from blockdiff.errors import InputError
+from blockdiff.starter import packaged
 
 END_OF_TEXT = "<|endoftext|>"
 MASK_TOKEN = "<|mask|>"
@@ -69,13 +70,14 @@ def load_tokenizer(source: str | Path, mask_token: str = MASK_TOKEN) -> PreTrain
     of the model it belonged to, is lifted.
 
     Args:
-        source: folder or hub id.
+        source: folder or hub id; `starter` is that of the model that comes with the package.
         mask_token: the mask token to add if the tokenizer has none.
 
     Raises:
         InputError: there is no such folder, the hub cannot be reached or has no such tokenizer,
             or what is there is no tokenizer.
     """
+    source = packaged(source)
     is_path = isinstance(source, Path) or looks_like_path(source)
     folder = Path(source).expanduser()
     if is_path and not folder.is_dir():

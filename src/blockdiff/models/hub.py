@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
+from blockdiff.starter import packaged
 
 WEIGHTS = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -143,14 +144,19 @@ def _fill(model: DiT, weights: dict[str, Tensor], folder: Path) -> DiT:
 
 
 def resolve(source: str | Path) -> Path:
-    """The local folder of a model; downloads a hub repository (safetensors and text files only)."""
-    path = Path(source).expanduser()
+    """The local folder of a model; downloads a hub repository (safetensors and text files only).
+
+    `starter` is the model that comes with the package.
+    """
+    path = Path(packaged(source)).expanduser()
     if path.is_dir():
         return path
     if path.exists():
         raise InputError(f"{source} is a file; give the model's folder")
     if str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise InputError(f"no folder {source}; give a model folder or a hub id (owner/name)")
+        raise InputError(
+            f"no folder {source}; give a model folder, a hub id (owner/name), or starter"
+        )
     try:
         return Path(
             snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "*.safetensors"])

@@ -37,8 +37,8 @@ class TrainConfig:
         length: Context L in tokens.
         block_size: Block size L' of bd3lm.
         preset: Network size: nano, micro, small or medium.
-        init_from: Model folder or hub id to start from, for example an AR model of this package;
-            of a run's folder the weights and their average are both carried on.
+        init_from: Model folder, hub id or starter to start from, for example an AR model of this
+            package; of a run's folder the weights and their average are both carried on.
         adaln: Give the network adaptive layer norms, as the paper does.
         time_conditioning: Feed the network the noise level; sedd always does.
         initial_shift: Standard deviation of their shifts at initialisation.
