@@ -47,7 +47,7 @@ def perplexity_by_block_size(results: Results, path: Path) -> None:
     for start, label, colour in starts:
         own = [results.nats(f"L{size}-{start}").perplexity for size in COMPARED]
         axes.plot(COMPARED, own, "s--", color=COLOURS[colour], label=label, markersize=5)
-    for name, label, colour in (("ar", "AR", 1), ("sedd", "SEDD", 3)):
+    for name, label, colour in (("ar", "AR", 1), ("sedd", "SEDD (one seed)", 3)):
         model = results.nats(name)
         axes.axhline(model.perplexity, color=COLOURS[colour], linewidth=1.2, label=label)
         axes.axhspan(*model.interval, color=COLOURS[colour], alpha=0.15, linewidth=0)
@@ -80,7 +80,7 @@ def clip_course(results: Results, path: Path) -> None:
 
 
 def quality_by_nfe(results: Results, path: Path) -> None:
-    """Generative perplexity and entropy of the samples over network evaluations."""
+    """Generative perplexity and divergence of the samples over network evaluations."""
     figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
     real = results["samples-real"]["real"]

@@ -21,10 +21,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
-from blockdiff.models.hub import staging
 from blockdiff.reproduction.plan import SMOKE, Job, Scale, plan
 from blockdiff.reproduction.report import write_report
-from blockdiff.reproduction.work import begin_worker, result_path, work
+from blockdiff.reproduction.work import begin_worker, commit, result_path, work
 
 PLAN_FILE = "plan.json"
 SPLIT_SEED = 0
@@ -49,21 +48,36 @@ def prepare(folder: Path, data: str, scale: Scale, overwrite: bool = False) -> N
                     f"{folder} holds a reproduction of another size or data; replace it with "
                     "--overwrite, or choose another --out"
                 )
+            _check_results(folder, scale)
             return
         shutil.rmtree(folder)
     train, test = (
         [passage for text in part for passage in passages(text, scale.sentences)]
         for part in split_documents(list(load_corpus(data)), scale.test_fraction, SPLIT_SEED)
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "data").mkdir()
+    # Whole or not at all: an interrupted beginning leaves nothing under the folder's name.
+    fresh = folder.with_name(f".{folder.name}-beginning")
+    shutil.rmtree(fresh, ignore_errors=True)
+    (fresh / "data").mkdir(parents=True)
     for name, part in (("train", train), ("test", test)):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
-        (folder / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    (folder / "tokenizer").mkdir()
-    with staging(folder / "tokenizer") as temporary:
-        train_tokenizer(train, scale.vocab_size).save_pretrained(temporary)
-    path.write_text(json.dumps(wish, indent=1) + "\n", encoding="utf-8")
+        (fresh / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    train_tokenizer(train, scale.vocab_size).save_pretrained(fresh / "tokenizer")
+    (fresh / PLAN_FILE).write_text(json.dumps(wish, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(folder)
+
+
+def _check_results(folder: Path, scale: Scale) -> None:
+    """Raises `InputError` if a result there is of a job of the same name in another plan."""
+    for job in plan(scale):
+        path = result_path(folder, job.name)
+        if path.is_file():
+            there = json.loads(path.read_text(encoding="utf-8"))["job"] | {"cost": job.cost}
+            if there != json.loads(json.dumps(job.record())):
+                raise InputError(
+                    f"{path} is of another plan; start again with --overwrite, or choose "
+                    "another --out"
+                )
 
 
 def passages(text: str, sentences: int) -> list[str]:
@@ -90,6 +104,7 @@ def run(folder: Path, scale: Scale, workers: int, *, progress: bool = True) -> N
         console=Console(stderr=True), disable=not progress,
     )  # fmt: skip
     context = multiprocessing.get_context("spawn")
+    code = commit()
     with (
         bar,
         ProcessPoolExecutor(workers, context, initializer=begin_worker, initargs=(1,)) as pool,
@@ -101,7 +116,7 @@ def run(folder: Path, scale: Scale, workers: int, *, progress: bool = True) -> N
                 for job in [job for job in waiting if done.issuperset(job.after)]:
                     if len(running) < workers:
                         waiting.remove(job)
-                        running[pool.submit(work, folder, scale, job)] = job
+                        running[pool.submit(work, folder, scale, job, code)] = job
                 bar.update(task, description=", ".join(job.name for job in running.values()))
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -89,17 +88,12 @@ class Results:
         return Nats(nats, np.array(found[0]["tokens"], dtype=float), len(found))
 
     def seconds(self, model: str) -> float:
-        """Core-seconds of training, the runs it continues included; the mean of all seeds.
-
-        Tokens by the median rate, so that a run that was interrupted or disturbed counts in full.
-        """
+        """Processor seconds of training, of what it starts from too; the mean of all seeds."""
         total = 0.0
         for seed in self.seeds(model):
             name = f"s{seed}-{model}"
             while name:
-                metrics = [m for m in self[name]["metrics"] if "tokens_per_second" in m]
-                rate = statistics.median(m["tokens_per_second"] for m in metrics)
-                total += self[name]["job"]["settings"]["steps"] * self.scale.tokens_a_step / rate
+                total += self[name]["processor_seconds"]
                 before = self.jobs[name].settings
                 name = before.get("continues") or before.get("init_from") or ""
         return total / len(self.seeds(model))

@@ -12,8 +12,12 @@ def label(model: str) -> str:
     return NAMES.get(model, f"L' = {model[1:].partition('-')[0]}")
 
 
-def verdict(holds: bool) -> str:
-    return "**yes**" if holds else "**no**"
+def verdict(*gaps: tuple[float, float]) -> str:
+    """Of (difference, standard error) pairs, one a seed: yes where all are above 0, no where all
+    are below, by 1.96 standard errors; unclear otherwise."""
+    if all(gap > 1.96 * error for gap, error in gaps):
+        return "**yes**"
+    return "**no**" if all(gap < -1.96 * error for gap, error in gaps) else "**unclear**"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

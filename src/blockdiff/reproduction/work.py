@@ -33,6 +33,7 @@ from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.callbacks import METRICS_FILE, read_metrics
 from blockdiff.training.config import CONFIG_FILE, TrainConfig, load_config
 from blockdiff.training.run import train
+from blockdiff.training.trainer import checkpoint_step, newest_checkpoint
 
 
 def begin_worker(threads: int) -> None:
@@ -45,20 +46,22 @@ def begin_worker(threads: int) -> None:
     transformers.logging.disable_progress_bar()
 
 
-def work(folder: Path, scale: Scale, job: Job) -> None:
-    """Does a job and writes its result."""
+def work(folder: Path, scale: Scale, job: Job, commit: str) -> None:
+    """Does a job and writes its result, which names the commit of the code."""
     begin, busy = time.perf_counter(), time.process_time()
     kinds = {
         "train": _train, "likelihood": _likelihood, "variance": _variance,
         "samples": _samples, "real": _real,
     }  # fmt: skip
     found = kinds[job.kind](folder, scale, job)
+    # Of a training that was interrupted, the steps before count as those since.
+    whole = found.pop("whole", 1.0)
     record = {
         "job": job.record(),
         "seconds": time.perf_counter() - begin,
         # What else the machine does meanwhile does not count.
-        "processor_seconds": time.process_time() - busy,
-        "commit": commit(),
+        "processor_seconds": (time.process_time() - busy) * whole,
+        "commit": commit,
         **found,
     }
     path = result_path(folder, job.name)
@@ -107,8 +110,11 @@ def _train(folder: Path, scale: Scale, job: Job) -> dict[str, Any]:
         if config.searches_clip:
             config = replace(config, eval_every=max(1, config.steps // scale.searches))
     resume = (out / CONFIG_FILE).is_file()
+    newest = newest_checkpoint(out)
+    left = config.steps - (checkpoint_step(newest) if newest else 0)
     done = train(replace(config, resume=resume), progress=False, device="cpu")
     return {
+        "whole": job.settings["steps"] / left if left > 0 else 1.0,
         "tokens": done.tokens_seen,
         "config": asdict(config),
         "metrics": read_metrics(out / METRICS_FILE),
