@@ -57,7 +57,7 @@ def perplexity_by_block_size(results: Results, path: Path) -> None:
     axes.set_xlabel("block size L'")
     axes.set_ylabel("test perplexity (bound), 95% interval; dashes: seeds")
     axes.set_title("Perplexity at equal training tokens", loc="left")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, format="png")
 
 
@@ -70,7 +70,9 @@ def clip_course(results: Results, path: Path) -> None:
         low, high = ([m[key] for m in lines] for key in ("clip_beta", "clip_omega"))
         axes.fill_between(tokens, low, high, step="post", alpha=0.15, color=COLOURS[i], linewidth=0)
         for edge, label in ((low, f"L' = {size}"), (high, None)):
-            axes.step(tokens, edge, where="post", color=COLOURS[i], marker="o", label=label)
+            # The second is thinner: where both find the same clip, both are seen.
+            axes.step(tokens, edge, where="post", color=COLOURS[i], label=label,
+                      linewidth=(5, 1.5)[i], marker="o", markersize=(10, 4)[i])  # fmt: skip
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("tokens of fine-tuning")
     axes.set_ylabel("mask rates drawn from: β to ω")
