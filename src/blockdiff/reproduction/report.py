@@ -72,6 +72,7 @@ def _summary(results: Results, data: str) -> dict[str, Any]:
         "gap_closed": {size: results.gap_closed(f"L{size}") for size in (4, 8, 16)},
         "jobs": {
             name: {k: v for k, v in results[name].items() if k not in _ARRAYS}
+            | _course(results[name].get("metrics", []))
             for name in results.jobs
         },
         "clip_course": {
@@ -79,6 +80,13 @@ def _summary(results: Results, data: str) -> dict[str, Any]:
             for size in COMPARED
         },
     }  # fmt: skip
+
+
+def _course(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """[tokens, loss] at every fourth line of a training log, and the last evaluation's nats."""
+    losses = [[line["tokens"], line["loss"]] for line in metrics if "loss" in line]
+    ends = [x["eval_nats_per_token"] for x in metrics if "eval_nats_per_token" in x]
+    return {"losses": losses[3::4], "evaluated_nats_per_token": ends[-1]} if losses else {}
 
 
 def _models(results: Results) -> list[str]:
