@@ -112,7 +112,7 @@ def test_smoke_survives_a_kill(tmp_path: Path) -> None:
     assert results == sorted(job.name.replace("/", ".") for job in plan(SMOKE))
     report = (out / "report" / "report.md").read_text(encoding="utf-8")
     for part in ("28.23", "Blocks of one", "Initialisation", "Variance", "clips.png", "Samples",
-                 "At equal NFE", "the paper's way"):  # fmt: skip
+                 "At the nearest NFE", "the paper's way"):  # fmt: skip
         assert part in report
     for plot in re.findall(r"!\[\w+\]\((\w+\.png)\)", report):
         assert (out / "report" / plot).stat().st_size > 5000
