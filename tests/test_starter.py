@@ -82,7 +82,7 @@ def test_it_knows_english_from_its_words_in_disorder() -> None:
         return float(found.nats.sum()) / math.log(2) / size
 
     own, disorder = bits_per_byte(ADDRESS), bits_per_byte(" ".join(words))
-    assert own < 2.8 and own < disorder - 0.3
+    assert own < 2.0 and own < disorder - 0.5
 
 
 def test_a_folder_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
