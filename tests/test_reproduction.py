@@ -134,6 +134,9 @@ def _figures_are_those_of_the_results(out: Path, report: str) -> None:
     share, low, high = found.gap_closed("L4")
     ar, mdlm = (found.nats(name).perplexity for name in ("ar", "mdlm"))
     assert share == pytest.approx((mdlm - model.perplexity) / (mdlm - ar)) and low < share < high
+    assert summary["gap_closed"]["L4"] == [share, low, high]
+    for name, gaps in summary["nats_above"].items():
+        assert gaps and all(f"{abs(gap):.4f}" in report or "L1" in name for gap, _ in gaps), name
     _the_best_clip_is_named(out, report)
     sedd = found["samples-sedd-end"]
     assert max(sedd["lengths"]) < SMOKE.length <= max(found["samples-L4-long"]["lengths"])

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,9 @@ from blockdiff.reproduction.wording import NAMES, label, table, verdict
 
 # LM1B perplexities.
 PAPER_PERPLEXITY = {"ar": "22.83", "L4": "28.23", "mdlm": "31.78"}
+# What is claimed of block sizes, and how it is shown the paper's way.
+ORDER = ("ar", "L4", "L8", "L16", "mdlm")
+PAPERS_ORDER = ("ar", *(f"L{size}-from-mdlm" for size in COMPARED), "mdlm")
 # What the per-window arrays would only make long.
 _ARRAYS = ("nats", "tokens", "metrics", "config", "lengths", "finish")
 
@@ -69,7 +73,14 @@ def _summary(results: Results, data: str) -> dict[str, Any]:
             }
             for name, x in seeds.items()
         },
-        "gap_closed": {size: results.gap_closed(f"L{size}") for size in (4, 8, 16)},
+        "gap_closed": {
+            name: results.gap_closed(name)
+            for name in models
+            if re.fullmatch(r"L(4|8|16)(-from-(mdlm|ar))?", name)
+        },
+        "nats_above": {
+            f"{a} above {b}": _above(results, a, b) for a, b in _compared(models)
+        },
         "jobs": {
             name: {k: v for k, v in results[name].items() if k not in _ARRAYS}
             | _course(results[name].get("metrics", []))
@@ -80,6 +91,17 @@ def _summary(results: Results, data: str) -> dict[str, Any]:
             for size in COMPARED
         },
     }  # fmt: skip
+
+
+def _compared(models: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of models whose difference the report states."""
+    found = [(b, a) for order in (ORDER, PAPERS_ORDER) for a, b in pairwise(order)]
+    found += [("sedd", "mdlm"), ("L1-longer", "ar-longer")]
+    found += [(name, "ar") for name in models if re.match(r"L1(-from-ar|-bernoulli)?$", name)]
+    for size in COMPARED:
+        names = [f"L{size}-{name}" for name in ("bernoulli", *clips(size))]
+        found += [(name, f"L{size}-from-ar") for name in names]
+    return list(dict.fromkeys(found))
 
 
 def _course(metrics: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,13 +180,8 @@ def _perplexities(results: Results) -> str:
         title = NAMES.get(name, f"BD3-LM L' = {name[1:]}")
         rows.append([title, _cell(model, name != "ar"), ", ".join(seeds),
                      f"{results.seconds(name):.0f} s", PAPER_PERPLEXITY.get(name, "")])  # fmt: skip
-    claimed = ["ar", "L4", "L8", "L16", "mdlm"]
-    verdicts = []
-    clears = apart([models[x] for x in claimed])
-    for (a, b), clear in zip(pairwise(claimed), clears, strict=True):
-        verdicts.append(_order(results, a, b, clear))
     ends = [results.nats(name, 0) for name in ("mdlm", "sedd")]
-    sedd = _order(results, "mdlm", "sedd", apart(ends)[0])
+    sedd = _pair(results, "mdlm", "sedd", apart(ends)[0])
     shares = []
     for name in ("L4", "L8", "L16", "L4-from-mdlm"):
         share, low, high = results.gap_closed(name)
@@ -177,15 +194,22 @@ def _perplexities(results: Results) -> str:
                "paper, LM1B"], rows),
         "Is each better than the next? Window by window, in nats per token, at every seed both "
         "have (± s.e. over windows), and whether the 95% intervals of the means are apart:\n\n"
-        + "\n".join([*verdicts, sedd]),
+        + "\n".join([*_order(results, ORDER), sedd]),
         "Share of the gap from MDLM to AR that is closed (the paper: 40% at L' = 4, started from "
         "MDLM):\n\n" + "\n".join(shares),
     ])  # fmt: skip
 
 
-def _order(results: Results, a: str, b: str, clear: bool) -> str:
-    seeds = [seed for seed in results.seeds(a) if seed in results.seeds(b)]
-    gaps = [results.nats(b, seed).minus(results.nats(a, seed)) for seed in seeds]
+def _order(results: Results, names: Sequence[str]) -> list[str]:
+    """Whether each model is better than the next."""
+    clears = apart([results.nats(name) for name in names])
+    return [
+        _pair(results, a, b, clear) for (a, b), clear in zip(pairwise(names), clears, strict=True)
+    ]
+
+
+def _pair(results: Results, a: str, b: str, clear: bool) -> str:
+    gaps = _above(results, b, a)
     cells = ", ".join(f"{gap:.4f} ± {error:.4f}" for gap, error in gaps)
     return (
         f"- {label(a)} < {label(b)}: {verdict(*gaps)}, by {cells}; "
@@ -204,9 +228,9 @@ def _blocks_of_one(results: Results) -> str:
     }
     rows = []
     for name, title in labels.items():
-        model, own = results.nats(name), results.seeds(name)
+        model = results.nats(name)
         ar = "ar-longer" if name.endswith("-longer") else "ar"
-        gaps = [results.nats(name, s).minus(results.nats(ar, s)) for s in own]
+        gaps = _above(results, name, ar)
         cells = [f"{math.expm1(gap):+.1%} ± {math.exp(gap) * error:.1%}" for gap, error in gaps]
         rows.append([title, _cell(model, False), "" if name == ar else ", ".join(cells)])
     best = min(("L1", "L1-from-ar"), key=lambda name: results.nats(name).mean)
@@ -252,11 +276,9 @@ def _estimators(results: Results) -> str:
 
 
 def _above(results: Results, model: str, reference: str) -> list[tuple[float, float]]:
-    """Nats per token above another model's, ± s.e., for each seed of the first."""
-    return [
-        results.nats(model, seed).minus(results.nats(reference, seed))
-        for seed in results.seeds(model)
-    ]
+    """Nats per token above another model's, ± s.e. over windows, for each seed both have."""
+    seeds = [seed for seed in results.seeds(model) if seed in results.seeds(reference)]
+    return [results.nats(model, seed).minus(results.nats(reference, seed)) for seed in seeds]
 
 
 def _yes(holds: bool) -> str:
@@ -282,13 +304,7 @@ def _initialisation(results: Results) -> str:
         parts.append(table([f"L' = {size}, started from", "test perplexity, mean of seeds", "seeds",
                             "of the gap from MDLM to AR closed", "training, one core"],
                            rows))  # fmt: skip
-    order = ["ar", *(f"L{size}-from-mdlm" for size in COMPARED), "mdlm"]
-    lines = [
-        _order(results, a, b, clear)
-        for (a, b), clear in zip(
-            pairwise(order), apart([results.nats(name) for name in order]), strict=True
-        )
-    ]
+    lines = _order(results, PAPERS_ORDER)
     parts.append("The order of block sizes the paper's way:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
