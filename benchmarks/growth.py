@@ -21,9 +21,9 @@ import torch
 from blockdiff.benchmark import works
 from blockdiff.benchmark.compare import Work, alternate, measure_machine
 from blockdiff.benchmark.options import BenchmarkOptions
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.models.hub import default_device
-from blockdiff.models.precision import use_bf16
+from blockdiff.models.precision import resolve_precision
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "growth.json"
@@ -41,9 +41,9 @@ DEGREE = {"L": 2, "L'": 1, "batch": 1, "vocabulary": 1}
 
 
 def measure() -> None:
-    device = default_device()
+    device = choose_device()
     backends = ["dense", "blockwise", *(["flex"] if device.type == "cuda" else [])]
-    precision = "bf16" if use_bf16("auto", device) else "float32"
+    precision = resolve_precision("auto", device)
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"points": []}
     if not record["points"]:
         record["machine"] = vars(measure_machine(device))

@@ -13,7 +13,17 @@ import blockdiff
 
 SOURCE = Path(blockdiff.__file__).parent
 FLOORS = [
-    ["allocator", "errors", "schedules", "layout", "categorical", "starter"],
+    [
+        "allocator",
+        "categorical",
+        "checks",
+        "device",
+        "errors",
+        "layout",
+        "outputs",
+        "schedules",
+        "starter",
+    ],
     ["noising", "attention", "cache"],
     ["models", "models.*"],
     ["objectives", "sampling", "sampling.*", "data", "data.*"],

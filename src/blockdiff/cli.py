@@ -306,6 +306,20 @@ def _options(parser: ArgumentParser) -> list[str]:
     return [option for option in found if option.startswith("--")]
 
 
+def _as_typed(message: str, command: str) -> str:
+    """A message with its options, `names_in_backticks`, as the command's user types them."""
+    first, others, _, positional = _commands()[command]
+    options = {field.name for kind in (first, *others) for field in fields(kind)}
+
+    def typed(found: re.Match[str]) -> str:
+        name = found[1]
+        if name in options:
+            return "--" + name.replace("_", "-")
+        return name if positional is None or name != positional[0] else name.upper()
+
+    return re.sub(r"`(\w+)`", typed, message)
+
+
 def fail(message: str) -> NoReturn:
     print(f"blockdiff: error: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -503,7 +517,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _quiet()
         run(given[given.command])
     except InputError as error:
-        fail(" ".join(str(error).split()))
+        fail(_as_typed(" ".join(str(error).split()), given.command))
     except KeyboardInterrupt:
         fail("interrupted; what was saved before is whole (train: continue with --resume)")
     except BrokenPipeError:

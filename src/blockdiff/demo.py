@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from blockdiff import objectives
 from blockdiff.api import TextGeneration, encode_prompts, to_text
 from blockdiff.data.loading import load
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import evaluate_corpus
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import default_device
 from blockdiff.noising import exact_k, stratified_noise
 from blockdiff.plots import loss_plot
 from blockdiff.replay import Recorder, write_page
@@ -116,7 +116,7 @@ def demo(out: str, minutes: float = 8.0, seed: int = 0, overwrite: bool = False)
     ]
     console.print(_table(results))
     console.print("[bold]4[/] Three passages, block by block")
-    model, tokenizer = load(bd_folder, device=default_device())
+    model, tokenizer = load(bd_folder, device=choose_device())
     texts = _write(model, tokenizer, folder / "denoising.html")
     for prompt, text in zip(PROMPTS, texts.texts, strict=True):
         console.print()
@@ -164,7 +164,7 @@ def _seconds_per_step(kind: str) -> float:
     size, length, causal = RECIPE.vocab_size, RECIPE.length, kind == "ar"
     sizes: dict[str, Any] = dict(PRESETS[RECIPE.preset])
     model = DiT(DiTConfig(size, length, RECIPE.block_size, causal=causal, dropout=0.0, **sizes))
-    model.to(device=default_device())  # type: ignore[call-arg]
+    model.to(device=choose_device())  # type: ignore[call-arg]
     generator = torch.Generator(model.device).manual_seed(0)
     x_0 = torch.randint(
         size - 1, (RECIPE.batch_size, length), generator=generator, device=model.device

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from blockdiff.api import encode_prompts, to_text
 from blockdiff.data.loading import load
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.models.hub import default_device
 from blockdiff.models.precision import convert
 from blockdiff.replay import Recorder, write_page
 from blockdiff.sampling.generate import collect, stream_tokens
@@ -26,7 +26,7 @@ def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:
     prompts = _prompts(wish.prompt, wish.prompt_file)
     if wish.page and Path(wish.page).exists():
         raise InputError(f"{wish.page} exists; name another file for --page")
-    model, tokenizer = load(source, tokenizer=wish.tokenizer, device=default_device())
+    model, tokenizer = load(source, tokenizer=wish.tokenizer, device=choose_device())
     # The compiler brings weights into order itself.
     convert(model, wish.precision, model.device, few_tokens=not wish.compile)
     if wish.compile:

@@ -20,10 +20,10 @@ from blockdiff.benchmark.compare import (
     ratio,
 )
 from blockdiff.benchmark.options import WORKS, BenchmarkOptions
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.config import PRESETS
-from blockdiff.models.hub import default_device
-from blockdiff.models.precision import use_bf16
+from blockdiff.models.precision import resolve_precision
 
 # work → (what builds an alternative, its alternatives, the ratios that answer its question)
 _COMPARISONS: dict[str, tuple[Callable[..., Run], tuple[str, ...], tuple[tuple[str, str], ...]]] = {
@@ -53,8 +53,8 @@ def benchmark(work: str, options: BenchmarkOptions) -> dict[str, Any]:
     """
     if work not in WORKS:
         raise InputError(f"no benchmark {work!r}; choose one of {', '.join(WORKS)}")
-    device = default_device()
-    precision = "bf16" if use_bf16(options.precision, device) else "float32"
+    device = choose_device()
+    precision = resolve_precision(options.precision, device)
     options = replace(options, precision=precision)
     machine = measure_machine(device)
     make, kinds, pairs = _COMPARISONS[work]

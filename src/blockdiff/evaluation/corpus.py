@@ -18,10 +18,10 @@ from blockdiff.data.detokenizers import detokenized
 from blockdiff.data.loading import load
 from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import default_device
 from blockdiff.models.precision import convert
 
 PARTS = ("all", "train", "validation")
@@ -106,7 +106,7 @@ def evaluate_corpus(
 
     Returns `measure_sequences`'s record. Raises `InputError` on bad input.
     """
-    network, words = load(model, tokenizer=tokenizer, device=default_device())
+    network, words = load(model, tokenizer=tokenizer, device=choose_device())
     convert(network, precision, network.device)
     packed, sequences = open_sequences(
         network, words, data, part=part, validation_fraction=validation_fraction,

@@ -20,10 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from blockdiff import objectives
 from blockdiff.data.loading import load
 from blockdiff.data.tokenizers import bos_id
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import default_device
 
 WINDOW = 1024
 # Tokens in one evaluation of the judge.
@@ -104,7 +104,7 @@ def load_judge(source: str | Path, window: int | None = None) -> Judge:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot open a judge in {source}: {reason}") from None
-    device = default_device()
+    device = choose_device()
     if config.model_type == DiTConfig.model_type:
         model, tokenizer = load(source, device=device)
         if not model.config.causal:

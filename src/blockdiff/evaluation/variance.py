@@ -29,11 +29,11 @@ from torch import Tensor
 from blockdiff import objectives
 from blockdiff.categorical import fold_seed, real_dtype
 from blockdiff.data.loading import load
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import open_sequences
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import default_device
 from blockdiff.noising import Estimator, Noise, make_estimator, stratified_noise
 
 # The schedules of the paper's tables, and what is new.
@@ -242,7 +242,7 @@ def measure_corpus(
     `DEFAULT_ESTIMATORS` when left out. Everything is measured on the same windows. `corpus`: see
     `open_sequences`. Raises `InputError` on bad input.
     """
-    network, words = load(model, tokenizer=tokenizer, device=default_device())
+    network, words = load(model, tokenizer=tokenizer, device=choose_device())
     try:
         sizes = [int(x) for x in (block_sizes or str(network.config.block_size)).split(",")]
     except ValueError:

@@ -17,9 +17,9 @@ from rich.table import Table
 from blockdiff.data.corpora import looks_like_path
 from blockdiff.data.detokenizers import DETOKENIZERS
 from blockdiff.data.loading import load
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import measure_sequences, open_sequences
-from blockdiff.models.hub import default_device
 from blockdiff.models.precision import convert
 
 _PARQUET = "@refs/convert/parquet"
@@ -100,7 +100,7 @@ def zero_shot(
     `InputError` on bad input.
     """
     sets = find_text_sets(texts)
-    network, words = load(model, tokenizer=tokenizer, device=default_device())
+    network, words = load(model, tokenizer=tokenizer, device=choose_device())
     convert(network, precision, network.device)
     opened = {
         name: open_sequences(network, words, length=length, bos=bos, windows=windows, **asdict(one))

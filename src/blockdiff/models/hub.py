@@ -205,13 +205,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def default_device() -> torch.device:
-    """CUDA, else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def save_model(
     model: DiT, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:

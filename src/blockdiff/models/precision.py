@@ -1,15 +1,13 @@
-"""Number formats: which is faster here, measured once, and a model's weights put into one."""
+"""Number formats: which one a device is made for, and a model's weights put into one."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from functools import lru_cache
 
 import torch
 from torch import nn
 
-from blockdiff.errors import InputError
+from blockdiff.checks import one_of
 from blockdiff.models.int8 import Int8Linear
 from blockdiff.models.packed import PackedLinear, can_pack
 
@@ -18,30 +16,25 @@ WEIGHTS = ("auto", "float32", "bf16", "int8")
 _LARGE = ("qkv", "attention_out", "mlp_in", "mlp_out", "linear")
 
 
-@lru_cache(maxsize=1)
-def cpu_bf16_is_faster() -> bool:
-    """Times one matrix product in both formats; about 0.1 s."""
-    best = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(768, 768, dtype=dtype)
-        a @ a
-        seconds = []
-        for _ in range(3):
-            begin = time.perf_counter()
-            a @ a
-            seconds.append(time.perf_counter() - begin)
-        best[dtype] = min(seconds)
-    # Autocast adds conversions, so bf16 has to be clearly faster, not just equal.
-    return best[torch.bfloat16] < 0.6 * best[torch.float32]
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What "auto" stands for on a device: bf16 where its processor has the instructions, else
+    float32; any other name is kept.
+
+    A fact of the hardware, never a measurement: the same machine always decides the same. Raises
+    `InputError` for a name that is none of `WEIGHTS`.
+    """
+    if one_of("precision", precision, WEIGHTS) != "auto":
+        return precision
+    return "bf16" if _has_bf16(device) else "float32"
 
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to run under bf16 autocast: as told, or for "auto" where it is faster."""
-    if precision != "auto":
-        return precision == "bf16"
+def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and cpu_bf16_is_faster()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    # Without these instructions oneDNN computes bf16 by way of float32, slower than float32.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def convert(
@@ -53,11 +46,10 @@ def convert(
     that is none of these. `few_tokens`: for a sampler's steps, bf16 weights are kept in the order
     the processor reads them in; such a model no longer gives `nll`.
     """
-    if precision not in WEIGHTS:
-        raise InputError(f"no precision {precision!r}; choose one of {', '.join(WEIGHTS)}")
+    precision = resolve_precision(precision, device)
     if precision == "int8":
         _replace(model, Int8Linear)
-    if precision == "int8" or use_bf16(precision, device):
+    if precision != "float32":
         model.to(dtype=torch.bfloat16)
         if precision != "int8" and few_tokens and can_pack(device):
             _replace(model, PackedLinear)

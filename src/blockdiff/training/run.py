@@ -20,10 +20,11 @@ from blockdiff.data.detokenizers import detokenized
 from blockdiff.data.packing import StreamedWindows, Windows, pack, stream_windows
 from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import default_device, load_model, save_model
+from blockdiff.models.hub import load_model, save_model
 from blockdiff.training.callbacks import MetricsLog, ProgressBar
 from blockdiff.training.config import CONFIG_FILE, TrainConfig, merge_resumed, save_config
 from blockdiff.training.trainer import (
@@ -72,7 +73,7 @@ def train(config: TrainConfig, *, progress: bool = True, device: str | None = No
     else:
         _check_free(out, config.overwrite)
     reporters(config)
-    where = torch.device(device) if device else default_device()
+    where = torch.device(device) if device else choose_device()
     # The others wait while one packs the corpus, which can take hours.
     processes = PartialState(cpu=where.type == "cpu", timeout=timedelta(days=1))
     micro_batch(config, processes.num_processes)  # refused before anything is touched

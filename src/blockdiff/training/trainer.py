@@ -34,7 +34,7 @@ from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
-from blockdiff.models.precision import use_bf16
+from blockdiff.models.precision import resolve_precision
 from blockdiff.noising import make_estimator, stratified_noise
 from blockdiff.training.clipping import WHOLE, best_clip, clip_variances
 from blockdiff.training.config import TrainConfig
@@ -67,7 +67,7 @@ def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArg
         adam_epsilon=1e-8,
         max_grad_norm=config.max_grad_norm,
         optim="adamw_torch_fused",
-        bf16=use_bf16(config.precision, device),
+        bf16=resolve_precision(config.precision, device) == "bf16",
         use_cpu=device.type == "cpu",
         seed=config.seed,
         data_seed=config.seed,

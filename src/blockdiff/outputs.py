@@ -1,0 +1,126 @@
+"""What is written: JSON that every reader takes, files that are whole or absent, places that exist.
+
+Imports nothing heavy, for the command line's sake.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from blockdiff.errors import InputError
+
+
+def to_json(record: object, **options: Any) -> str:
+    """`record` as JSON by RFC 8259: null where a figure is NaN or infinite.
+
+    `options` are those of `json.dumps`.
+    """
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in one go: whatever happens, it is the old one or the new one, and on disk."""
+    handle, draft = tempfile.mkstemp(prefix=f".{path.name[:32]}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(draft, file_mode())
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
+    sync_folder(path.parent)
+
+
+def file_mode() -> int:
+    """The mode new files get: 0666 less the umask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def share(folder: Path) -> None:
+    """Gives files below `folder` the umask's mode: safetensors and mkstemp make them private."""
+    mode = file_mode()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings a folder's own entries (new names, renames) to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def local_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """The local path an option names, `~` expanded.
+
+    Raises `InputError` for what can be none: empty, a URL, a NUL byte, no UTF-8, `~` without a
+    home. `name` is the option's.
+    """
+    text = os.fspath(value)
+    if not text:
+        raise InputError(f"`{name}` is empty; name a file or folder")
+    if "://" in text:
+        raise InputError(f"`{name}` {text!r} is a URL; name a place on this machine's disks")
+    if "\0" in text:
+        raise InputError(f"`{name}` {text!r} holds a NUL byte; name another place")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"`{name}` {text!r} is not valid UTF-8; name another place") from None
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(
+            f"`{name}` {text!r}: the home folder is unknown (HOME is not set); write the path out"
+        ) from None
+
+
+def new_file(name: str, value: str | os.PathLike[str]) -> Path:
+    """The path of a file an option asks to be written, tried before any work.
+
+    Raises `InputError` where there is something already or nothing can be written. Leaves nothing
+    behind.
+    """
+    path = local_path(name, value)
+    try:
+        if os.path.lexists(path):
+            raise InputError(f"{path} exists; name another file for `{name}`")
+        if not path.parent.is_dir():
+            raise InputError(f"`{name}` {path}: there is no folder {path.parent}; make it first")
+        try_writing(path.parent)
+        # A name too long is refused by the file system only when it is used.
+        path.touch(exist_ok=False)
+        path.unlink()
+    except OSError as error:
+        raise InputError(f"`{name}` {path} cannot be written: {error.strerror or error}") from None
+    return path
+
+
+def try_writing(folder: Path) -> None:
+    """Makes and removes a file in `folder`; raises `OSError` where that is not allowed."""
+    handle, path = tempfile.mkstemp(prefix=".blockdiff-", dir=folder)
+    os.close(handle)
+    os.unlink(path)
