@@ -15,6 +15,7 @@ from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import save_model
 from blockdiff.sampling.options import SamplingOptions
+from blockdiff.training.checkpoints import newest_checkpoint
 from blockdiff.training.config import TrainConfig
 
 TEXT = "A block of masked tokens is filled in by the network, one token after another. " * 30
@@ -216,7 +217,7 @@ def test_a_full_disk_while_saving_is_one_line(
         cli.main([str(word) for word in [*run, *options]])
     assert stop.value.code == 2
     assert "the disk is full" in capsys.readouterr().err
-    assert trainer.last_checkpoint(tmp_path / "run").name == "checkpoint-1"
+    assert newest_checkpoint(tmp_path / "run").name == "checkpoint-1"
     monkeypatch.setattr(trainer, "save_file", real)
     cli.main([str(word) for word in [*run, "--resume"]])
     assert (tmp_path / "run" / "model.safetensors").exists()

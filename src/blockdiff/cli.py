@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from blockdiff.allocator import keep_freed_memory
 from blockdiff.benchmark.options import WORKS, BenchmarkOptions
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, RunStopped
 from blockdiff.training.config import TrainConfig
 
 
@@ -320,9 +320,9 @@ def _as_typed(message: str, command: str) -> str:
     return re.sub(r"`(\w+)`", typed, message)
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, code: int = 2) -> NoReturn:
     print(f"blockdiff: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 # the commands
@@ -517,7 +517,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _quiet()
         run(given[given.command])
     except InputError as error:
-        fail(_as_typed(" ".join(str(error).split()), given.command))
+        code = error.exit_code if isinstance(error, RunStopped) else 2
+        fail(_as_typed(" ".join(str(error).split()), given.command), code)
     except KeyboardInterrupt:
         fail("interrupted; what was saved before is whole (train: continue with --resume)")
     except BrokenPipeError:

@@ -7,3 +7,14 @@ class InputError(ValueError):
     Library callers catch it as a `ValueError`; the command line prints its message as one line
     and exits with code 2.
     """
+
+
+class RunStopped(InputError):
+    """A run that ended before its time, with all of it that is good on the disk.
+
+    The command line prints the message as one line and exits with `exit_code`.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

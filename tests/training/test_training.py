@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,14 +17,20 @@ from safetensors.torch import load_file
 
 import blockdiff
 from blockdiff import objectives
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, RunStopped
 from blockdiff.models.loss import subs_nll_from_logits
 from blockdiff.noising import addressed_noise, clipped
 from blockdiff.training.callbacks import read_metrics
+from blockdiff.training.checkpoints import (
+    COMPLETE,
+    checkpoints,
+    damage,
+    newest_checkpoint,
+    remove_unfinished,
+)
 from blockdiff.training.clipping import best_clip, clip_grid, clip_variances
 from blockdiff.training.config import TrainConfig, merge_resumed
-from blockdiff.training.run import train
-from blockdiff.training.trainer import COMPLETE, last_checkpoint
+from blockdiff.training.run import prepare_data, train
 from helpers import random_tokens, tiny_model
 
 WORDS = "the block of a text is masked and then filled in one token after another by the network"
@@ -116,7 +124,7 @@ def test_killed_and_resumed_equals_uninterrupted(
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert last_checkpoint(killed) is not None, "it was killed before its first checkpoint"
+    assert newest_checkpoint(killed) is not None, "it was killed before its first checkpoint"
     assert not (killed / "model.safetensors").exists(), "it was killed after its end"
     resumed = subprocess.run(
         [*command, f"--out={killed}", "--resume"], capture_output=True, text=True, timeout=300
@@ -132,10 +140,11 @@ def test_killed_and_resumed_equals_uninterrupted(
 def test_a_half_written_checkpoint_is_not_resumed_from(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(small(corpus, out), progress=False)
-    newest = last_checkpoint(out)
+    newest = newest_checkpoint(out)
     assert newest is not None and newest.name == "checkpoint-12"
     (newest / COMPLETE).unlink()
-    older = last_checkpoint(out)
+    remove_unfinished(out)
+    older = newest_checkpoint(out)
     assert older is not None and older.name == "checkpoint-8"
     assert not newest.exists()
 
@@ -156,7 +165,7 @@ def test_ctrl_c_while_saving_leaves_the_earlier_checkpoint(
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         train(small(corpus, out), progress=False)
-    whole = last_checkpoint(out)
+    whole = newest_checkpoint(out)
     assert whole is not None and whole.name == "checkpoint-4"
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", real)
     train(small(corpus, out, resume=True), progress=False)
@@ -199,14 +208,14 @@ def test_bd3lm_from_ar_starts_as_the_ar_network(corpus: Path, tmp_path: Path) ->
 def test_a_run_carries_weights_and_their_average_on(corpus: Path, tmp_path: Path) -> None:
     """The last step's weights and the average differ; a warm-up's first step has rate 0."""
     base = train(small(corpus, tmp_path / "base", objective="mdlm", ema=0.999), progress=False)
-    checkpoint = last_checkpoint(base.folder)
+    checkpoint = newest_checkpoint(base.folder)
     assert checkpoint is not None
     name = "layers.0.qkv.weight"
     raw, averaged = (load_file(f / "model.safetensors")[name] for f in (checkpoint, base.folder))
     assert not torch.equal(raw, averaged)
     fine = small(corpus, tmp_path / "fine", init_from=str(base.folder), steps=1, ema=0.999)
     done = train(fine, progress=False).folder
-    after = last_checkpoint(done)
+    after = newest_checkpoint(done)
     assert after is not None
     assert torch.equal(load_file(after / "model.safetensors")[name], raw)
     # The average goes on from 12 updates: d = 13/22 in ema ← d·ema + (1 − d)·weights
@@ -248,7 +257,7 @@ def test_the_clip_of_least_variance_is_searched_for(corpus: Path, tmp_path: Path
     lines = [m for m in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "clip_beta" in m]
     assert len(lines) >= 3
     for line in lines:
-        assert (round(line["clip_beta"], 2), round(line["clip_omega"], 2)) in clip_grid()
+        assert (round(line["clip_beta"], 2), round(line["clip_omega"], 2)) in clip_grid(4)
     stored = blockdiff.load_model(tmp_path / "whole").config.clip
     assert stored == [lines[-1]["clip_beta"], lines[-1]["clip_omega"]]
     train(replace(config, out=str(tmp_path / "cut"), steps=8), progress=False)
@@ -260,8 +269,8 @@ def test_clip_search_finds_the_least_variance() -> None:
     model = tiny_model(vocab_size=9, length=16, block_size=4)
     x_0 = random_tokens(model, 64, 16)
     found = clip_variances(model, x_0, seed=0)
-    assert [(c.beta, c.omega) for c in found] == clip_grid()
-    assert len(found) == 11 + 9 + 7 + 5 + 3
+    assert [(c.beta, c.omega) for c in found] == clip_grid(4)
+    assert len(found) == 1 + 11 + 9 + 7 + 5 + 3
     assert best_clip(found).variance == min(c.variance for c in found)
     # One of them by hand, the slow way round: one pass over the whole, dense.
     layout = model.config.layout
@@ -281,7 +290,7 @@ def test_the_average_is_saved_not_the_last_weights(corpus: Path, tmp_path: Path)
     assert losses(with_ema) == losses(without)
     a, b = (load_file(f / "model.safetensors")["output.linear.weight"] for f in (with_ema, without))
     assert not torch.equal(a, b)
-    newest = last_checkpoint(with_ema)
+    newest = newest_checkpoint(with_ema)
     assert newest is not None
     assert torch.equal(a, load_file(newest / "ema.safetensors")["output.linear.weight"])
     assert torch.equal(b, load_file(newest / "model.safetensors")["output.linear.weight"])
@@ -365,3 +374,155 @@ def test_a_resumed_run_keeps_its_shape(corpus: Path, tmp_path: Path) -> None:
         merge_resumed(replace(asked, length=64))
     with pytest.raises(InputError, match="holds no run"):
         merge_resumed(TrainConfig(out=str(tmp_path / "nothing"), resume=True))
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_of_padded_windows_are_the_batch(
+    corpus: Path, tmp_path: Path, accumulate: int
+) -> None:
+    """Padding makes micro-batches unequal in tokens: each token counts the same all the same."""
+    whole = small(corpus, tmp_path / "whole", steps=5, across_documents=False, dropout=0.0)
+    parts = replace(whole, out=str(tmp_path / "parts"), accumulate=accumulate)
+    one, other = (
+        load_file(train(config, progress=False).folder / "model.safetensors")
+        for config in (whole, parts)
+    )
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=2e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_last_validation_is_of_the_saved_model(
+    corpus: Path, tmp_path: Path, ema: float
+) -> None:
+    """In bf16 too, whose autocast is around the training step alone; and after a resume."""
+    config = small(corpus, tmp_path / "run", steps=2, ema=ema, precision="bf16")
+    train(config, progress=False)
+    again = train(replace(config, steps=4, resume=True), progress=False)
+    model = blockdiff.load_model(again.folder)
+    windows = prepare_data(replace(config, resume=True)).validation
+    measured = blockdiff.likelihood(model, windows["x_0"], draws=config.eval_draws)
+    assert again.metrics["eval_nats_per_token"] == pytest.approx(measured.nats_per_token, abs=1e-6)
+
+
+def test_a_run_that_diverges_stops_and_keeps_what_was_finite(corpus: Path, tmp_path: Path) -> None:
+    config = small(
+        corpus, tmp_path / "run", lr=1e30, warmup=0, save_every=1, log_every=1, max_grad_norm=0.0
+    )
+    with pytest.raises(RunStopped, match=r"not finite (at|after) step \d") as stopped:
+        train(config, progress=False)
+    assert stopped.value.exit_code == 1
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    for folder in checkpoints(tmp_path / "run"):
+        assert damage(folder) is None
+        for file in folder.glob("*.safetensors"):
+            assert all(bool(x.isfinite().all()) for x in load_file(file).values()), file
+
+
+DAMAGE = {
+    "gone": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "one bit": lambda path: path.write_bytes(
+        bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(small(corpus, tmp_path_factory.mktemp("whole") / "run"), progress=False).folder
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over(
+    finished: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = newest_checkpoint(finished)
+    assert newest is not None
+    names = sorted(path.name for path in newest.iterdir())
+    assert {"complete", "model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(names)
+    for number, name in enumerate(names):
+        if (kind, name) == ("gone", "complete"):
+            continue  # that is what an interrupted one looks like
+        run = tmp_path / str(number)
+        shutil.copytree(finished, run)
+        DAMAGE[kind](run / "checkpoints" / newest.name / name)
+        older = newest_checkpoint(run, say=True)
+        assert older is not None and older.name == "checkpoint-8"
+        assert newest.name in capsys.readouterr().err
+        DAMAGE[kind](older / "model.safetensors")
+        with pytest.raises(InputError, match="no whole checkpoint left"):
+            newest_checkpoint(run)
+
+
+def test_folders_that_are_no_checkpoints_are_left_alone(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("checkpoint-best", "checkpoint-", "checkpoint-7x", "notes"):
+        (run / "checkpoints" / name).mkdir()
+    remove_unfinished(run)
+    newest = newest_checkpoint(run)
+    assert newest is not None and newest.name == "checkpoint-12"
+    assert {p.name for p in (run / "checkpoints").iterdir()} >= {"checkpoint-best", "checkpoint-7x"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_a_checkpoint(
+    corpus: Path, tmp_path: Path, finished: Path, number: signal.Signals
+) -> None:
+    """And the command it prints goes on to the very weights of the run that was not stopped."""
+    out = tmp_path / "stopped run"
+    code = f"""
+import os, sys
+from transformers import TrainerCallback
+from blockdiff.training import trainer
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kw):
+        if state.global_step == 5: os.kill(os.getpid(), {int(number)})
+trainer._tensorboard = lambda config: [Kill()]
+from blockdiff.cli import main
+main(sys.argv[1:])
+"""
+    arguments = [
+        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in vars(small(corpus, out)).items()
+        if value is not None and value != getattr(TrainConfig(), name)
+    ]
+    stopped = subprocess.run(
+        [sys.executable, "-c", code, "train", *arguments], capture_output=True, text=True
+    )
+    assert stopped.returncode == 128 + number, stopped.stderr
+    advice = stopped.stderr.strip().splitlines()[-1].partition("continue with: ")[2]
+    command = shlex.split(advice)
+    assert command[0] == "blockdiff"
+    subprocess.run(
+        [sys.executable, "-m", "blockdiff", *command[1:]], check=True, capture_output=True
+    )
+    whole, resumed = ((f / "model.safetensors").read_bytes() for f in (finished, out))
+    assert whole == resumed
+
+
+def test_without_a_terminal_a_line_a_log(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(small(corpus, tmp_path / "run", log_every=5))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["4/12", "5/12", "8/12", "10/12", "12/12"]
+    assert all("loss" in line and "tokens/s" in line and "left" in line for line in lines)
+
+
+def test_at_one_token_a_block_the_search_finds_the_tuned_schedule() -> None:
+    """The paper's: every token masked. The only other candidate is no clip at all."""
+    model = tiny_model(vocab_size=9, length=16, block_size=1)
+    found = clip_variances(model, random_tokens(model, 64, 16), seed=0)
+    assert [(c.beta, c.omega) for c in found] == [(0.0, 1.0), (1.0, 1.0)]
+    assert (best_clip(found).beta, best_clip(found).omega) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["os", "all", "torch", "nosuch.thing", "tensorboard,os"])
+def test_a_reporter_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="`report_to`"):
+        train(TrainConfig(out=str(tmp_path / "run"), report_to=name), progress=False)
+    assert not (tmp_path / "run").exists()

@@ -31,9 +31,9 @@ from blockdiff.evaluation.variance import DEFAULT_ESTIMATORS, variance
 from blockdiff.reproduction.plan import Job, Scale
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.callbacks import METRICS_FILE, read_metrics
+from blockdiff.training.checkpoints import checkpoint_step, newest_checkpoint
 from blockdiff.training.config import CONFIG_FILE, TrainConfig, load_config
 from blockdiff.training.run import train
-from blockdiff.training.trainer import checkpoint_step, newest_checkpoint
 
 
 def begin_worker(threads: int) -> None:

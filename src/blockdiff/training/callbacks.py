@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from blockdiff.outputs import to_json, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,10 +32,8 @@ class MetricsLog(TrainerCallback):
         if state.is_world_process_zero:
             # What an interrupted run logged past its last checkpoint will be logged again.
             kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(self.path)
+            text = "".join(to_json(line) + "\n" for line in kept)
+            write_text(self.path, text)
 
     def on_log(
         self,
@@ -52,7 +54,7 @@ class MetricsLog(TrainerCallback):
             line["tokens_per_second"] = round(self.tokens_per_step / elapsed, 1)
             self._clock = (now, state.global_step)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, **logs}) + "\n")
+            file.write(to_json({**line, **logs}) + "\n")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
@@ -73,7 +75,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with the loss, the speed and the time left, on standard error."""
+    """Loss, speed and time left on standard error: a bar on a terminal, elsewhere a line a log."""
 
     def __init__(self, title: str, tokens_per_step: int) -> None:
         self.title, self.tokens_per_step = title, tokens_per_step
@@ -90,7 +92,8 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         if state.is_world_process_zero:
-            self.bar.start()
+            if self.bar.console.is_terminal:
+                self.bar.start()
             self.task = self.bar.add_task(
                 self.title, total=state.max_steps, completed=state.global_step, status=""
             )
@@ -114,9 +117,16 @@ class ProgressBar(TrainerCallback):
             since, step = self.begin
             tokens = (state.global_step - step) * self.tokens_per_step
             speed = tokens / max(time.perf_counter() - since, 1e-9)
-            self.bar.update(
-                self.task, status=f"loss {logs['loss']:.3f} nats · {speed:,.0f} tokens/s"
-            )
+            status = f"loss {logs['loss']:.3f} nats · {speed:,.0f} tokens/s"
+            self.bar.update(self.task, status=status)
+            if not self.bar.console.is_terminal:
+                left = (state.max_steps - state.global_step) * self.tokens_per_step / speed
+                print(
+                    f"step {state.global_step}/{state.max_steps} · {status} · "
+                    f"{timedelta(seconds=round(left))} left",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def stop(self) -> None:
         self.bar.stop()

@@ -24,6 +24,7 @@ WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
 STEP = 0.05
 # Before the first search: no clip at all.
 WHOLE = (0.0, 1.0)
+ALWAYS = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,15 @@ class ClipVariance:
     variance: float
 
 
-def clip_grid() -> list[tuple[float, float]]:
-    """(β, ω) of every width, β in steps of 0.05."""
-    grid = []
+def clip_grid(block_size: int) -> list[tuple[float, float]]:
+    """No clip at all, then (β, ω) of every width, β in steps of 0.05.
+
+    A block of one token is masked or not: there the other candidate is the paper's tuned schedule,
+    which always masks it.
+    """
+    if block_size == 1:
+        return [WHOLE, ALWAYS]
+    grid = [WHOLE]
     for width in WIDTHS:
         for i in range(round((1 - width) / STEP) + 1):
             grid.append((round(i * STEP, 2), round(i * STEP + width, 2)))
@@ -61,7 +68,7 @@ def clip_variances(
     model.eval()
     context = model.encode(x_0, layout, documents=documents)
     found = []
-    for beta, omega in clip_grid():
+    for beta, omega in clip_grid(layout.block_size):
         draw = clipped(x_0, layout, noise, maskable, config.mask_token_id, beta, omega)
         nats = objectives.bd3lm(model, x_0, draw, documents, context)
         by_block = nats.unflatten(-1, (layout.blocks, layout.block_size)).sum(-1)

@@ -26,15 +26,14 @@ from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import load_model, save_model
 from blockdiff.training.callbacks import MetricsLog, ProgressBar
-from blockdiff.training.config import CONFIG_FILE, TrainConfig, merge_resumed, save_config
-from blockdiff.training.trainer import (
-    BlockDiffusionTrainer,
+from blockdiff.training.checkpoints import (
     checkpoint_step,
-    last_checkpoint,
-    micro_batch,
     newest_checkpoint,
-    reporters,
+    remove_unfinished,
 )
+from blockdiff.training.config import CONFIG_FILE, TrainConfig, merge_resumed, save_config
+from blockdiff.training.signals import stopped_by
+from blockdiff.training.trainer import BlockDiffusionTrainer, micro_batch, reporters
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,11 @@ def train(config: TrainConfig, *, progress: bool = True, device: str | None = No
     micro_batch(config, processes.num_processes)  # refused before anything is touched
     set_seed(config.seed)
     if processes.is_main_process and config.resume:
-        last_checkpoint(out)  # removes half-written ones
+        remove_unfinished(out)
     processes.wait_for_everyone()
-    checkpoint = newest_checkpoint(out) if config.resume else None
+    checkpoint = None
+    if config.resume:
+        checkpoint = newest_checkpoint(out, say=processes.is_main_process)
     start, average, updates = _start(config.init_from, checkpoint)
     with processes.main_process_first():  # the others find the corpus packed
         data = prepare_data(config, (processes.process_index, processes.num_processes))
@@ -103,13 +104,17 @@ def train(config: TrainConfig, *, progress: bool = True, device: str | None = No
         _take_weights(trainer.averaged_model, average)
         trainer.ema_updates = updates
     try:
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with trainer.signals:
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if received := trainer.received_signal():
+            raise stopped_by(received, config.out, result.global_step)
+        # Saved before it is measured: whatever measuring comes to, the model is there.
+        if trainer.is_world_process_zero():
+            save_model(trainer.averaged_model, out)
+            save_config(config, out)
         metrics = trainer.evaluate()
     finally:
         bar.stop()
-    if trainer.is_world_process_zero():
-        save_model(trainer.averaged_model, out)
-        save_config(config, out)
     seen = result.global_step * tokens_per_step
     seconds = float(result.metrics["train_runtime"])
     return Trained(out, metrics, seen, seconds, processes.is_main_process)

@@ -13,37 +13,47 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from importlib.util import find_spec
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import (
+    TensorBoardCallback,
+    get_available_reporting_integrations,
+)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from blockdiff import objectives
 from blockdiff.categorical import fold_seed
+from blockdiff.checks import one_of
 from blockdiff.data.packing import StreamedWindows
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, RunStopped
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
 from blockdiff.models.precision import resolve_precision
 from blockdiff.noising import make_estimator, stratified_noise
+from blockdiff.training.checkpoints import checkpoints, newest_checkpoint, seal
 from blockdiff.training.clipping import WHOLE, best_clip, clip_variances
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.ema import make_ema, update_ema
+from blockdiff.training.signals import Signals
 
-# Written last: a checkpoint without it was interrupted and is ignored.
-COMPLETE = "complete"
+NEVER = 2**62  # a step no run comes to
 EMA_WEIGHTS = "ema.safetensors"
 CLIP = "clip.json"
+# Checkpoints of a run that are kept: the last, and the one before should it be damaged.
+KEPT = 2
 # Validation windows a search for a clip looks at.
 CLIP_WINDOWS = 128
 
@@ -76,7 +86,6 @@ def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArg
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=config.save_every,
-        save_total_limit=2,
         eval_strategy="steps" if config.eval_every else "no",
         eval_steps=config.eval_every or None,
         dataloader_drop_last=True,
@@ -107,11 +116,20 @@ def micro_batch(config: TrainConfig, processes: int) -> int:
 
 
 def reporters(config: TrainConfig) -> list[str]:
-    """Where metrics go beside metrics.jsonl; raises `InputError` when a package is missing."""
-    names = [name for name in config.report_to.split(",") if name and name != "none"]
+    """Where metrics go beside metrics.jsonl.
+
+    Raises `InputError` for a name transformers does not know or whose package is missing.
+    """
+    names = [name.strip() for name in config.report_to.split(",")]
+    names = [name for name in names if name not in ("", "none")]
+    there = get_available_reporting_integrations()
     for name in names:
-        if find_spec(name) is None:
-            raise InputError(f"--report_to {name} needs a package: pip install {name}")
+        one_of("report_to", name, INTEGRATION_TO_CALLBACK)
+        if name not in there:
+            raise InputError(
+                f"`report_to` {name} needs a package that is not installed; leave it out, or "
+                f"install {name} first"
+            )
     return names
 
 
@@ -129,11 +147,13 @@ class BlockDiffusionTrainer(Trainer):
     ) -> None:
         """`eval_windows`: x_0 [B, L] and, where windows are padded, documents [B, L]."""
         self.run = config
+        self.signals = Signals()
         self.eval_windows = eval_windows
         self.use_clip(config.clip_range() or (WHOLE if config.searches_clip else None))
         self.ema = make_ema(model, config.ema) if config.ema else None
         self.ema_updates = 0  # of the average that was carried over from another run
         self._micro = (-1, 0)
+        self._first_bad_step = torch.tensor(NEVER)
         super().__init__(
             model=model,
             args=training_arguments(config, device),
@@ -148,8 +168,8 @@ class BlockDiffusionTrainer(Trainer):
             raise InputError("a sharded (FSDP) run is measured and saved by its --ema; give one")
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        # The loss is a mean over equal micro-batches, for the Trainer to divide by their number.
-        self.model_accepts_loss_kwargs = False
+        # The loss is already divided by the tokens of the whole step.
+        self.model_accepts_loss_kwargs = True
 
     def use_clip(self, clip: tuple[float, float] | None) -> None:
         """Draws masks within `clip` from now on."""
@@ -180,7 +200,7 @@ class BlockDiffusionTrainer(Trainer):
         x_0, documents = inputs["x_0"], inputs.get("documents")
         first = self._begin_micro_batch(len(x_0))
         core: DiT = self.accelerator.unwrap_model(model)
-        maskable = objectives.maskable_positions(x_0, core.config.keep_first, documents)
+        maskable = self._counted(core, x_0, documents)
         if core.config.causal:
             nats = objectives.ar(model, x_0, maskable, documents)
         else:
@@ -191,10 +211,62 @@ class BlockDiffusionTrainer(Trainer):
             noise = noise.rows(first, first + len(x_0))
             draw = self.estimator(x_0, layout, noise, maskable, core.config.mask_token_id)
             nats = objectives.bd3lm(model, x_0, draw, documents)
-        # Gradients are averaged over processes: padded windows make their tokens unequal in number.
-        tokens = self.accelerator.reduce(maskable.sum().float(), reduction="mean")
-        loss = nats.sum() / tokens.clamp(min=1)
+        # Gradients are averaged over processes, so each counts its share of the step's tokens.
+        tokens = torch.as_tensor(num_items_in_batch, device=nats.device, dtype=torch.float32)
+        loss = nats.sum() * self.accelerator.num_processes / tokens.clamp(min=1)
+        self._first_bad_step = torch.where(
+            loss.detach().isfinite(),
+            self._first_bad_step.to(loss.device),
+            self._first_bad_step.to(loss.device).clamp(max=self.state.global_step + 1),
+        )
         return (loss, {"nats": nats}) if return_outputs else loss
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Tensor]], device: torch.device
+    ) -> Tensor:
+        """Tokens of a whole step that count: padding makes micro-batches unequal."""
+        core: DiT = self.accelerator.unwrap_model(self.model)
+        counts = [
+            self._counted(core, batch["x_0"], batch.get("documents")).sum()
+            for batch in batch_samples
+        ]
+        tokens = torch.stack(counts).sum().float().to(device)
+        return cast(Tensor, self.accelerator.reduce(tokens, reduction="sum"))
+
+    @staticmethod
+    def _counted(core: DiT, x_0: Tensor, documents: Tensor | None) -> Tensor:
+        maskable = objectives.maskable_positions(x_0, core.config.keep_first, documents)
+        if core.config.causal:
+            maskable[:, 0] = False  # nothing predicts it
+        return maskable
+
+    def received_signal(self) -> int:
+        """The signal that some process received; 0 for none. All processes ask together."""
+        own = torch.tensor(self.signals.received, device=self.args.device)
+        return int(self.accelerator.gather(own).max())
+
+    # a run that diverged
+
+    def require_finite_loss(self) -> None:
+        """Raises `RunStopped` when a step's loss, in any process, was not finite."""
+        step = int(self.accelerator.gather(self._first_bad_step.to(self.args.device)).min())
+        if step <= self.state.global_step:
+            self._diverged(f"the loss is not finite at step {step}")
+
+    def _require_finite(self, model: nn.Module) -> None:
+        for name, tensor in model.state_dict().items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if local.is_floating_point() and not bool(local.isfinite().all()):
+                self._diverged(f"{name} is not finite after step {self.state.global_step}")
+
+    def _diverged(self, what: str) -> NoReturn:
+        newest = newest_checkpoint(Path(self.run.out))
+        kept = "no checkpoint was written before" if newest is None else f"{newest} is kept"
+        raise RunStopped(
+            f"{what}: training stops, {kept}; begin again with a lower `lr`, more `warmup` steps "
+            "or a smaller `max_grad_norm`",
+            exit_code=1,
+        )
 
     def _begin_micro_batch(self, rows: int) -> int:
         """Which row of the step's batch this micro-batch begins at; seeds dropout by it.
@@ -218,8 +290,11 @@ class BlockDiffusionTrainer(Trainer):
         return cast(DiT, own if self.ema is None else self.ema.module)
 
     def evaluate(self, *unused: object, **options: object) -> dict[str, float]:
+        with _own_precision(self.averaged_model):
+            return self._measure(self.averaged_model)
+
+    def _measure(self, model: DiT) -> dict[str, float]:
         assert self.eval_windows is not None
-        model = self.averaged_model
         windows = {name: x.to(self.args.device) for name, x in self.eval_windows.items()}
         result = likelihood(
             model,
@@ -259,11 +334,14 @@ class BlockDiffusionTrainer(Trainer):
         }  # fmt: skip
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.require_finite_loss()
+        self._require_finite(self.accelerator.unwrap_model(self.model))
         folder = Path(self.run.out) / "checkpoints" / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # a half-written one of the same step
             folder.mkdir(parents=True)
             if self.ema is not None:
+                self._require_finite(self.ema.module)
                 updates = {"updates_before": str(self.ema_updates)}
                 save_file(self.ema.module.state_dict(), folder / EMA_WEIGHTS, metadata=updates)
             (folder / CLIP).write_text(json.dumps(self.clip), encoding="utf-8")
@@ -271,7 +349,10 @@ class BlockDiffusionTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # and holds every process's part
         if self.args.should_save:
-            (folder / COMPLETE).touch()
+            seal(folder)
+            # Only now, so that the newest whole one is there whatever happens.
+            for old in [f for f in checkpoints(Path(self.run.out)) if f != folder][KEPT - 1 :]:
+                shutil.rmtree(old)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -290,13 +371,40 @@ class BlockDiffusionTrainer(Trainer):
         return 0
 
 
+@contextmanager
+def _own_precision(model: DiT) -> Iterator[None]:
+    """The model as it will be saved, without the autocast that accelerate put around `forward`.
+
+    `encode` has none, so that keys and queries would differ in their number format.
+    """
+    wrapped = model.__dict__.get("forward")
+    original = model.__dict__.get("_original_forward")
+    if original is not None:
+        model.forward = original  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if original is not None:
+            model.forward = wrapped  # type: ignore[method-assign, assignment]
+
+
+class _TensorBoard(TensorBoardCallback):
+    """Stays open after the last step: the last validation belongs to the same folder."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        if self.tb_writer is not None:
+            self.tb_writer.flush()
+
+
 def _tensorboard(config: TrainConfig) -> list[TrainerCallback]:
     """Event files in the run's own folder; transformers would put them among the checkpoints."""
     if "tensorboard" not in reporters(config):
         return []
     from torch.utils.tensorboard import SummaryWriter
 
-    return [TensorBoardCallback(SummaryWriter(str(Path(config.out) / "tensorboard")))]
+    return [_TensorBoard(SummaryWriter(str(Path(config.out) / "tensorboard")))]
 
 
 class _Bookkeeping(TrainerCallback):
@@ -320,26 +428,12 @@ class _Bookkeeping(TrainerCallback):
         minutes = self.trainer.run.minutes
         if minutes and time.perf_counter() - self.begin > 60 * minutes:
             control.should_training_stop = control.should_save = True
+        # Elsewhere asking the device waits for it: there these are looked at with the log.
+        if args.device.type == "cpu" or control.should_log or control.should_save:
+            self.trainer.require_finite_loss()
+            if self.trainer.received_signal():
+                control.should_training_stop = control.should_save = True
         if control.should_save:
             # A log line averages since the one before; ending it here makes a resumed run's
             # lines equal to an uninterrupted one's.
             control.should_log = True
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; half-written ones are removed."""
-    for folder in (run / "checkpoints").glob("checkpoint-*"):
-        if not (folder / COMPLETE).is_file():
-            shutil.rmtree(folder)
-    return newest_checkpoint(run)
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run, which may still be running."""
-    whole = [marker.parent for marker in (run / "checkpoints").glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=checkpoint_step, default=None)
-
-
-def checkpoint_step(folder: Path) -> int:
-    """The step a checkpoint was written after."""
-    return int(folder.name.split("-")[1])
