@@ -3,10 +3,18 @@ import torch
 from transformers import AutoModel
 
 import blockdiff
+from blockdiff import objectives
+from blockdiff.attention import _block_mask, _chunks
 from blockdiff.errors import InputError
+from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.layout import dense_mask
 from blockdiff.models.config import PRESETS, DiTConfig
-from blockdiff.models.dit import DiT
+from blockdiff.models.dit import DiT, _rope_table
 from blockdiff.models.loss import subs_nll_from_logits
+from blockdiff.noising import addressed_noise, exact_k, paired
+from blockdiff.sampling.generate import generate_tokens
+from blockdiff.sampling.options import SamplingOptions
+from blockdiff.training.ema import make_ema
 from helpers import Shapes, random_masks, random_tokens, tiny_model
 
 BACKENDS = pytest.mark.parametrize("backend", ["dense", "blockwise", "flex"])
@@ -283,3 +291,66 @@ def test_a_saved_model_comes_back_exactly(settings, tmp_path):
         ours, theirs = model.state_dict(), again.state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("objective", ["ar", "bd3lm", "mdlm", "sedd", "paired"])
+def test_what_sampling_cached_can_be_trained_on(objective):
+    """Tensors kept from inside `inference_mode` could not take part in a backward pass."""
+    kinds = {
+        "ar": {"causal": True},
+        "mdlm": {"block_size": 16},
+        "sedd": {"block_size": 16, "time_conditioning": True, "score": True},
+    }
+    model = tiny_model(vocab_size=9, length=16, **kinds.get(objective, {}))
+    for function in (_rope_table, dense_mask, _chunks, _block_mask):
+        function.cache_clear()
+    prompt = random_tokens(model, 16).tolist()
+    sampled = prompt[:8] if objective == "sedd" else prompt
+    generate_tokens(model, [sampled], SamplingOptions(max_new_tokens=4))
+    x_0 = torch.tensor([prompt])
+    with torch.inference_mode():
+        likelihood(model, x_0, "exact_k", draws=2)
+        for backend in ("dense", "flex"):
+            model(x_0, x_0=None if model.config.block_size == 16 else x_0, backend=backend)
+    maskable = objectives.maskable_positions(x_0)
+    if objective == "ar":
+        nats = objectives.ar(model, x_0, maskable)
+    else:
+        layout = model.config.layout
+        noise = addressed_noise(torch.arange(1), layout, 0)
+        make = paired if objective == "paired" else exact_k
+        draw = make(x_0, layout, noise, maskable, model.config.mask_token_id)
+        nats = objectives.bd3lm(model, x_0, draw)
+    nats.sum().backward()
+    assert all(p.grad is not None for p in model.embedding.parameters())
+
+
+def test_a_copy_of_a_compiled_model_is_its_own():
+    """The average of a compiled model follows no raw weight, and its dropout is off."""
+    model = tiny_model(vocab_size=9, length=16)
+    for layer in model.stack():
+        layer.dropout = 0.5
+    model.train()
+    model.compile_layers(backend="eager")
+    average = make_ema(model, 0.9)
+    average.eval()
+    x_0 = random_tokens(model, 2, 16)
+    model(x_0, x_0=x_0)
+    before = average.module(x_0, x_0=x_0).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(average.module(x_0, x_0=x_0).logits, before)
+
+
+def test_a_layer_runs_through_its_forward():
+    """So that hooks fire: FSDP2, activation checkpointing and compilation rest on them."""
+    model = tiny_model(vocab_size=9, length=16)
+    x_0 = random_tokens(model, 2, 16)
+    seen = []
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda *unused, i=i: seen.append(i))
+    model(x_0, x_0=x_0)
+    model.encode(x_0)
+    generate_tokens(model, [x_0[0, :5].tolist()], SamplingOptions(max_new_tokens=1))
+    assert seen[:4] == [0, 1, 0, 1] and len(seen) > 4

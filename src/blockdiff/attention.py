@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from blockdiff.device import cached
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout, dense_mask, mask_rows
 
@@ -180,7 +181,7 @@ def _scatter(x: Tensor, spans: tuple[Span, ...], parts: Tensor) -> None:
         begin += stop - start
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _chunks(layout: BlockLayout, kind: str, device: torch.device) -> list[Chunk]:
     """The chunks of one kind of attention, read off the layout's one predicate."""
     size = max(CHUNK, min(layout.length // 8, LONGEST_CHUNK))
@@ -247,7 +248,7 @@ def _sizes(layout: BlockLayout, kind: str) -> tuple[int, int]:
     return queries * layout.length, keys * layout.length
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _block_mask(layout: BlockLayout, kind: str, device: torch.device) -> BlockMask:
     sees = _predicate(layout, kind)
     queries, keys = _sizes(layout, kind)

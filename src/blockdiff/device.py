@@ -1,10 +1,29 @@
-"""Which device computes."""
+"""Which device computes, and tensors that are kept from one use to the next."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 
 from blockdiff.errors import InputError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def cached(size: int) -> Callable[[Function], Function]:
+    """`lru_cache` for functions that make tensors.
+
+    What a sampler makes inside `inference_mode` may never take part in a backward pass, so a cached
+    tensor is made outside it, whoever asks first.
+    """
+
+    def decorate(function: Function) -> Function:
+        return lru_cache(maxsize=size)(torch.inference_mode(False)(function))  # type: ignore[return-value]
+
+    return decorate
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:

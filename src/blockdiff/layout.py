@@ -16,11 +16,11 @@ query sees, for text longer than the context it was trained on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from blockdiff.device import cached
 from blockdiff.errors import InputError
 
 
@@ -96,7 +96,7 @@ class BlockLayout:
         return torch.where(query < self.length, clean, noised)
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def dense_mask(layout: BlockLayout, kind: str, device: torch.device) -> Tensor:
     """The whole mask as a bool tensor, True = may attend.
 

@@ -64,6 +64,12 @@ def share(folder: Path) -> None:
             path.chmod(mode)
 
 
+def sync_file(path: Path) -> None:
+    """Brings a file's content to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Brings a folder's own entries (new names, renames) to the disk."""
     handle = os.open(folder, os.O_RDONLY)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -34,6 +34,7 @@ from transformers.utils import ModelOutput
 
 from blockdiff.attention import attend, choose_backend
 from blockdiff.cache import BlockCache
+from blockdiff.device import cached
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.int8 import Int8Linear
@@ -83,7 +84,7 @@ class Prepared(NamedTuple):
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-@lru_cache(maxsize=16)
+@cached(16)
 def _rope_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return rope(torch.arange(length, device=device), head_dim)
 
@@ -139,17 +140,16 @@ class DiT(PreTrainedModel):
         elif isinstance(module, LayerNorm):
             init.ones_(module.weight)
 
-    def compile_layers(self) -> None:
-        """Compiles each layer's two halves; attention between them runs its own kernels.
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compiles each layer around its attention, which runs its own kernels.
 
-        For sampling on CUDA the halves become CUDA graphs, by torch's own "reduce-overhead" mode
-        (not measured yet): their shapes are those of a block, whatever the cache holds.
+        For sampling on CUDA the parts become CUDA graphs, by torch's own "reduce-overhead" mode
+        (not measured yet): their shapes are those of a block, whatever the cache holds. A copy of
+        the model, such as its average, is not compiled. `backend`: torch.compile's.
         """
         graphs = self.device.type == "cuda" and not self.training
-        mode = "reduce-overhead" if graphs else None
-        for layer in self.stack():
-            layer.project = torch.compile(layer.project, mode=mode)  # type: ignore[method-assign]
-            layer.finish = torch.compile(layer.finish, mode=mode)  # type: ignore[method-assign]
+        for layer in self.layers:
+            layer.compile(backend=backend, mode="reduce-overhead" if graphs else None)
 
     # the network
 
@@ -316,22 +316,20 @@ class DiT(PreTrainedModel):
     ) -> Tensor:
         """The residual stream [B, T, E] of tokens [B, T], or [P, E] at the chosen positions.
 
-        Ends early when `attention` gives None, and goes on with the last T' tokens only when it
-        answers for no more than those. After the last attention only what is chosen goes on,
-        unless the `whole` is wanted (or modulations differ from token to token).
+        `attention(i, q, k, v)` is that of layer i; see `DiTLayer.forward` for what it may answer.
+        After the last attention only what is chosen by `at` goes on, unless the `whole` is wanted
+        (or modulations differ from token to token).
         """
         h = self.embedding(tokens).float()  # the sum of all branches is float32 in any precision
+        last = len(prepared.layers) - 1
         for i, (layer, conditioned) in enumerate(zip(self.stack(), prepared.layers, strict=True)):
-            attended = attention(i, *layer.project(h, cos, sin, conditioned))
-            if attended is None:
-                break
-            if attended.shape[2] < h.shape[1]:
-                h = h[:, -attended.shape[2] :]
-            last = i == len(prepared.layers) - 1
-            if at is not None and last and not whole and conditioned.constant:
-                h, attended = h[at][:, None], attended.transpose(1, 2)[at][:, :, None]
-                return layer.finish(h, attended, conditioned).squeeze(1)
-            h = layer.finish(h, attended, conditioned)
+            chosen = at if i == last and not whole and conditioned.constant else None
+            after = layer(h, cos, sin, conditioned, partial(attention, i), chosen)
+            if after is None:
+                return h
+            if chosen is not None:
+                return cast(Tensor, after)
+            h = after
         return h if at is None else h[:, -at.shape[1] :][at]
 
     def _two_streams(

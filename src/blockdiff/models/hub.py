@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
+from blockdiff.outputs import share, sync_file, sync_folder
 from blockdiff.starter import packaged
 
 WEIGHTS = "model.safetensors"
@@ -47,7 +50,8 @@ _RENAMES: tuple[tuple[str, str], ...] = (
     (r"^output_layer\.", "output."),
 )
 # Buffers that are no weights: RoPE's table is computed, the clip goes into the config.
-_BUFFERS = ("rotary_emb.inv_freq", "sampling_eps_min", "sampling_eps_max")
+_CLIP = ("sampling_eps_min", "sampling_eps_max")
+_BUFFERS = ("rotary_emb.inv_freq", *_CLIP)
 
 
 def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> DiT:
@@ -55,46 +59,86 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> DiT
 
     Opens what `save_model` and `Trainer` wrote and the released BD3-LM layout (BD3-LM, MDLM,
     SEDD-backbone and AR kinds). Raises `InputError` when there is no such folder, no weights, only
-    pickled weights, or weights that are truncated or do not fit the configuration.
+    pickled weights, or weights that are truncated, not finite or do not fit the configuration.
     """
     folder = resolve(source)
     raw = _read_config(folder)
-    weights = _read_weights(folder)
+    files = _weight_files(folder)
     if raw.get("model_type") == DiTConfig.model_type:
-        config = _own_config(raw, folder)
+        config, rename = _described(DiTConfig.from_dict, raw, folder), {}
     elif "hidden_dim" in raw and "n_blocks" in raw:
-        config = released_config(raw, weights)
-        weights = released_weights(weights)
+        clips = _read_tensors(files, [name for name in files if name.endswith(_CLIP)])
+        config = _described(lambda it: released_config(it, clips), raw, folder)
+        rename = {name: released_name(name) for name in files}
     else:
         raise InputError(
             f"{folder}: model_type {raw.get('model_type')!r} is neither blockdiff nor a released "
             "BD3-LM, MDLM, SEDD or AR configuration"
         )
-    model = _fill(DiT(config), weights, folder).eval()
-    model.to(dtype=dtype)
-    return model
+    names = {rename.get(name, name): name for name in files}
+    model = _described(lambda it: _empty(it, len(names)), config, folder)
+    own = {name: tensor for name, tensor in names.items() if name not in _BUFFERS}
+    _check_shapes(model, {name: files[own[name]] for name in own}, folder)
+    tensors = _read_tensors(files, own.values())
+    weights = {name: tensors[own[name]].to(dtype) for name in own}
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"{folder}: {own[name]} holds numbers that are not finite: the training that made "
+                "it diverged; use an earlier checkpoint"
+            )
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(True)
+    return model.eval()
 
 
-def _own_config(raw: dict[str, Any], folder: Path) -> DiTConfig:
+def _described(make: Callable[[Any], Any], raw: Any, folder: Path) -> Any:
+    """`make(raw)`, every way in which a config.json can be no description as one line."""
     try:
-        return DiTConfig.from_dict(raw)
-    except InputError:
-        raise
-    except Exception as error:
+        return make(raw)
+    except InputError as error:
         raise InputError(f"{folder}/config.json does not describe a model: {error}") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise InputError(f"{folder}/config.json does not describe a model: {reason}") from None
 
 
-def released_config(raw: dict[str, Any], weights: dict[str, Tensor]) -> DiTConfig:
-    """Our configuration for a released `config.json`; the clip is read from its buffers."""
+def _empty(config: DiTConfig, tensors: int) -> DiT:
+    """The network a configuration describes, without its memory."""
+    # Each layer has more tensors than one: a configuration of more layers than there are tensors
+    # is refused before as many objects are made.
+    if config.num_hidden_layers > tensors:
+        raise InputError(
+            f"num_hidden_layers is {config.num_hidden_layers} but there are {tensors} weights"
+        )
+    with torch.device("meta"):
+        return DiT(config)
+
+
+def released_config(raw: dict[str, Any], weights: Mapping[str, Tensor]) -> DiTConfig:
+    """Our configuration for a released `config.json`; the clip is read from its buffers.
+
+    Raises `InputError` where it does not tell what the model is: a network that is fed the time
+    may be SEDD or MDLM, with the same weights' names.
+    """
     clip = [
         float(weights[name].flatten()[0])
-        for key in ("sampling_eps_min", "sampling_eps_max")
+        for key in _CLIP
         for name in (key, f"backbone.{key}")
         if name in weights
     ]
     two_stream = raw.get("cross_attn", True) and "block_size" in raw
-    whole = not two_stream or raw["block_size"] == raw["model_length"]
     timed = raw.get("time_conditioning", False)
+    if timed and two_stream and raw["block_size"] != raw["model_length"]:
+        raise InputError(
+            "a time-conditioned model of several blocks feeds its clean stream the noise level of "
+            "the noised one, which this package does not: it would be another model"
+        )
+    if timed and "parameterization" not in raw:
+        raise InputError(
+            "it is fed the time, as SEDD is and MDLM may be; say which by adding "
+            '"parameterization": "sedd" or "parameterization": "subs" to it'
+        )
     return DiTConfig(
         vocab_size=raw["vocab_size"],
         length=raw["model_length"],
@@ -107,40 +151,41 @@ def released_config(raw: dict[str, Any], weights: dict[str, Tensor]) -> DiTConfi
         causal=raw.get("causal", False),
         adaln=raw.get("adaln", True),
         time_conditioning=timed,
-        score=timed and whole,  # of the released kinds SEDD alone is fed the time
+        score=timed and raw["parameterization"] == "sedd",
+        mask_token_id=raw.get("mask_token_id", raw.get("mask_index")),
         clip=(clip[0], clip[1]) if len(clip) == 2 else None,
     )
 
 
-def released_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Released names → ours."""
-    renamed = {}
-    for name, tensor in weights.items():
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if name not in _BUFFERS:
-            renamed[name] = tensor
-    return renamed
+def released_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under their released names → under ours, without the buffers."""
+    renamed = {released_name(name): tensor for name, tensor in weights.items()}
+    return {name: tensor for name, tensor in renamed.items() if name not in _BUFFERS}
 
 
-def _fill(model: DiT, weights: dict[str, Tensor], folder: Path) -> DiT:
+def released_name(name: str) -> str:
+    """Released name → ours."""
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _check_shapes(model: DiT, files: Mapping[str, tuple[Path, list[int]]], folder: Path) -> None:
     expected = model.state_dict()
-    missing = sorted(expected.keys() - weights.keys())
-    unknown = sorted(weights.keys() - expected.keys())
+    missing = sorted(expected.keys() - files.keys())
+    unknown = sorted(files.keys() - expected.keys())
     if missing or unknown:
         what = f"{missing[0]} is missing" if missing else f"{unknown[0]} belongs to no layer"
         count = len(missing) + len(unknown)
         raise InputError(
             f"{folder}: the weights do not fit config.json: {what} ({count} such names in all)"
         )
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
+    for name, (_, shape) in files.items():
+        if shape != list(expected[name].shape):
             raise InputError(
-                f"{folder}: {name} has shape {list(tensor.shape)} but config.json asks for "
+                f"{folder}: {name} has shape {shape} but config.json asks for "
                 f"{list(expected[name].shape)}"
             )
-    model.load_state_dict(weights)
-    return model
 
 
 def resolve(source: str | Path) -> Path:
@@ -170,22 +215,43 @@ def resolve(source: str | Path) -> Path:
         ) from None
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} does not hold a JSON object")
+    return found
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} has no config.json; is it a model folder?")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return config
+    return _read_json(path)
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    shards = sorted(folder.glob("model*.safetensors"))
-    if not shards:
+def _weight_files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
+    """Where each tensor is, and its shape, read from the files' headers alone.
+
+    What is opened is model.safetensors, else the files model.safetensors.index.json names; others
+    that lie beside them are no part of the model.
+    """
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file():
+        names = {WEIGHTS}
+    elif index.is_file():
+        shards = _read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+            raise InputError(f"{index} holds no weight_map from names to files")
+        names = set(shards.values())
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise InputError(f"{index} names {name!r}, which is not in {folder}")
+    else:
         pickled = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
         if pickled:
             raise InputError(
@@ -193,16 +259,40 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
                 "opened; convert them to model.safetensors"
             )
         raise InputError(f"{folder} has no {WEIGHTS}")
-    weights: dict[str, Tensor] = {}
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                weights.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{shard} is truncated or no safetensors file ({error}); fetch or save it again"
-            ) from None
-    return weights
+    found: dict[str, tuple[Path, list[int]]] = {}
+    for name in sorted(names):
+        path = folder / name
+        with _opened(path) as file:
+            for key in file.keys():  # noqa: SIM118
+                found[key] = path, list(file.get_slice(key).get_shape())
+    return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; what can be wrong with it in one line."""
+    try:
+        path.open("rb").close()  # safetensors calls every failure a missing file
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is truncated or no safetensors file ({error}); fetch or save it again"
+        ) from None
+
+
+def _read_tensors(
+    files: Mapping[str, tuple[Path, list[int]]], names: Iterable[str]
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    wanted = set(names)
+    for path in {files[name][0] for name in wanted}:
+        with _opened(path) as file:
+            for name in wanted & set(file.keys()):
+                tensors[name] = file.get_tensor(name)
+    return tensors
 
 
 def save_model(
@@ -234,8 +324,11 @@ class staging:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             if kind is None:
+                share(self.temporary)
                 for path in sorted(self.temporary.iterdir()):
+                    sync_file(path)
                     os.replace(path, self.folder / path.name)
+                sync_folder(self.folder)
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)
 

@@ -12,6 +12,7 @@ Shapes: B rows, T tokens a row, H heads, D head width, E width, C width of the c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -217,8 +218,16 @@ def apply(linear: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+@torch.compiler.disable
+def _outside(
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor | None], q: Tensor, k: Tensor, v: Tensor
+) -> Tensor | None:
+    """Attention runs its own kernels: a compiled layer is compiled before and after it."""
+    return attention(q, k, v)
+
+
 class DiTLayer(nn.Module):
-    """One layer in two halves, so that attention (and the choice of its keys) stays outside."""
+    """One layer: project, attend, finish. Whose keys are attended to is the caller's affair."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -246,6 +255,31 @@ class DiTLayer(nn.Module):
             _affine(self.norm_2, shift_2, scale_2),
             _branch(self.mlp_out, gate_2),
         )
+
+    def forward(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        conditioned: Conditioned,
+        attention: Callable[[Tensor, Tensor, Tensor], Tensor | None],
+        at: Tensor | None = None,
+    ) -> Tensor | None:
+        """h [B, T, E] → the residual stream after this layer.
+
+        `attention` gets the rotated q and k, and v, each [B, H, T, D], and answers [B, H, T', D].
+        Where T' < T only the last T' tokens go on; where it answers None nothing does, and None
+        comes back (the last layer of a clean stream is wanted for its keys and values alone).
+        With `at` bool [B, T'] only the chosen positions go on: [P, E] comes back.
+        """
+        attended = _outside(attention, *self.project(h, cos, sin, conditioned))
+        if attended is None:
+            return None
+        h = h[:, h.shape[1] - attended.shape[2] :]
+        if at is None:
+            return self.finish(h, attended, conditioned)
+        h, attended = h[at][:, None], attended.transpose(1, 2)[at][:, :, None]
+        return self.finish(h, attended, conditioned).squeeze(1)
 
     def project(
         self, h: Tensor, cos: Tensor, sin: Tensor, conditioned: Conditioned

@@ -6,19 +6,26 @@ sampler's step that is a third of the time. Here it is done once.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+@lru_cache(maxsize=1)
+def _processor_packs() -> bool:
+    """Tries it: which instructions oneDNN needs (AVX-512 or AVX-NE-CONVERT) it alone knows."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=torch.bfloat16), 8)
+        return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    except (AttributeError, RuntimeError):
+        return False
+
+
 def can_pack(device: torch.device) -> bool:
-    """Whether this build of torch has oneDNN's packed linear maps for the device."""
-    return (
-        device.type == "cpu"
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    )
+    """Whether torch and the processor have oneDNN's packed bf16 linear maps."""
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and _processor_packs()
 
 
 class PackedLinear(nn.Module):

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
 from blockdiff.errors import InputError
-from blockdiff.outputs import share, sync_folder, to_json, write_text
+from blockdiff.outputs import share, sync_file, sync_folder, to_json, write_text
 
 COMPLETE = "complete"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -45,8 +44,7 @@ def seal(folder: Path) -> None:
     share(folder)
     files = {}
     for path in _files(folder):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(path)
         files[path.relative_to(folder).as_posix()] = _facts(path)
     sync_folder(folder)
     write_text(folder / COMPLETE, to_json({"files": files}, indent=1))
