@@ -12,10 +12,10 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-@pytest.mark.parametrize("items", [[1, 2, 3], iter([1, 2, 3])])
-def test_passes_every_item_on_as_it_comes(stream, items, monkeypatch):
+@pytest.mark.parametrize("kind", [list, iter])
+def test_passes_every_item_on_as_it_comes(stream, kind, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream())
-    assert list(track(list(items), "Reading")) == [1, 2, 3]
+    assert list(track(kind([1, 2, 3]), "Reading")) == [1, 2, 3]
 
 
 def test_a_log_gets_whole_lines_at_the_interval_and_nothing_for_short_work(monkeypatch):
