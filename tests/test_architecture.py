@@ -21,6 +21,7 @@ FLOORS = [
         "errors",
         "layout",
         "outputs",
+        "progress",
         "schedules",
         "starter",
     ],
