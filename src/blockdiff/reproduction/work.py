@@ -28,6 +28,7 @@ from blockdiff.evaluation.judge import load_judge
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.evaluation.samples import sample_quality, shuffled
 from blockdiff.evaluation.variance import DEFAULT_ESTIMATORS, variance
+from blockdiff.outputs import to_json, write_text
 from blockdiff.reproduction.control import HalfCounted
 from blockdiff.reproduction.plan import Job, Scale
 from blockdiff.sampling.options import SamplingOptions
@@ -67,9 +68,7 @@ def work(folder: Path, scale: Scale, job: Job, commit: str) -> None:
     }
     path = result_path(folder, job.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, to_json(record, indent=1) + "\n")
 
 
 def commit() -> str:
