@@ -1,4 +1,7 @@
-"""Does L' = 1 come nearer to AR with more layers? One network of each kind at a depth.
+"""AR and L' = 1 at another depth of the network: one network of each kind, one seed.
+
+More layers are more weights and more computation as well, so the figures do not tell which of the
+three narrows the gap.
 
     for kind in ar L1; do python benchmarks/depth.py runs/paper-mini 10 $kind out; done
     python benchmarks/depth.py out          # the gaps, window by window
@@ -51,7 +54,7 @@ def gaps(out: Path) -> list[dict[str, object]]:
             pair.append(Nats(np.array(record["nats"]), np.array(record["tokens"], float), 1))
         gap, error = pair[1].minus(pair[0])
         found.append({
-            "layers": layers, "ar": pair[0].perplexity, "L1": pair[1].perplexity,
+            "layers": layers, "ar": pair[0].rate.perplexity, "L1": pair[1].rate.perplexity,
             "above": math.expm1(gap), "stderr": math.exp(gap) * error,
         })  # fmt: skip
     return found

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from blockdiff.errors import InputError
 from blockdiff.evaluation import likelihood as module
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.noising import make_estimator
+from blockdiff.outputs import to_json
 from helpers import random_tokens, tiny_model
 
 
@@ -275,3 +277,14 @@ def test_batches_are_sized_to_memory(model, monkeypatch):
     small = likelihood(model, x_0, "exact_k", draws=3)
     assert set(sizes) == {1} and len(sizes) == 15
     torch.testing.assert_close(small.nats, whole.nats)
+
+
+def test_a_perplexity_past_every_float_is_infinite():
+    """A diverged model is measured too: the record is whole, and JSON says null."""
+    model = tiny_model(vocab_size=9, length=12, block_size=4)
+    with torch.no_grad():
+        model.output.linear.weight.mul_(1e5)
+    measured = likelihood(model, random_tokens(model, 4, 12))
+    assert measured.nats_per_token > 710
+    assert measured.perplexity == math.inf and math.isnan(measured.perplexity_stderr)
+    assert json.loads(to_json(measured.record()))["perplexity"] is None

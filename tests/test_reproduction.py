@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -13,11 +14,18 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+from scipy import stats
 
+from blockdiff import objectives
 from blockdiff.errors import InputError
+from blockdiff.models.config import DiTConfig
+from blockdiff.models.dit import DiT
+from blockdiff.reproduction.control import HalfCounted
 from blockdiff.reproduction.plan import CLIPS, LONGER, SMOKE, Scale, plan
 from blockdiff.reproduction.pool import passages, prepare
-from blockdiff.reproduction.results import Results
+from blockdiff.reproduction.report import report_text
+from blockdiff.reproduction.results import Rate, Results, Summary, over_seeds
 from blockdiff.training.config import TrainConfig
 
 
@@ -30,7 +38,8 @@ def test_the_plan_is_whole_and_in_order() -> None:
     )
     for job in jobs:
         if job.kind == "train":
-            wish = {k: v for k, v in job.settings.items() if k not in ("continues", "total")}
+            own = ("continues", "total", "half_counted")
+            wish = {k: v for k, v in job.settings.items() if k not in own}
             TrainConfig(**wish)
             assert job.settings.get("continues", job.name) in names
 
@@ -124,17 +133,23 @@ def _figures_are_those_of_the_results(out: Path, report: str) -> None:
     found = Results(out, SMOKE)
     raw = [json.loads((out / "results" / f"s{s}-L4.likelihood.json").read_text()) for s in range(2)]
     rates = [sum(x["nats"]) / sum(x["tokens"]) for x in raw]
-    model = found.nats("L4")
-    assert model.mean == pytest.approx(sum(rates) / 2) and model.seeds == 2
+    model = found.nats("L4").rate
+    assert model.mean == pytest.approx(sum(rates) / 2) and found.nats("L4").seeds == 2
     assert f"{math.exp(sum(rates) / 2):.2f} [" in report
     gap, error = found.nats("L4", 0).minus(found.nats("L4", 1))
     assert gap == pytest.approx(rates[0] - rates[1]) and error > 0
     summary = json.loads((out / "report" / "results.json").read_text(encoding="utf-8"))
     assert summary["over_seeds"]["L4"]["perplexity"] == model.perplexity
+    assert summary["over_seeds"]["L4"]["by_seed"] == pytest.approx([math.exp(r) for r in rates])
+    assert report == report_text(summary), "the text is that of results.json"
     share, low, high = found.gap_closed("L4")
-    ar, mdlm = (found.nats(name).perplexity for name in ("ar", "mdlm"))
+    ar, mdlm = (found.nats(name).rate.perplexity for name in ("ar", "mdlm"))
     assert share == pytest.approx((mdlm - model.perplexity) / (mdlm - ar)) and low < share < high
-    assert summary["gap_closed"]["L4"] == [share, low, high]
+    closed = summary["gap_closed"]["L4"]
+    assert (closed["share"], closed["interval_95"]) == (share, [low, high])
+    for s, own in enumerate(closed["by_seed"]):
+        ar, l4, mdlm = (found.rate(name, s).perplexity for name in ("ar", "L4", "mdlm"))
+        assert own == pytest.approx((mdlm - l4) / (mdlm - ar))
     for name, gaps in summary["nats_above"].items():
         assert gaps and all(f"{abs(gap):.4f}" in report or "L1" in name for gap, _ in gaps), name
     _the_best_clip_is_named(out, report)
@@ -154,6 +169,58 @@ def _the_best_clip_is_named(out: Path, report: str) -> None:
     best = min(gaps, key=lambda name: gaps[name])
     assert f"best clip of seed 0 ({best})" in report
     assert f"the clip is {gaps[best]:+.4f} ±" in report
+
+
+DOCS = Path(__file__).parents[1] / "docs" / "reproduction"
+
+
+def test_the_committed_report_is_what_its_results_say() -> None:
+    record = json.loads((DOCS / "results.json").read_text(encoding="utf-8"))
+    assert (DOCS / "report.md").read_text(encoding="utf-8") == report_text(record)
+    assert set(record["jobs"]) == {job.name for job in plan(Scale())}
+    results = Summary(record)
+    for name, found in record["over_seeds"].items():
+        own = [results.rate(name, seed) for seed in results.seeds(name)]
+        assert found["by_seed"] == pytest.approx([rate.perplexity for rate in own])
+        assert results.mean(name).mean == pytest.approx(sum(r.mean for r in own) / len(own))
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 40])
+def test_the_interval_over_seeds_is_students(count: int) -> None:
+    rng = random.Random(count)
+    values = [rng.gauss(3, 0.1) for _ in range(count)]
+    low, high = over_seeds(values)
+    error = stats.sem(values)
+    expected = stats.t.interval(0.95, count - 1, statistics.mean(values), error)
+    if count <= 10:
+        assert (low, high) == pytest.approx(expected, rel=1e-4)
+    else:
+        assert low < expected[0] and high > expected[1]
+        assert high - low < 1.2 * (expected[1] - expected[0])
+    assert over_seeds(values[:1]) is None
+
+
+def test_a_rates_interval() -> None:
+    low, high = Rate(2.0, 0.1).interval
+    assert (math.log(low), math.log(high)) == pytest.approx((2 - 0.196, 2 + 0.196))
+
+
+def test_the_control_counts_a_random_half(tmp_path: Path) -> None:
+    """Its loss is AR's mean over them, the same for the same (seed, step) and no other."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = DiT(DiTConfig(20, 64, 1, causal=True, adaln=False, dropout=0.0, **sizes))
+    config = TrainConfig(out=str(tmp_path), objective="ar", ema=0.0, report_to="none", dropout=0.0)
+    x_0 = torch.randint(0, 19, (32, 64), generator=torch.Generator().manual_seed(0))
+    trainer = HalfCounted(model, config, [{"x_0": x_0[0]}], None, torch.device("cpu"), [])
+    counted = trainer.counted(x_0)
+    assert not counted[:, 0].any() and 0.47 < counted[:, 1:].float().mean() < 0.53
+    with torch.no_grad():
+        whole = objectives.ar(model, x_0, objectives.maskable_positions(x_0))
+        loss = trainer.compute_loss(model, {"x_0": x_0})
+    assert float(loss) == pytest.approx(float(whole[counted].mean()), rel=1e-5)
+    assert torch.equal(trainer.counted(x_0), counted)
+    trainer.state.global_step = 1
+    assert not torch.equal(trainer.counted(x_0), counted)
 
 
 def test_passages() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,8 +161,28 @@ def test_bad_input(tmp_path, tokenizer):
     broken.write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match="generate --json"):
         read_samples(str(broken))
-    broken.write_text('{"texts": ["", " "]}', encoding="utf-8")
-    with pytest.raises(InputError, match="no text"):
-        read_samples(str(broken))
     with pytest.raises(SystemExit):
         cli.main(["evaluate-samples", str(broken)])
+
+
+@pytest.mark.parametrize(
+    "texts", ["null", "1", "{}", '"a text"', "[null]", "[1]", '[["a"]]', "[]", "[" * 9999]
+)
+def test_samples_that_are_no_texts_are_refused(tmp_path: Path, texts: str) -> None:
+    path = tmp_path / "samples.json"
+    path.write_text(f'{{"texts": {texts}}}')
+    with pytest.raises(InputError, match=r"samples\.json"):
+        read_samples(str(path))
+
+
+def test_a_text_without_tokens_has_no_figures() -> None:
+    found = sample_quality([""], lambda text: [])
+    assert math.isnan(found.entropy.value) and found.length_max == 0
+    both = sample_quality(["", "a b"], lambda text: [ord(c) for c in text])
+    assert both.entropy.value == pytest.approx(math.log(3))
+
+
+@pytest.mark.parametrize("window", [1, 0, -5, 2.5])
+def test_a_judge_that_cannot_predict_is_refused(window: float) -> None:
+    with pytest.raises(InputError, match="`window`"):
+        load_judge("starter", window)  # type: ignore[arg-type]

@@ -64,16 +64,40 @@ def generate(
     """
     ids = encode_prompts(model, prompts, tokenizer, samples)
     options = options or SamplingOptions(**changes)  # type: ignore[arg-type]
-    return to_text(generate_tokens(model, ids, options, rows), tokenizer)
+    return to_text(generate_tokens(model, ids, options, rows), ids, tokenizer)
 
 
-def to_text(done: Generation, tokenizer: PreTrainedTokenizerBase | None) -> TextGeneration:
+def to_text(
+    done: Generation,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> TextGeneration:
     """Adds the decoded texts; empty ones without a tokenizer."""
     texts = [
-        "" if tokenizer is None else str(tokenizer.decode(row, skip_special_tokens=True))
-        for row in done.tokens
+        "" if tokenizer is None else continuation(tokenizer, prompt, row)
+        for prompt, row in zip(prompts, done.tokens, strict=True)
     ]
     return TextGeneration(**vars(done), texts=texts)
+
+
+def continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]
+) -> str:
+    """The text of the `new` tokens as it reads after the prompt.
+
+    Tokenizers that mark words rather than spaces (WordPiece, SentencePiece) drop the space before
+    the first token they are given, so the new tokens are decoded along with the prompt's last.
+    """
+    special = set(tokenizer.all_special_ids)
+    before = [token for token in prompt if token not in special][-8:]
+    alone = str(tokenizer.decode(before, clean_up_tokenization_spaces=False))
+    both = tokenizer.decode(
+        before + [token for token in new if token not in special],
+        clean_up_tokenization_spaces=False,
+    )
+    if not str(both).startswith(alone):  # a character whose bytes the prompt only begins
+        return str(tokenizer.decode(list(new), skip_special_tokens=True))
+    return str(both)[len(alone) :]
 
 
 def encode_prompts(
@@ -100,7 +124,12 @@ def encode_prompts(
 def _encode(
     model: DiT, prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[int]:
-    if not isinstance(prompt, str):
+    if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise InputError("the prompt is not valid UTF-8; save or type it as UTF-8") from None
+    else:
         return [int(token) for token in prompt]
     first = bos_id(tokenizer) if tokenizer is not None else model.config.bos_token_id
     start = [] if first is None else [first]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blockdiff.errors import InputError
+from blockdiff.checks import one_of, real_number, whole_number
 
 # SplitMix64's odd constants, as the signed 64-bit integers torch has.
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
@@ -82,9 +82,11 @@ def warp(
     most likely token only. Raises `InputError` on values outside their range.
     """
     check_warp(temperature, top_k, top_p, top_p_rule)
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:  # greedy; dividing by it would overflow
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
+    if temperature < 1e-3:  # shifted, so that it sends all others to −inf and nothing to +inf
+        logits = logits - logits.amax(-1, keepdim=True)
     if temperature != 1:
         logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -105,14 +107,12 @@ def warp(
 
 def check_warp(temperature: float, top_k: int | None, top_p: float | None, top_p_rule: str) -> None:
     """Raises `InputError` when a value is out of its range; see `warp`."""
-    if temperature < 0:
-        raise InputError(f"temperature {temperature} must not be negative (0 is greedy)")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top-k {top_k} must be at least 1; leave it out to keep every token")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top-p {top_p} must be above 0 and at most 1")
-    if top_p_rule not in ("nucleus", "paper"):
-        raise InputError(f"no top-p rule {top_p_rule!r}; choose nucleus or paper")
+    real_number("temperature", temperature, meaning=" (0 is greedy)")
+    if top_k is not None:
+        whole_number("top_k", top_k, meaning="; leave it out to keep every token")
+    if top_p is not None:
+        real_number("top_p", top_p, 0, 1, above=True)
+    one_of("top_p_rule", top_p_rule, ("nucleus", "paper"))
 
 
 def sample(logits: Tensor, u: Tensor) -> Tensor:
@@ -142,14 +142,16 @@ def _invert(probability: Tensor, u: Tensor) -> Tensor:
     below_one = 1 - torch.finfo(dtype).eps
     target = torch.minimum(u.to(dtype)[:, None], u.new_tensor(below_one, dtype=dtype))
     target = target * cumulative[:, -1:]
-    part = torch.searchsorted(cumulative, target, right=True)
+    # Of numbers that are not finite the search would give the place behind the last token.
+    part = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)
     before = torch.where(part > 0, cumulative.gather(-1, (part - 1).clamp(min=0)), 0)
     index = part * _PART + torch.arange(_PART, device=u.device)
     inside = probability.gather(-1, index.clamp(max=size - 1)).masked_fill(index >= size, 0)
     inside = before + inside.to(dtype).cumsum(-1)
     # Rounded differently, the part's own end may lie a hair below the target.
     target = torch.minimum(target, inside[:, -1:] * below_one)
-    return (part * _PART + torch.searchsorted(inside, target, right=True)).squeeze(-1)
+    found = part * _PART + torch.searchsorted(inside, target, right=True)
+    return found.squeeze(-1).clamp(max=size - 1)
 
 
 # Proposals per token before the vocabulary is sorted after all; each fails with probability 1 − p

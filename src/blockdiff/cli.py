@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import json
 import os
 import re
 import sys
@@ -22,6 +21,7 @@ from jsonargparse import ArgumentParser, Namespace
 from blockdiff.allocator import keep_freed_memory
 from blockdiff.benchmark.options import WORKS, BenchmarkOptions
 from blockdiff.errors import InputError, RunStopped
+from blockdiff.outputs import new_file, to_json
 from blockdiff.training.config import TrainConfig
 
 
@@ -354,7 +354,7 @@ def _evaluate(given: Namespace) -> None:
     options = _dataclass(EvaluateOptions, given)
     arguments = {k: v for k, v in asdict(options).items() if k != "json"}
     record = evaluate_corpus(given.model, **arguments, **asdict(_dataclass(DataOptions, given)))
-    print(json.dumps(record, indent=2) if options.json else summary_table(record))
+    print(to_json(record, indent=2) if options.json else summary_table(record))
 
 
 def _zero_shot(given: Namespace) -> None:
@@ -363,7 +363,7 @@ def _zero_shot(given: Namespace) -> None:
     options = _dataclass(ZeroShotOptions, given)
     arguments = {k: v for k, v in asdict(options).items() if k != "json"}
     records = zero_shot(given.model, **arguments)
-    print(json.dumps(records, indent=2) if options.json else zero_shot_table(records))
+    print(to_json(records, indent=2) if options.json else zero_shot_table(records))
 
 
 def _variance(given: Namespace) -> None:
@@ -371,8 +371,8 @@ def _variance(given: Namespace) -> None:
     from blockdiff.plots import variance_plot
 
     options = _dataclass(VarianceOptions, given)
-    if options.plot and Path(options.plot).exists():
-        raise InputError(f"{options.plot} exists; name another file for --plot")
+    if options.plot is not None:
+        new_file("plot", options.plot)
     arguments = {k: v for k, v in asdict(options).items() if k not in ("json", "plot")}
     data = asdict(_dataclass(DataOptions, given))
     found = measure_corpus(given.model, **arguments, **data)
@@ -380,7 +380,7 @@ def _variance(given: Namespace) -> None:
     if options.plot:
         variance_plot(records, Path(options.plot), title=f"{given.model} on {data['data']}")
     record = {"model": given.model, "data": data["data"], "estimators": records}
-    print(json.dumps(record, indent=2) if options.json else variance_table(found))
+    print(to_json(record, indent=2) if options.json else variance_table(found))
 
 
 def _evaluate_samples(given: Namespace) -> None:
@@ -390,7 +390,7 @@ def _evaluate_samples(given: Namespace) -> None:
     arguments = {k: v for k, v in asdict(options).items() if k != "json"}
     found = measure_samples(given.samples, **arguments)
     records = {name: quality.record() for name, quality in found.items()}
-    print(json.dumps(records, indent=2) if options.json else quality_table(found))
+    print(to_json(records, indent=2) if options.json else quality_table(found))
 
 
 def _generate(given: Namespace) -> None:
@@ -422,7 +422,7 @@ def _benchmark(given: Namespace) -> None:
 
     options = _dataclass(BenchmarkOptions, given)
     record = benchmark(given.work, options)
-    print(json.dumps(record, indent=2) if options.json else describe(record))
+    print(to_json(record, indent=2) if options.json else describe(record))
 
 
 def _demo(given: Namespace) -> None:
@@ -547,6 +547,7 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
+    warnings.showwarning = lambda message, *place: print(f"blockdiff: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def _write(model: DiT, tokenizer: PreTrainedTokenizerBase, page: Path) -> TextGe
         title="Block diffusion, step by step",
         subtitle="A small BD3-LM (L' = 4) trained for minutes on the Python documentation.",
     )
-    return to_text(done, tokenizer)
+    return to_text(done, ids, tokenizer)
 
 
 def _gather_metrics(folder: Path, results: list[_Result]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,8 @@ from blockdiff.api import encode_prompts, to_text
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.models.precision import convert
+from blockdiff.models.precision import convert, resolve_precision
+from blockdiff.outputs import new_file, to_json
 from blockdiff.replay import Recorder, write_page
 from blockdiff.sampling.generate import collect, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
@@ -24,15 +24,16 @@ from blockdiff.watch import printable, watch
 def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:
     """Generates as asked and prints; `wish` is the command line's `GenerateOptions`."""
     prompts = _prompts(wish.prompt, wish.prompt_file)
-    if wish.page and Path(wish.page).exists():
-        raise InputError(f"{wish.page} exists; name another file for --page")
+    if wish.page is not None:
+        new_file("page", wish.page)
     model, tokenizer = load(source, tokenizer=wish.tokenizer, device=choose_device())
     # The compiler brings weights into order itself.
-    convert(model, wish.precision, model.device, few_tokens=not wish.compile)
+    precision = resolve_precision(wish.precision, model.device)
+    convert(model, precision, model.device, few_tokens=not wish.compile)
     if wish.compile:
         model.compile_layers()
     ids = encode_prompts(model, prompts, tokenizer, wish.samples)
-    block_size = options.block_size or model.config.block_size
+    block_size = model.config.choose_block_size(options.block_size)
     recorder = Recorder(tokenizer, len(ids[0]), block_size)
     begin = time.perf_counter()
 
@@ -52,7 +53,7 @@ def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:
         for last in steps:  # noqa: B007 - the last step holds the result
             pass
     done = to_text(
-        collect(last, ids, model.config.eos_token_id, time.perf_counter() - begin), tokenizer
+        collect(last, ids, model.config.eos_token_id, time.perf_counter() - begin), ids, tokenizer
     )
     if wish.page:
         write_page(recorder.recording(), Path(wish.page), title=f"{source} writes")
@@ -60,6 +61,8 @@ def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:
         record = {
             "model": source,
             "options": asdict(options),
+            "precision": precision,
+            "device": str(model.device),
             "prompts": [prompt for prompt in prompts for _ in range(wish.samples)],
             "texts": done.texts,
             "tokens": [len(row) for row in done.tokens],
@@ -70,7 +73,7 @@ def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:
             "tokens_per_second": done.tokens_per_second,
             "tokens_per_nfe": done.tokens_per_nfe,
         }
-        print(json.dumps(record, ensure_ascii=False, indent=2))
+        print(to_json(record, indent=2))
         return
     if not wish.watch:
         _print_texts(prompts, wish.samples, done.texts)

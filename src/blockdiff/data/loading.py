@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from blockdiff.data.tokenizers import load_tokenizer
+from blockdiff.data.tokenizers import fingerprint, load_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import load_model, resolve
@@ -28,13 +29,33 @@ def load(
     folder = resolve(source)
     model = load_model(folder, dtype=dtype)
     model.to(device=device)  # type: ignore[call-arg]
-    if tokenizer is None and not (folder / "tokenizer_config.json").is_file():
-        raise InputError(f"{source} has no tokenizer; name one, for example --tokenizer gpt2")
-    loaded = load_tokenizer(tokenizer or folder)
+    has_own = (folder / "tokenizer_config.json").is_file()
+    if tokenizer is None and not has_own:
+        raise InputError(f"{source} has no tokenizer; name one with `tokenizer`, for example gpt2")
+    loaded = load_tokenizer(folder if tokenizer is None else tokenizer)
+    if has_own and tokenizer is not None:
+        require_own(loaded, folder)
     check_tokenizer(model, loaded)
+    model.drawable = drawable(loaded, model.config.vocab_size)
     if model.config.eos_token_id is None:
         model.config.eos_token_id = loaded.eos_token_id
     return model, loaded
+
+
+def require_own(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Raises `InputError` unless the tokenizer gives the ids that the folder's own gives."""
+    if fingerprint(tokenizer) != fingerprint(load_tokenizer(folder)):
+        raise InputError(
+            f"the tokenizer is not the one {folder} was trained with; leave `tokenizer` out to use "
+            "the model's own"
+        )
+
+
+def drawable(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
+    """bool [V]: which ids of a vocabulary (often padded to a round size) have a token."""
+    there = torch.zeros(vocab_size, dtype=torch.bool)
+    there[sorted(set(tokenizer.get_vocab().values()))] = True
+    return there
 
 
 def check_tokenizer(model: DiT, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -22,7 +22,7 @@ from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.models.dit import DiT
-from blockdiff.models.precision import convert
+from blockdiff.models.precision import convert, resolve_precision
 
 PARTS = ("all", "train", "validation")
 
@@ -107,6 +107,7 @@ def evaluate_corpus(
     Returns `measure_sequences`'s record. Raises `InputError` on bad input.
     """
     network, words = load(model, tokenizer=tokenizer, device=choose_device())
+    precision = resolve_precision(precision, network.device)
     convert(network, precision, network.device)
     packed, sequences = open_sequences(
         network, words, data, part=part, validation_fraction=validation_fraction,
@@ -157,7 +158,7 @@ def measure_sequences(
     return {
         "model": model,
         "kind": network.config.kind,
-        "block_size": block_size or network.config.block_size,
+        "block_size": network.config.block_size if block_size is None else block_size,
         "length": packed.length,
         "data": data,
         **result.record(),

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from blockdiff import objectives
+from blockdiff.checks import whole_number
 from blockdiff.data.loading import load
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.device import choose_device
@@ -99,6 +100,9 @@ def load_judge(source: str | Path, window: int | None = None) -> Judge:
     `window`: tokens it reads at once, at most (and by default) 1,024 or what it was made for.
     Raises `InputError` when there is no such model.
     """
+    if window is not None:
+        whole_number("window", window, 2, meaning=": of one token nothing is predicted")
+    reach = WINDOW if window is None else window
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError) as error:
@@ -109,7 +113,7 @@ def load_judge(source: str | Path, window: int | None = None) -> Judge:
         model, tokenizer = load(source, device=device)
         if not model.config.causal:
             raise InputError(f"{source} is {model.config.kind}; a judge must be autoregressive")
-        size = min(window or WINDOW, model.config.length)
+        size = min(reach, model.config.length)
         return Judge(str(source), tokenizer, _own_score(model), size)
     try:
         network: Any = AutoModelForCausalLM.from_pretrained(str(source), use_safetensors=True)
@@ -119,7 +123,7 @@ def load_judge(source: str | Path, window: int | None = None) -> Judge:
         raise InputError(f"cannot open a judge in {source}: {reason}") from None
     network.eval().to(device)
     longest = getattr(config, "max_position_embeddings", None) or WINDOW
-    return Judge(str(source), tokenizer, _score_of(network), min(window or WINDOW, longest))
+    return Judge(str(source), tokenizer, _score_of(network), min(reach, longest))
 
 
 def _own_score(model: DiT) -> Score:

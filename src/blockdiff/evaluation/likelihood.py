@@ -8,6 +8,7 @@ paper), exact by `enumerate` for small blocks and by unbiased draws otherwise. B
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -18,6 +19,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from blockdiff import objectives
+from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
@@ -29,6 +31,11 @@ AUTO_ENUMERATE = 4
 TOKENS_PER_PASS = 16_384
 
 _BIASED = "{} draws are biased and bound no likelihood; measure with exact_k or enumerate"
+
+
+def perplexity_of(nats: float) -> float:
+    """e^nats, infinite past what a float holds (709.78 nats)."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,12 @@ class Likelihood:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats_per_token)
+        return perplexity_of(self.nats_per_token)
 
     @property
     def perplexity_stderr(self) -> float:
-        """By the delta method: perplexity · stderr."""
-        return self.perplexity * self.stderr
+        """By the delta method: perplexity · stderr; NaN where the perplexity is infinite."""
+        return self.perplexity * self.stderr if math.isfinite(self.perplexity) else math.nan
 
     def record(self) -> dict[str, object]:
         """Everything but the per-sequence tensors, for JSON."""
@@ -105,7 +112,7 @@ def likelihood(
     `InputError` for biased draws, sizes below 1, or tokens outside the vocabulary.
     """
     _check(model, x_0, draws, batch_size)
-    layout = BlockLayout(x_0.shape[1], block_size or model.config.block_size)
+    layout = BlockLayout(x_0.shape[1], model.config.choose_block_size(block_size, x_0.shape[1]))
     if keep_first is None:
         keep_first = model.config.keep_first
     maskable = objectives.maskable_positions(x_0, keep_first, documents)
@@ -172,8 +179,9 @@ def _check(model: DiT, x_0: Tensor, draws: int, batch_size: int | None) -> None:
         raise InputError(
             f"x_0 must be a non-empty [B, L] tensor of token ids, not {list(x_0.shape)}"
         )
-    if draws < 1 or (batch_size is not None and batch_size < 1):
-        raise InputError("draws and batch_size must be at least 1")
+    whole_number("draws", draws)
+    if batch_size is not None:
+        whole_number("batch_size", batch_size)
     low, high = int(x_0.min()), int(x_0.max())
     if low < 0 or high >= model.config.vocab_size:
         raise InputError(

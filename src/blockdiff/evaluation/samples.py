@@ -34,6 +34,7 @@ from blockdiff.data.tokenizers import load_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import open_documents
 from blockdiff.evaluation.judge import Judge, load_judge
+from blockdiff.evaluation.likelihood import perplexity_of
 
 HALVES = 50
 ORDERS = (1, 2, 3, 4)
@@ -83,13 +84,19 @@ def read_samples(path: str) -> tuple[list[str], dict[str, Any]]:
     if file.suffix == ".json" and file.is_file():
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            texts = [str(text) for text in record["texts"]]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path} is not what `blockdiff generate --json` printed") from None
+            texts = record["texts"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise InputError(f"{path} is not what blockdiff generate --json printed") from None
+        if not isinstance(texts, list):
+            raise InputError(f"{path}: texts is {type(texts).__name__}, not a list of texts")
+        for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                kind = "null" if text is None else type(text).__name__
+                raise InputError(f"{path}: text {number} is {kind}, not a text")
         cost = {name: record[name] for name in COST if name in record}
     else:
         texts, cost = list(load_corpus(path)), {}
-    if not any(text.strip() for text in texts):
+    if not texts:
         raise InputError(f"{path} holds no text")
     return texts, cost
 
@@ -116,15 +123,18 @@ def sample_quality(
         residual = float(((nats - rate * count) ** 2).sum())
         n = len(texts)
         error = math.sqrt(residual * n / max(n - 1, 1)) / max(count.sum(), 1) if n > 1 else math.nan
-        perplexity = Measured(math.exp(rate), math.exp(rate) * error)
+        value = perplexity_of(rate) if count.sum() else math.nan
+        perplexity = Measured(value, value * error if math.isfinite(value) else math.nan)
+    # A text without tokens has no entropy, as it has no perplexity.
     entropies = np.array([token_entropy(row) for row in rows if row])
-    spread = float(entropies.std(ddof=1) / math.sqrt(len(entropies))) if len(rows) > 1 else math.nan
+    some, several = len(entropies) > 0, len(entropies) > 1
+    spread = float(entropies.std(ddof=1) / math.sqrt(len(entropies))) if several else math.nan
     lengths = cost["tokens"] if cost and "tokens" in cost else [len(row) for row in rows]
     real = None if reference is None else [list(encode(text)) for text in reference]
     return SampleQuality(
         samples=len(texts),
         perplexity=perplexity,
-        entropy=Measured(float(entropies.mean()), spread),
+        entropy=Measured(float(entropies.mean()) if some else math.nan, spread),
         distinct={n: _spread(rows, partial(distinct, n=n), seed) for n in ORDERS},
         divergence=None if real is None else _divergences(rows, real, seed),
         length_median=float(np.median(lengths)),

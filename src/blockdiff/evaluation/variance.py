@@ -140,7 +140,7 @@ def variance(
         )
     if model.config.causal:
         raise InputError("an AR model's loss has no noise of masks; give a diffusion model")
-    layout = BlockLayout(x_0.shape[1], block_size or model.config.block_size)
+    layout = BlockLayout(x_0.shape[1], model.config.choose_block_size(block_size, x_0.shape[1]))
     was_training = model.training
     model.eval()
     losses = torch.zeros(batches, draws, dtype=torch.float64)

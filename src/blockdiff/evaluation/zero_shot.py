@@ -20,7 +20,7 @@ from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import measure_sequences, open_sequences
-from blockdiff.models.precision import convert
+from blockdiff.models.precision import convert, resolve_precision
 
 _PARQUET = "@refs/convert/parquet"
 
@@ -101,6 +101,7 @@ def zero_shot(
     """
     sets = find_text_sets(texts)
     network, words = load(model, tokenizer=tokenizer, device=choose_device())
+    precision = resolve_precision(precision, network.device)
     convert(network, precision, network.device)
     opened = {
         name: open_sequences(network, words, length=length, bos=bos, windows=windows, **asdict(one))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 
@@ -94,6 +96,23 @@ class DiTConfig(PreTrainedConfig):
         if self.score:
             return "sedd"
         return "mdlm" if self.block_size == self.length else "bd3lm"
+
+    def choose_block_size(self, block_size: int | None = None, length: int | None = None) -> int:
+        """The block size asked for, the model's own for None; checked against `length`.
+
+        Warns, once for each size, when it is not the one the model was trained with. Raises
+        `InputError` for a size below 1 or one that does not divide the length (the model's own when
+        left out).
+        """
+        size = self.block_size if block_size is None else whole_number("block_size", block_size)
+        BlockLayout(self.length if length is None else length, size)
+        if size != self.block_size:
+            warnings.warn(
+                f"the model was trained with block size {self.block_size}, not {size}: expect "
+                "it to be worse",
+                stacklevel=2,
+            )
+        return size
 
     @property
     def layout(self) -> BlockLayout:

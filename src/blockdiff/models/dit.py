@@ -180,7 +180,9 @@ class DiT(PreTrainedModel):
         if x_0 is None and context is None:
             layout = BlockLayout(length, 1 if self.config.causal else length)
         else:
-            layout = BlockLayout(length, block_size or self.config.block_size)
+            layout = BlockLayout(
+                length, self.config.block_size if block_size is None else block_size
+            )
         # `dense` is the reference: always the paper's one pass over all 2L tokens. Elsewhere copies
         # of one text share its clean stream, and so do times: it has σ = 0.
         single = x_0 is not None and len(x_0) == len(x_t) and not self.config.time_conditioning

@@ -32,23 +32,23 @@ def perplexity_by_block_size(results: Results, path: Path) -> None:
     figure, axes = _figure()
     sizes = [*BLOCK_SIZES, results.scale.length]
     names = [*(f"L{size}" for size in BLOCK_SIZES), "mdlm"]
-    models = [results.nats(name) for name in names]
+    models = [results.nats(name).rate for name in names]
     low, high = (np.array([m.interval[i] for m in models]) for i in (0, 1))
     middle = np.array([m.perplexity for m in models])
     axes.errorbar(sizes, middle, yerr=[middle - low, high - middle], fmt="o-", color=COLOURS[0],
                   capsize=3, label="block diffusion from scratch (L' = L: MDLM)")  # fmt: skip
     for size, name in zip(sizes, names, strict=True):
-        own = [results.nats(name, seed).perplexity for seed in results.seeds(name)]
+        own = [results.rate(name, seed).perplexity for seed in results.seeds(name)]
         axes.plot([size] * len(own), own, "_", color=COLOURS[0], markersize=14)
     starts = (
         ("from-ar", "started from AR", 2),
         ("from-mdlm", "started from MDLM, as the paper", 4),
     )
     for start, label, colour in starts:
-        own = [results.nats(f"L{size}-{start}").perplexity for size in COMPARED]
+        own = [results.nats(f"L{size}-{start}").rate.perplexity for size in COMPARED]
         axes.plot(COMPARED, own, "s--", color=COLOURS[colour], label=label, markersize=5)
     for name, label, colour in (("ar", "AR", 1), ("sedd", "SEDD (one seed)", 3)):
-        model = results.nats(name)
+        model = results.nats(name).rate
         axes.axhline(model.perplexity, color=COLOURS[colour], linewidth=1.2, label=label)
         axes.axhspan(*model.interval, color=COLOURS[colour], alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)

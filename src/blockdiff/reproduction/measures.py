@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from blockdiff.reproduction.plan import sizes
-from blockdiff.reproduction.results import Results
+from blockdiff.reproduction.results import Summary
 from blockdiff.reproduction.wording import label, table, verdict
 
 # Generative perplexities of OpenWebText models at L = 1,024.
 PAPER_GENERATION = {"ar": "14.1", "L4": "25.7", "mdlm": "46.8"}
 
 
-def variances(results: Results) -> str:
+def variances(results: Summary) -> str:
     parts = [
         "## Variance of loss and gradient (seed 0)",
         "![variance](variance.png)",
@@ -58,7 +57,7 @@ def _less_noise(found: dict[str, Any]) -> str:
     return ", ".join(verdicts)
 
 
-def generation(results: Results) -> str:
+def generation(results: Summary) -> str:
     rows = []
     for name, job in results.jobs.items():
         if job.kind != "samples" or job.settings["options"]["stop"] != "none":
@@ -77,10 +76,10 @@ def generation(results: Results) -> str:
     for name, job in results.jobs.items():
         if name.endswith("-end"):
             model = job.settings["model"].partition("-")[2]
-            own = results[name]["lengths"]
-            ended = sum(reason == "eos" for reason in results[name]["finish"]) / len(own)
-            lengths.append([label(model), *_lengths(own), f"{ended:.0%}"])
-    lengths.append(["real passages", *_lengths(results["samples-real"]["lengths"]), ""])
+            lengths.append(
+                [label(model), *_lengths(results[name]), f"{results[name]['ended']:.0%}"]
+            )
+    lengths.append(["real passages", *_lengths(results["samples-real"]), ""])
     return "\n\n".join([
         "## Samples (seed 0)",
         "![quality](quality.png)",
@@ -99,7 +98,7 @@ def generation(results: Results) -> str:
     ])  # fmt: skip
 
 
-def _sample_order(results: Results) -> list[str]:
+def _sample_order(results: Summary) -> list[str]:
     """Whether each model's samples are better than the next one's, at one token a step."""
     names = ("L4", "L8", "L16", "mdlm")
     return [
@@ -108,7 +107,7 @@ def _sample_order(results: Results) -> list[str]:
     ]
 
 
-def _at_equal_nfe(results: Results) -> list[str]:
+def _at_equal_nfe(results: Summary) -> list[str]:
     """Block models beside MDLM, whose number of steps is that of nearest NFE."""
     ours: list[tuple[str, str, int, float]] = []
     mdlm: list[tuple[str, str, int, float]] = []
@@ -126,7 +125,7 @@ def _at_equal_nfe(results: Results) -> list[str]:
     return lines
 
 
-def _better(results: Results, a: tuple[str, str], b: tuple[str, str]) -> str:
+def _better(results: Summary, a: tuple[str, str], b: tuple[str, str]) -> str:
     x, y = (results[name]["quality"]["perplexity"] for name, _ in (a, b))
     gap, error = y["value"] - x["value"], math.hypot(x["stderr"], y["stderr"])
     return f"- {a[1]} < {b[1]}: {verdict((gap, error))}, by {gap:.1f} ± {error:.1f}"
@@ -147,6 +146,5 @@ def _quality(quality: dict[str, Any]) -> list[str]:
     ]
 
 
-def _lengths(own: Sequence[int]) -> list[str]:
-    ordered = sorted(own)
-    return [str(ordered[len(ordered) // 2]), str(ordered[-1])]
+def _lengths(found: dict[str, Any]) -> list[str]:
+    return [str(found["median_length"]), str(found["longest"])]

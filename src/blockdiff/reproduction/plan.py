@@ -168,6 +168,9 @@ def _trainings(scale: Scale, seed: int) -> list[Job]:
     scratch: dict[str, Any] = {"initial_shift": scale.initial_shift}
     add("mdlm-base", base, 1.0, objective="mdlm", **scratch)
     add("ar-base", base, 0.65, objective="ar")
+    # The paper's control at L' = 1 and what it stands beside, the linear schedule.
+    add("ar-half", whole, 0.6, objective="ar", half_counted=True)
+    add("L1-linear", whole, 1.1, block_size=1, estimator="bernoulli", **scratch)
     go_on("mdlm", "mdlm-base", base, whole, 1.0)
     go_on("ar", "ar-base", base, whole, 0.65)
     for size in BLOCK_SIZES:

@@ -28,12 +28,15 @@ from blockdiff.evaluation.judge import load_judge
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.evaluation.samples import sample_quality, shuffled
 from blockdiff.evaluation.variance import DEFAULT_ESTIMATORS, variance
+from blockdiff.outputs import to_json, write_text
+from blockdiff.reproduction.control import HalfCounted
 from blockdiff.reproduction.plan import Job, Scale
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.callbacks import METRICS_FILE, read_metrics
 from blockdiff.training.checkpoints import checkpoint_step, newest_checkpoint
 from blockdiff.training.config import CONFIG_FILE, TrainConfig, load_config
 from blockdiff.training.run import train
+from blockdiff.training.trainer import BlockDiffusionTrainer
 
 
 def begin_worker(threads: int) -> None:
@@ -66,9 +69,7 @@ def work(folder: Path, scale: Scale, job: Job, commit: str) -> None:
     }
     path = result_path(folder, job.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, to_json(record, indent=1) + "\n")
 
 
 def commit() -> str:
@@ -88,6 +89,7 @@ def _train(folder: Path, scale: Scale, job: Job) -> dict[str, Any]:
     out = folder / "models" / job.name
     wish = dict(job.settings)
     start, total = wish.pop("continues", None), wish.pop("total", None)
+    trainer = HalfCounted if wish.pop("half_counted", False) else BlockDiffusionTrainer
     if start is not None and not (out / CONFIG_FILE).is_file():
         # The same run with more steps: whole or not at all.
         partial = out.with_name(f".{out.name}")
@@ -112,7 +114,9 @@ def _train(folder: Path, scale: Scale, job: Job) -> dict[str, Any]:
     resume = (out / CONFIG_FILE).is_file()
     newest = newest_checkpoint(out)
     left = config.steps - (checkpoint_step(newest) if newest else 0)
-    done = train(replace(config, resume=resume), progress=False, device="cpu")
+    done = train(
+        replace(config, resume=resume), progress=False, device="cpu", trainer_class=trainer
+    )
     return {
         "whole": job.settings["steps"] / left if left > 0 else 1.0,
         "tokens": done.tokens_seen,

@@ -90,7 +90,7 @@ def _check(model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOption
                 f"a prompt's token ids run outside the model's vocabulary of {config.vocab_size}; "
                 "is this the model's tokenizer?"
             )
-    BlockLayout(config.length, options.block_size or config.block_size)
+    config.choose_block_size(options.block_size)
     if config.kind == "sedd":
         longest = max(len(prompt) for prompt in prompts) + options.max_new_tokens
         if longest > config.length or options.block_size not in (None, config.length):
@@ -106,7 +106,7 @@ def _canvas(
     """Prompts followed by masks [B, S], and each row's prompt length [B]."""
     starts = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     size = int(starts.max()) + options.max_new_tokens
-    block = options.block_size or model.config.block_size
+    block = model.config.block_size if options.block_size is None else options.block_size
     size += -size % block
     canvas = torch.full((len(prompts), size), model.config.mask_token_id, device=model.device)
     for row, prompt in enumerate(prompts):
@@ -119,7 +119,7 @@ def _blocks(
 ) -> Iterator[Step]:
     """Block diffusion. With L' = L nothing is cached and the window moves by half of itself."""
     config = model.config
-    size = options.block_size or config.block_size
+    size = config.block_size if options.block_size is None else options.block_size
     capacity = config.length - size
     stride = size if capacity else max(size // 2, 1)
     progress = Progress(model, canvas, starts, row_ids, options)

@@ -57,6 +57,9 @@ class Progress:
         self.nfe = torch.zeros_like(starts)
         self.lengths = torch.full_like(starts, -1)
         self.mask_token_id = model.config.mask_token_id
+        # Ids of a padded vocabulary that no token has: see `data.loading.load`.
+        drawable = getattr(model, "drawable", None)
+        self.no_token = None if drawable is None else ~drawable.to(canvas.device)
         self.rejected = torch.zeros_like(starts, dtype=torch.bool)
         self.rules = stopping_rules(options.stop)
         # Which EOS of a row ends it, and how many its prompt holds already.
@@ -81,6 +84,8 @@ class Progress:
         """Tokens for `rows` [P] at `positions` [P] from logits [P, V]."""
         logits = logits.float()
         logits[:, self.mask_token_id] = -torch.inf
+        if self.no_token is not None:
+            logits.masked_fill_(self.no_token, -torch.inf)
         seed, ids = self.options.seed, self.row_ids[rows]
         return draw(
             logits,

@@ -59,7 +59,13 @@ class TrainingData:
     validation: dict[str, Tensor]
 
 
-def train(config: TrainConfig, *, progress: bool = True, device: str | None = None) -> Trained:
+def train(
+    config: TrainConfig,
+    *,
+    progress: bool = True,
+    device: str | None = None,
+    trainer_class: type[BlockDiffusionTrainer] = BlockDiffusionTrainer,
+) -> Trained:
     """Runs or resumes the training `config` describes and leaves the model in `config.out`.
 
     The folder then holds the averaged weights, the tokenizer, the resolved configuration
@@ -92,7 +98,7 @@ def train(config: TrainConfig, *, progress: bool = True, device: str | None = No
     processes.wait_for_everyone()
     tokens_per_step = config.batch_size * config.length
     bar = ProgressBar(f"{model.config.kind} → {config.out}", tokens_per_step)
-    trainer = BlockDiffusionTrainer(
+    trainer = trainer_class(
         model,
         config,
         data.train,
