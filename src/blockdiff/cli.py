@@ -333,9 +333,11 @@ def _train(given: Namespace) -> None:
     from blockdiff.training.callbacks import METRICS_FILE, read_metrics
     from blockdiff.training.run import train
 
-    result = train(_dataclass(TrainConfig, given))
+    result = train(_dataclass(TrainConfig, given), given=given_options())
     if not result.is_main_process:
         return
+    if not result.steps:
+        print(f"{result.folder}: all {given.steps} steps are done")
     loss_plot(
         {"training": read_metrics(result.folder / METRICS_FILE)},
         result.folder / "loss.png",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -69,15 +68,6 @@ def work(folder: Path, scale: Scale, job: Job, commit: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def commit() -> str:
-    """The commit of the code that runs; empty where it is no git checkout."""
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    return found.stdout.strip()
 
 
 def result_path(folder: Path, name: str) -> Path:
