@@ -19,6 +19,7 @@ FLOORS = [
         "checks",
         "device",
         "errors",
+        "folders",
         "layout",
         "outputs",
         "progress",
@@ -44,7 +45,7 @@ FLOORS = [
         "writing",
     ],
 ]
-LIGHT = ["training.config", "sampling.options", "cli"]
+LIGHT = ["training.config", "sampling.options", "cli", "folders"]
 
 
 def module_name(path):

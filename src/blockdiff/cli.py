@@ -333,14 +333,15 @@ def _train(given: Namespace) -> None:
     from blockdiff.training.callbacks import METRICS_FILE, read_metrics
     from blockdiff.training.run import train
 
-    result = train(_dataclass(TrainConfig, given))
+    result = train(_dataclass(TrainConfig, given), given=given.named)
     if not result.is_main_process:
         return
-    loss_plot(
-        {"training": read_metrics(result.folder / METRICS_FILE)},
-        result.folder / "loss.png",
-        title=str(result.folder),
-    )
+    plot = result.folder / "loss.png"
+    if result.steps or not plot.exists():
+        lines = {"training": read_metrics(result.folder / METRICS_FILE)}
+        loss_plot(lines, plot, title=str(result.folder))
+    if not result.steps:
+        print(f"{result.folder}: its steps were all done")
     print(
         f"{result.folder}: perplexity {result.metrics['eval_perplexity']:.2f} "
         f"({result.metrics['eval_nats_per_token']:.4f} ± {result.metrics['eval_stderr']:.4f} "
@@ -510,7 +511,11 @@ def _normalise(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; exit code 0, or 2 with one line on standard error."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    given = build_parser().parse_args(_normalise(sys.argv[1:] if argv is None else argv))
+    parser, words = build_parser(), _normalise(sys.argv[1:] if argv is None else argv)
+    given = parser.parse_args(words)
+    # Without the defaults: the options that were given, here or in a --config file.
+    named = parser.parse_args(words, defaults=False)
+    given[given.command].named = frozenset(vars(named[given.command]))
     run = _commands()[given.command][2]
     keep_freed_memory()
     try:

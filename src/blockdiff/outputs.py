@@ -126,7 +126,15 @@ def new_file(name: str, value: str | os.PathLike[str]) -> Path:
 
 
 def try_writing(folder: Path) -> None:
-    """Makes and removes a file in `folder`; raises `OSError` where that is not allowed."""
+    """Makes and removes a file in `folder`; raises `OSError` where that fails.
+
+    A full disk or quota takes an empty file, so a page is written and brought to the disk.
+    """
     handle, path = tempfile.mkstemp(prefix=".blockdiff-", dir=folder)
-    os.close(handle)
-    os.unlink(path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        os.unlink(path)

@@ -165,7 +165,14 @@ def _estimator_label(record: Mapping[str, Any]) -> str:
 
 def _variance_panel(axes: Axes, records: Sequence[Mapping[str, Any]], kind: str) -> None:
     values = np.array([r["passes"] * r[kind]["mask"] for r in records])
-    errors = np.array([1.96 * r["passes"] * r[kind]["mask_stderr"] for r in records])
+    # JSON has no NaN: an error that could not be measured is null there.
+    known = [r[kind]["mask_stderr"] for r in records]
+    errors = np.array(
+        [
+            np.nan if error is None else 1.96 * r["passes"] * error
+            for r, error in zip(records, known, strict=True)
+        ]
+    )
     noise = 1e-6 * values.max()
     seen = values > noise
     where = np.arange(len(values))

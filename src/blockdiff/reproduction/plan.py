@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from blockdiff.training.config import Preset
+
 # Block sizes of the paper; the context is the fifth, MDLM's.
 BLOCK_SIZES = (1, 4, 8, 16)
 # Where estimators and initialisations are compared.
@@ -37,7 +39,7 @@ class Scale:
     batch_size: int = 16
     length: int = 128
     vocab_size: int = 1024
-    preset: str = "nano"
+    preset: Preset = "nano"
     lr: float = 3e-3
     warmup: int = 100
     initial_shift: float = 1.0

@@ -23,7 +23,8 @@ from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.reproduction.plan import SMOKE, Job, Scale, plan
 from blockdiff.reproduction.report import write_report
-from blockdiff.reproduction.work import begin_worker, commit, result_path, work
+from blockdiff.reproduction.work import begin_worker, result_path, work
+from blockdiff.training.record import commit
 
 PLAN_FILE = "plan.json"
 SPLIT_SEED = 0

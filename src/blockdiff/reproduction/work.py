@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -70,15 +69,6 @@ def work(folder: Path, scale: Scale, job: Job, commit: str) -> None:
     path = result_path(folder, job.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, to_json(record, indent=1) + "\n")
-
-
-def commit() -> str:
-    """The commit of the code that runs; empty where it is no git checkout."""
-    found = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    return found.stdout.strip()
 
 
 def result_path(folder: Path, name: str) -> Path:

@@ -6,10 +6,69 @@ Imports nothing heavy, so that `blockdiff train --help` answers at once.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Literal, get_args
 
+from blockdiff import checks
 from blockdiff.errors import InputError
+from blockdiff.outputs import local_path, to_json, write_text
+
+Objective = Literal["bd3lm", "mdlm", "sedd", "ar"]
+Preset = Literal["nano", "micro", "small", "medium"]
+Estimator = Literal[
+    "exact_k", "paired", "bernoulli", "d3pm", "bell", "clipped", "clipped_redraw"
+]  # fmt: skip
+Schedule = Literal["linear", "cosine", "square", "square_root", "logarithmic"]
+LrSchedule = Literal["constant", "linear", "cosine"]
+Precision = Literal["auto", "float32", "bf16"]
+Backend = Literal["auto", "dense", "blockwise", "flex"]
+Detokenizer = Literal["none", "wikitext", "ptb", "lm1b", "lambada", "scientific"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": get_args(Objective),
+    "preset": get_args(Preset),
+    "estimator": get_args(Estimator),
+    "schedule": get_args(Schedule),
+    "lr_schedule": get_args(LrSchedule),
+    "precision": get_args(Precision),
+    "backend": get_args(Backend),
+    "detokenizer": get_args(Detokenizer),
+}
+REPORTERS = ("tensorboard", "wandb", "none")
+
+# option → the least and the most it can be, both included
+WHOLE_NUMBERS: dict[str, tuple[int, int]] = {
+    "vocab_size": (1, checks.LARGEST_SIZE),
+    "length": (1, checks.LARGEST_SIZE),
+    "block_size": (1, checks.LARGEST_SIZE),
+    "timesteps": (1, checks.LARGEST_SIZE),
+    "steps": (1, checks.LARGEST_SIZE),
+    "batch_size": (1, checks.LARGEST_SIZE),
+    "accumulate": (1, checks.LARGEST_SIZE),
+    "warmup": (0, checks.LARGEST_SIZE),
+    "seed": checks.SEEDS,
+    "workers": (0, 1024),
+    "log_every": (1, checks.LARGEST_SIZE),
+    "eval_every": (0, checks.LARGEST_SIZE),
+    "eval_windows": (0, checks.LARGEST_SIZE),
+    "eval_draws": (1, checks.LARGEST_SIZE),
+    "save_every": (1, checks.LARGEST_SIZE),
+}
+# option → the ends of its range, and whether each end itself is left out
+REAL_NUMBERS: dict[str, tuple[float, float, bool, bool]] = {
+    "validation_fraction": (0, 1, True, True),
+    "initial_shift": (0, 1000, False, False),
+    "minutes": (0, 1e9, False, False),
+    "lr": (0, 10, True, False),
+    "weight_decay": (0, 1000, False, False),
+    "max_grad_norm": (0, 1e9, False, False),
+    "dropout": (0, 1, False, True),
+    "ema": (0, 1, False, True),
+}
+# Below this a number is no longer one in float32 arithmetic: as good as 0, and not said to be.
+SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -31,7 +90,9 @@ class TrainConfig:
         streaming: Read a hub data set as it is needed, keeping nothing on disk.
         tokenizer: Folder or hub id of a tokenizer; by default a BPE is trained on the corpus.
         vocab_size: Size of the trained BPE.
+        mask_token: Mask token a tokenizer without one is given; a new one, not in its vocabulary.
         bos: Put a beginning-of-text token before each document.
+        eos: Put an end-of-text token behind each document; false for a tokenizer that has none.
         across_documents: Let windows run across documents; otherwise pad at each document's end.
         objective: bd3lm, mdlm (block size = length), sedd or ar.
         length: Context L in tokens.
@@ -54,15 +115,16 @@ class TrainConfig:
         accumulate: Micro-batches each process's part of a step is cut into.
         lr: Learning rate.
         lr_schedule: constant, linear or cosine, after the warm-up.
-        warmup: Warm-up steps.
-        weight_decay: Weight decay of AdamW.
-        max_grad_norm: Gradient norm to clip at.
-        dropout: Dropout.
+        warmup: Warm-up steps; 0 begins at the full rate.
+        weight_decay: Weight decay of AdamW; 0 is none.
+        max_grad_norm: Gradient norm to clip at; 0 does not clip.
+        dropout: Dropout; 0 is none.
         ema: Decay of the weights' moving average, which is what is evaluated and saved; 0 is off.
-        precision: auto, float32 or bf16 (autocast); auto measures which is faster.
+        precision: float32, bf16 (autocast), or auto: bf16 where the processor is made for it.
         backend: Attention: auto, dense, blockwise or flex.
         compile: Compile the layers with torch.compile.
-        seed: Seed of weights, data order, masks and dropout.
+        device: cpu, cuda, cuda:1, mps, or auto (cuda, else mps, else cpu).
+        seed: Seed of weights, data order, masks and dropout, at most 2³² − 1.
         workers: Data loading processes.
         log_every: Steps between log lines.
         eval_every: Steps between validations; 0 validates at the end only.
@@ -82,22 +144,24 @@ class TrainConfig:
     text_column: str = "text"
     split: str = "train"
     subset: str | None = None
-    detokenizer: str = "none"
+    detokenizer: Detokenizer = "none"
     streaming: bool = False
     tokenizer: str | None = None
     vocab_size: int = 2048
+    mask_token: str = "<|mask|>"
     bos: bool = False
+    eos: bool = True
     across_documents: bool = True
-    objective: str = "bd3lm"
+    objective: Objective = "bd3lm"
     length: int = 128
     block_size: int = 4
-    preset: str = "nano"
+    preset: Preset = "nano"
     init_from: str | None = None
     adaln: bool = True
     time_conditioning: bool = False
     initial_shift: float = 0.0
-    estimator: str = "exact_k"
-    schedule: str = "linear"
+    estimator: Estimator = "exact_k"
+    schedule: Schedule = "linear"
     timesteps: int = 1000
     clip: str | None = None
     steps: int = 1000
@@ -105,15 +169,16 @@ class TrainConfig:
     batch_size: int = 32
     accumulate: int = 1
     lr: float = 3e-4
-    lr_schedule: str = "constant"
+    lr_schedule: LrSchedule = "constant"
     warmup: int = 100
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     dropout: float = 0.1
     ema: float = 0.9999
-    precision: str = "auto"
-    backend: str = "auto"
+    precision: Precision = "auto"
+    backend: Backend = "auto"
     compile: bool = False
+    device: str = "auto"
     seed: int = 0
     workers: int = 0
     log_every: int = 10
@@ -127,43 +192,58 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises `InputError` for sizes and names that cannot be meant."""
-        for name in ("vocab_size", "length", "block_size", "steps", "batch_size", "accumulate",
-                     "log_every", "save_every", "eval_draws", "timesteps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("minutes", "warmup", "workers", "eval_every", "eval_windows",
-                     "max_grad_norm", "weight_decay", "initial_shift"):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must not be negative")
-        if self.lr <= 0:
-            raise InputError(f"--lr is {self.lr}; it must be above 0")
-        for name in ("dropout", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be in [0, 1)")
+        self._check_types()
+        for name, (low, high) in WHOLE_NUMBERS.items():
+            self._set(name, checks.whole_number(name, getattr(self, name), low, high))
+        for name, (least, most, above, below) in REAL_NUMBERS.items():
+            value = getattr(self, name)
+            number = checks.real_number(name, value, least, most, above=above, below=below)
+            if 0 < number < SMALLEST:
+                raise InputError(f"`{name}` is {value}; it must be at least {SMALLEST:g}")
+            self._set(name, number)
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"--{name} {getattr(self, name)!r} is unknown; choose one of "
-                    f"{', '.join(choices)}"
-                )
+            checks.one_of(name, getattr(self, name), choices)
+        for reporter in self.report_to.split(","):
+            checks.one_of("report_to", reporter, REPORTERS)
+        if not (self.tokenizer or self.init_from) and self.vocab_size < 258:
+            raise InputError(
+                f"`vocab_size` is {self.vocab_size}; it must be at least 258 (256 bytes and 2 "
+                "special tokens)"
+            )
+        if not self.mask_token:
+            raise InputError("`mask_token` is empty; name a token")
         if self.batch_size % self.accumulate:
             raise InputError(
-                f"--batch_size {self.batch_size} cannot be cut into {self.accumulate} equal "
-                "micro-batches; make it a multiple of --accumulate"
+                f"`batch_size` {self.batch_size} cannot be cut into {self.accumulate} equal "
+                "micro-batches; make it a multiple of `accumulate`"
             )
         if self.resume and self.overwrite:
-            raise InputError("--resume and --overwrite exclude each other; choose one")
+            raise InputError("`resume` and `overwrite` exclude each other; choose one")
         if self.objective == "bd3lm" and self.length % self.block_size:
             raise InputError(
-                f"block size {self.block_size} does not divide length {self.length}; "
+                f"`block_size` {self.block_size} does not divide `length` {self.length}; "
                 "choose a divisor"
             )
         if self.clip_range() is None and not self.searches_clip and "clipped" in self.estimator:
             raise InputError(
-                f"--estimator {self.estimator} needs --clip, for example 0.45,0.95, or auto"
+                f"`estimator` {self.estimator} needs `clip`, for example 0.45,0.95, or auto"
             )
         if self.time_conditioning and not self.adaln:
-            raise InputError("--time_conditioning needs --adaln: it is adaLN that reads the time")
+            raise InputError("`time_conditioning` needs `adaln`: it is adaLN that reads the time")
+
+    def _check_types(self) -> None:
+        """Raises `InputError` for what is neither text nor a truth value where one is needed."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "bool" and not isinstance(value, bool):
+                raise InputError(f"`{field.name}` is {value!r}; it must be true or false")
+            if str(field.type).startswith("str") and not isinstance(value, str):
+                if value is None and "None" in str(field.type):
+                    continue
+                raise InputError(f"`{field.name}` is {value!r}; it must be text")
+
+    def _set(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)  # a numpy number, say, as Python's own
 
     @property
     def searches_clip(self) -> bool:
@@ -178,10 +258,10 @@ class TrainConfig:
             beta, omega = (float(part) for part in self.clip.split(","))
         except ValueError:
             raise InputError(
-                f"--clip {self.clip!r} is neither auto nor of the form 0.45,0.95"
+                f"`clip` {self.clip!r} is neither auto nor of the form 0.45,0.95"
             ) from None
         if not (0 <= beta <= omega <= 1 and omega > 0):
-            raise InputError(f"--clip {self.clip} must satisfy 0 <= β <= ω <= 1, ω > 0")
+            raise InputError(f"`clip` {self.clip} must satisfy 0 <= β <= ω <= 1, ω > 0")
         return beta, omega
 
     @property
@@ -191,72 +271,104 @@ class TrainConfig:
         return sizes.get(self.objective, self.block_size)
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("bd3lm", "mdlm", "sedd", "ar"),
-    "preset": ("nano", "micro", "small", "medium"),
-    "estimator": (
-        "exact_k",
-        "paired",
-        "bernoulli",
-        "d3pm",
-        "bell",
-        "clipped",
-        "clipped_redraw",
-    ),
-    "schedule": ("linear", "cosine", "square", "square_root", "logarithmic"),
-    "lr_schedule": ("constant", "linear", "cosine"),
-    "precision": ("auto", "float32", "bf16"),
-    "backend": ("auto", "dense", "blockwise", "flex"),
-}
-
-# What a resumed run may be told anew: it changes what is watched and for how long, not what runs.
+# What a resumed run may be told anew: it changes what is watched, where and for how long it runs.
 RESUMABLE = frozenset(
     {"out", "steps", "minutes", "resume", "overwrite", "workers", "log_every", "eval_every",
-     "eval_windows", "eval_draws", "save_every", "report_to"}
+     "eval_windows", "eval_draws", "save_every", "report_to", "device"}
 )  # fmt: skip
+# What decides which text a run never saw.
+HELD_OUT = ("data", "split", "subset", "text_column", "detokenizer", "validation_data",
+            "validation_split", "validation_fraction", "seed", "bos", "eos",
+            "across_documents")  # fmt: skip
 
 CONFIG_FILE = "run.json"
+# The key of what run.json tells beside the options: data, versions, commit, command, device, …
+RECORD = "run"
 
 
-def save_config(config: TrainConfig, folder: Path) -> None:
-    """Writes the resolved configuration beside the weights."""
-    text = json.dumps(asdict(config), indent=2, ensure_ascii=False)
-    temporary = folder / f".{CONFIG_FILE}.tmp"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(folder / CONFIG_FILE)
+def save_config(config: TrainConfig, folder: Path, record: dict[str, Any] | None = None) -> None:
+    """Writes run.json: the options as they were resolved and, under `run`, the run's record."""
+    options = asdict(config) | {"resume": False, "overwrite": False}  # how it was begun, not what
+    text = to_json({**options, RECORD: record or {}}, indent=2)
+    write_text(folder / CONFIG_FILE, text + "\n")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(
+            f"{folder} holds no run ({CONFIG_FILE} is missing); start one without `resume`"
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} does not describe a run: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} does not describe a run: it holds no JSON object")
+    return found
 
 
 def load_config(folder: Path) -> TrainConfig:
     """The configuration of the run in `folder`; raises `InputError` when there is none."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
+    options = {name: value for name, value in _read(folder).items() if name != RECORD}
+    unknown = options.keys() - {field.name for field in fields(TrainConfig)}
+    if unknown:
         raise InputError(
-            f"{folder} holds no run ({CONFIG_FILE} is missing); start one without --resume"
+            f"{folder / CONFIG_FILE} does not describe a run: there is no option {min(unknown)!r}"
         )
     try:
-        return TrainConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path} does not describe a run: {error}") from None
+        return TrainConfig(**options)
+    except InputError as error:
+        raise InputError(f"{folder / CONFIG_FILE} does not describe a run: {error}") from None
 
 
-def merge_resumed(asked: TrainConfig) -> TrainConfig:
+def load_record(folder: Path) -> dict[str, Any]:
+    """What run.json tells of the run beside its options; empty for one of an earlier version."""
+    record = _read(folder).get(RECORD)
+    return record if isinstance(record, dict) else {}
+
+
+def held_out(folder: str | Path) -> dict[str, Any] | None:
+    """The options that decided which text the run in `folder` held out, by their names.
+
+    None where there is no run, as in a model's folder from elsewhere. Raises `InputError` when its
+    run.json is damaged.
+    """
+    if not (Path(folder) / CONFIG_FILE).is_file():
+        return None
+    config = load_config(Path(folder))
+    return {name: getattr(config, name) for name in HELD_OUT}
+
+
+def merge_resumed(asked: TrainConfig, given: Collection[str] | None = None) -> TrainConfig:
     """The stored configuration of the run in `asked.out`, with what may be told anew.
 
-    Options left at their defaults are the run's own. Raises `InputError` when an option that
-    shapes the run was given another value.
+    `given`: the options that were asked for, at their defaults or not; the others are the run's
+    own. None, for who has a `TrainConfig` alone: those that differ from their defaults. `minutes`
+    count from each start and are not carried over. Raises `InputError` when an option that shapes
+    the run was given another value.
     """
-    stored = load_config(Path(asked.out))
-    default = TrainConfig()
-    changed = {}
+    out = local_path("out", asked.out)
+    stored, default = load_config(out), TrainConfig()
+    changed: dict[str, Any] = {
+        "out": str(out), "minutes": asked.minutes, "resume": True, "overwrite": False
+    }  # fmt: skip
     for field in fields(TrainConfig):
-        value = getattr(asked, field.name)
-        if field.name in ("out", "minutes", "resume", "overwrite"):
-            changed[field.name] = value
-        elif value not in (getattr(default, field.name), getattr(stored, field.name)):
-            if field.name not in RESUMABLE:
-                raise InputError(
-                    f"the run in {asked.out} has --{field.name} "
-                    f"{getattr(stored, field.name)}, not {value}; leave the option out to resume"
-                )
-            changed[field.name] = value
+        name, value, own = field.name, getattr(asked, field.name), getattr(stored, field.name)
+        told = value != getattr(default, name) if given is None else name in given
+        if not told or value == own or name in changed:
+            continue
+        if name == "precision" and value == "auto":
+            continue  # decided when the run began
+        if name not in RESUMABLE:
+            raise InputError(
+                f"the run in {asked.out} has `{name}` {_told(own)}, not {_told(value)}; leave the "
+                "option out to resume"
+            )
+        changed[name] = value
     return TrainConfig(**{**asdict(stored), **changed})
+
+
+def _told(value: object) -> str:
+    """A value as it is written on the command line."""
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

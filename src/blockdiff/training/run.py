@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerState, get_scheduler, set_seed
+from transformers.utils import is_torch_bf16_gpu_available
 
+from blockdiff import folders
+from blockdiff.attention import choose_backend
 from blockdiff.data.corpora import Corpus, load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
+from blockdiff.data.loading import check_tokenizer
 from blockdiff.data.packing import StreamedWindows, Windows, pack, stream_windows
 from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
@@ -24,14 +30,24 @@ from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import load_model, save_model
-from blockdiff.training.callbacks import MetricsLog, ProgressBar
+from blockdiff.models.hub import WEIGHTS, load_model, save_model, staging
+from blockdiff.models.precision import resolve_precision
+from blockdiff.outputs import to_json, write_text
+from blockdiff.training.callbacks import MetricsLog, ProgressBar, read_metrics
 from blockdiff.training.checkpoints import (
     checkpoint_step,
     newest_checkpoint,
     remove_unfinished,
 )
-from blockdiff.training.config import CONFIG_FILE, TrainConfig, merge_resumed, save_config
+from blockdiff.training.config import (
+    Precision,
+    TrainConfig,
+    load_config,
+    load_record,
+    merge_resumed,
+    save_config,
+)
+from blockdiff.training.record import check_data, fingerprint, session
 from blockdiff.training.signals import stopped_by
 from blockdiff.training.trainer import BlockDiffusionTrainer, micro_batch, reporters
 
@@ -40,6 +56,7 @@ from blockdiff.training.trainer import BlockDiffusionTrainer, micro_batch, repor
 class Trained:
     """A finished run: its folder, the validation of its averaged weights, and its cost.
 
+    `steps`: how many this call made; 0 for a run that was finished already.
     `is_main_process`: whether this is the process that reports, of those that trained.
     """
 
@@ -48,15 +65,20 @@ class Trained:
     tokens_seen: int
     seconds: float
     is_main_process: bool = True
+    steps: int = 0
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """`train`: windows to train on; `validation`: x_0 [B, L] (and documents [B, L])."""
+    """`train`: windows to train on; `validation`: x_0 [B, L] (and documents [B, L]).
+
+    `fingerprints`: of both texts, as run.json keeps them.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train: Windows | StreamedWindows
     validation: dict[str, Tensor]
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -65,65 +87,228 @@ def train(
     progress: bool = True,
     device: str | None = None,
     trainer_class: type[BlockDiffusionTrainer] = BlockDiffusionTrainer,
+    given: Collection[str] | None = None,
 ) -> Trained:
     """Runs or resumes the training `config` describes and leaves the model in `config.out`.
 
-    The folder then holds the averaged weights, the tokenizer, the resolved configuration
-    (run.json), metrics.jsonl and the checkpoints. Raises `InputError` for bad input, before
-    anything that was in the folder is touched.
+    The folder then holds the averaged weights, the tokenizer, the resolved configuration with
+    the run's record (run.json), metrics.jsonl and the checkpoints. A run that is resumed and has
+    nothing left to do is not touched. `given`: for a resumed run, which options were asked for
+    (see `merge_resumed`). `device` goes before the configuration's.
+
+    Raises `InputError` for bad input, before anything that was in the folder is touched.
     """
-    out = Path(config.out)
     if config.resume:
-        config = merge_resumed(config)
-    else:
-        _check_free(out, config.overwrite)
-    reporters(config)
-    where = torch.device(device) if device else choose_device()
+        load_config(folders.local_path("out", config.out))  # a run that is none is not made one
+    where = choose_device(config.device if device is None else device)
     # The others wait while one packs the corpus, which can take hours.
     processes = PartialState(cpu=where.type == "cpu", timeout=timedelta(days=1))
-    micro_batch(config, processes.num_processes)  # refused before anything is touched
+    with _claimed(config, processes) as out:
+        if not config.resume:
+            return _train(
+                replace(config, out=str(out)), processes, where, progress, None, {}, trainer_class
+            )
+        record, stored = load_record(out), load_config(out)
+        config = merge_resumed(config, given)
+        if device is None and config.device != stored.device:
+            where = choose_device(config.device)
+        newest = newest_checkpoint(out)
+        finished = record.get("finished") or {}
+        done = max(checkpoint_step(newest) if newest else 0, finished.get("steps", 0))
+        if config.steps < done:
+            raise InputError(
+                f"`steps` is {config.steps}, but the run in {out} has done {done}; give at least "
+                "as many"
+            )
+        if finished.get("steps") == config.steps and (out / WEIGHTS).is_file():
+            return _finished(config, finished, processes)
+        if processes.is_main_process and config.steps != stored.steps:
+            _announce_rate(stored, config, done)
+        return _train(config, processes, where, progress, stored, record, trainer_class)
+
+
+@contextmanager
+def _claimed(config: TrainConfig, processes: PartialState) -> Iterator[Path]:
+    """The run's folder, locked by the main process for all."""
+    with ExitStack() as held:
+        refused: list[str | None] = [None]
+        if processes.is_main_process:
+            try:
+                held.enter_context(
+                    folders.claim(
+                        config.out,
+                        overwrite=config.overwrite,
+                        go_on=config.resume,
+                        can_resume=True,
+                    )
+                )
+            except InputError as error:
+                refused = [str(error)]
+        broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise InputError(refused[0])
+        yield folders.local_path("out", config.out)
+
+
+def _finished(config: TrainConfig, found: dict[str, Any], processes: PartialState) -> Trained:
+    """What a run that is resumed, but has nothing left to do, came to; as it was kept."""
+    metrics = {
+        name: math.nan if value is None else value for name, value in found["metrics"].items()
+    }
+    seen = found["steps"] * config.batch_size * config.length
+    return Trained(Path(config.out), metrics, seen, found["seconds"], processes.is_main_process)
+
+
+def _train(
+    config: TrainConfig,
+    processes: PartialState,
+    where: torch.device,
+    progress: bool,
+    stored: TrainConfig | None,
+    record: dict[str, Any],
+    trainer_class: type[BlockDiffusionTrainer],
+) -> Trained:
+    """A run in a folder that is claimed; `stored` and `record` are those of a resumed one."""
+    out = Path(config.out)
+    reporters(config)
+    micro_batch(config, processes.num_processes)
+    config = _with_precision(config, where)
     set_seed(config.seed)
-    if processes.is_main_process and config.resume:
-        remove_unfinished(out)
-    processes.wait_for_everyone()
     checkpoint = None
-    if config.resume:
+    if stored is not None:
+        if processes.is_main_process:
+            remove_unfinished(out)
+        processes.wait_for_everyone()
         checkpoint = newest_checkpoint(out, say=processes.is_main_process)
     start, average, updates = _start(config.init_from, checkpoint)
     with processes.main_process_first():  # the others find the corpus packed
         data = prepare_data(config, (processes.process_index, processes.num_processes))
+    check_data(config, record, data.fingerprints)
     model = build_model(config, data.tokenizer, start)
-    if processes.is_main_process and not config.resume:
-        _begin(out, config, data.tokenizer)
+    if processes.is_main_process:
+        record = _begin(config, data, where, record)
     processes.wait_for_everyone()
     tokens_per_step = config.batch_size * config.length
     bar = ProgressBar(f"{model.config.kind} → {config.out}", tokens_per_step)
+    log = MetricsLog(out, tokens_per_step)
     trainer = trainer_class(
-        model,
-        config,
-        data.train,
-        data.validation,
-        where,
-        [MetricsLog(out, tokens_per_step), *([bar] if progress else [])],
+        model, config, data.train, data.validation, where, [log, *([bar] if progress else [])]
     )
     if average is not None and trainer.ema is not None:
         _take_weights(trainer.averaged_model, average)
         trainer.ema_updates = updates
+    before = checkpoint_step(checkpoint) if checkpoint else 0
+    seconds = 0.0
     try:
-        with trainer.signals:
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if received := trainer.received_signal():
-            raise stopped_by(received, config.out, result.global_step)
-        # Saved before it is measured: whatever measuring comes to, the model is there.
+        if checkpoint is not None and before >= config.steps:
+            _restore(trainer, checkpoint, log)
+        else:
+            with trainer.signals:
+                made = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if received := trainer.received_signal():
+                raise stopped_by(received, config.out, made.global_step)
+            seconds = float(made.metrics["train_runtime"])
+        steps = trainer.state.global_step
+        # Before it is measured: whatever comes of that, the model is there.
         if trainer.is_world_process_zero():
             save_model(trainer.averaged_model, out)
-            save_config(config, out)
-        metrics = trainer.evaluate()
+        metrics = _last_validation(trainer) or trainer.evaluate()
     finally:
         bar.stop()
-    seen = result.global_step * tokens_per_step
-    seconds = float(result.metrics["train_runtime"])
-    return Trained(out, metrics, seen, seconds, processes.is_main_process)
+    if trainer.is_world_process_zero():
+        if config.searches_clip:  # the validation may have found another
+            save_model(trainer.averaged_model, out)
+        result = {"steps": steps, "metrics": metrics, "seconds": round(seconds, 1)}
+        save_config(config, out, record | {"finished": result})
+    seen = steps * tokens_per_step
+    return Trained(out, metrics, seen, seconds, processes.is_main_process, steps - before)
+
+
+def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The configuration with what "auto" stands for, by the main process's device.
+
+    Raises `InputError` where the device cannot compute in it: a resumed run may have moved.
+    """
+    chosen = [resolve_precision(config.precision, device)]
+    broadcast_object_list(chosen)
+    if chosen[0] == "bf16" and device.type != "cpu" and not is_torch_bf16_gpu_available():
+        whose = f"the run in {config.out} computes in bf16" if config.resume else "`precision` bf16"
+        raise InputError(f"{whose}, which this machine's {device.type} cannot do; use another one")
+    return replace(config, precision=cast(Precision, chosen[0]))
+
+
+def _begin(
+    config: TrainConfig, data: TrainingData, device: torch.device, record: dict[str, Any]
+) -> dict[str, Any]:
+    """Puts run.json and the tokenizer into the folder, for which an earlier run makes room.
+
+    Returns the run's record: that of its start, and under `resumed` those of later sessions.
+    """
+    out = Path(config.out)
+    now = session(device)
+    if config.resume and "started" in record:
+        record = {name: value for name, value in record.items() if name != "finished"}
+        record["resumed"] = [*record.get("resumed", []), now]
+    else:
+        became = {"precision": config.precision, "backend": choose_backend(config.backend, device)}
+        record = {**now, "resolved": became, "data": data.fingerprints}
+    if not config.resume:
+        folders.clear(out)
+    save_config(config, out, record)
+    if not (out / "tokenizer_config.json").is_file():
+        with staging(out) as temporary:
+            data.tokenizer.save_pretrained(temporary)
+    return record
+
+
+def _restore(trainer: BlockDiffusionTrainer, checkpoint: Path, log: MetricsLog) -> None:
+    """The state of a run whose steps are all done, but which did not come to its end.
+
+    transformers' own loop would make another step before it looks at their number.
+    """
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trainer.state.is_world_process_zero = trainer.is_world_process_zero()
+    if trainer.run.searches_clip and trainer.clip is not None:
+        trainer.averaged_model.config.clip = list(trainer.clip)
+    log.on_train_begin(trainer.args, trainer.state, trainer.control)
+    if trainer.is_world_process_zero() and _last_validation(trainer) is None:
+        # That of the end may have been logged just before the kill, and will be logged again.
+        lines = [
+            line
+            for line in read_metrics(log.path)
+            if line["step"] < trainer.state.global_step or "eval_perplexity" not in line
+        ]
+        write_text(log.path, "".join(to_json(line) + "\n" for line in lines))
+
+
+def _last_validation(trainer: BlockDiffusionTrainer) -> dict[str, float] | None:
+    """The validation of the weights as they are now, where one was made after the last step."""
+    for line in reversed(trainer.state.log_history):
+        if line.get("step") == trainer.state.global_step and "eval_perplexity" in line:
+            names = ("eval_", "clip_")
+            return {name: value for name, value in line.items() if name.startswith(names)}
+    return None
+
+
+def _announce_rate(stored: TrainConfig, config: TrainConfig, done: int) -> None:
+    """One line on standard error where another number of steps moves the learning rate."""
+    if config.lr_schedule == "constant":
+        return
+    old, new = (_rate(options, done) for options in (stored, config))
+    print(
+        f"blockdiff: the learning rate goes from {old:.3g} to {new:.3g} at step {done}: its "
+        f"{config.lr_schedule} decay was to end at step {stored.steps} and now ends at "
+        f"{config.steps}",
+        file=sys.stderr,
+    )
+
+
+def _rate(config: TrainConfig, step: int) -> float:
+    """The learning rate of step `step`, counted from 0."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
+    schedule: Any = get_scheduler(config.lr_schedule, optimizer, config.warmup, config.steps)
+    return float(config.lr * schedule.lr_lambdas[0](step))
 
 
 def _start(source: str | None, checkpoint: Path | None) -> tuple[DiT | None, DiT | None, int]:
@@ -142,36 +327,6 @@ def _start(source: str | None, checkpoint: Path | None) -> tuple[DiT | None, DiT
     return load_model(newest), average, checkpoint_step(newest)
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
-    """Raises `InputError` unless a new run may use the folder."""
-    if out.is_file():
-        raise InputError(f"{out} is a file; choose another --out")
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not (out / CONFIG_FILE).is_file():
-        raise InputError(f"{out} is not empty and holds no run of ours; choose another --out")
-    if not overwrite:
-        raise InputError(
-            f"{out} already holds a run; continue it with --resume, replace it with --overwrite, "
-            "or choose another --out"
-        )
-
-
-def _begin(out: Path, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The run's folder with tokenizer and configuration; it replaces an earlier one in one go."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        tokenizer.save_pretrained(fresh)
-        save_config(config, fresh)
-        fresh.chmod(0o755)  # mkdtemp's is private
-        if out.exists():
-            shutil.rmtree(out)
-        fresh.rename(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
 def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> TrainingData:
     """Corpus, split, tokenizer and windows of a run.
 
@@ -183,13 +338,13 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
         split = config.validation_split or "train"
         held_out = list(_open(config, config.validation_data or config.data, split))
     elif config.streaming:
-        raise InputError("a streamed corpus needs --validation_data or --validation_split")
+        raise InputError("a streamed corpus needs `validation_data` or `validation_split`")
     else:
         documents, held_out = split_documents(corpus, config.validation_fraction, config.seed)
     if config.streaming and not (config.tokenizer or config.init_from):
-        raise InputError("a streamed corpus needs --tokenizer")
+        raise InputError("a streamed corpus needs a `tokenizer`")
     tokenizer = _tokenizer(config, documents)
-    options: dict[str, Any] = {"length": config.length, "bos": config.bos}
+    options: dict[str, Any] = {"length": config.length, "bos": config.bos, "eos": config.eos}
     windows: Windows | StreamedWindows
     if config.streaming:
         windows = stream_windows(documents, tokenizer, endless=True, **options)
@@ -198,10 +353,14 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
         if len(windows) < config.batch_size:
             raise InputError(
                 f"{config.data} fills {len(windows)} windows of {config.length} tokens, less than "
-                f"a batch of {config.batch_size}: give more text, or lower --batch_size or --length"
+                f"a batch of {config.batch_size}: give more text, or lower `batch_size` or `length`"
             )
-    validation = pack(held_out, tokenizer, across_documents=config.across_documents, **options)
-    return TrainingData(tokenizer, windows, stack(validation, config.eval_windows))
+    try:
+        validation = pack(held_out, tokenizer, across_documents=config.across_documents, **options)
+    except InputError as error:
+        raise InputError(f"the text held out to validate on: {error}") from None
+    fingerprints = {"train": fingerprint(windows), "validation": fingerprint(validation)}
+    return TrainingData(tokenizer, windows, stack(validation, config.eval_windows), fingerprints)
 
 
 def _open(
@@ -220,10 +379,10 @@ def _open(
 
 
 def _tokenizer(config: TrainConfig, documents: Iterable[str]) -> PreTrainedTokenizerBase:
-    if config.resume:
-        return load_tokenizer(config.out)
+    if config.resume and (Path(config.out) / "tokenizer_config.json").is_file():
+        return load_tokenizer(Path(config.out))
     if config.tokenizer or config.init_from:
-        return load_tokenizer(str(config.tokenizer or config.init_from))
+        return load_tokenizer(str(config.tokenizer or config.init_from), config.mask_token)
     return train_tokenizer(documents, config.vocab_size)
 
 
@@ -238,11 +397,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
     adaln = config.adaln
     if start is not None:
         sizes = {name: getattr(start.config, name) for name in sizes}
-        if start.config.vocab_size < len(tokenizer):
-            raise InputError(
-                f"the tokenizer has {len(tokenizer)} tokens but {config.init_from} was trained "
-                f"with {start.config.vocab_size}; use its own tokenizer"
-            )
+        check_tokenizer(start, tokenizer)
         adaln = adaln or start.config.adaln
     model = DiT(
         DiTConfig(
