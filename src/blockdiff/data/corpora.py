@@ -4,14 +4,18 @@ import glob
 import os
 import random
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from blockdiff import checks
 from blockdiff.data.files import (
+    file_key,
     find_files,
     first_line,
     format_of,
@@ -21,6 +25,8 @@ from blockdiff.data.files import (
 )
 from blockdiff.data.pydoc import pydoc_documents
 from blockdiff.errors import InputError
+from blockdiff.outputs import local_path
+from blockdiff.progress import track
 
 # Below this many documents a choice of whole ones cannot come near a fraction such as 0.05.
 _FEW_DOCUMENTS = 10
@@ -29,6 +35,8 @@ _FEW_DOCUMENTS = 10
 _LARGEST_OVERSHOOT = 1.5
 _LINE_OR_SENTENCE_END = re.compile(r"\n+|[.!?][\"')\]]*\s+")
 _FURTHEST_END = 2000  # characters
+_VISIBLE = re.compile(r"\S")
+_CHANGED = "the corpus changed while it was read: let nothing write to it and start again"
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ def load_corpus(
     streaming: bool = False,
     subset: str | None = None,
     process: tuple[int, int] = (0, 1),
+    decompressed_limit: int | None = None,
 ) -> Corpus:
     """Open a corpus; its text is read when it is iterated, file by file.
 
@@ -70,49 +79,82 @@ def load_corpus(
             several of these, or the id of a data set on the Hugging Face hub. Files are `.txt`
             (one document each), `.jsonl`/`.json` (one JSON object a line) or `.parquet`, each
             also compressed (`.gz`, `.xz`); a folder written by `Dataset.save_to_disk` works too.
+            What is named in several ways, by a folder and a file in it for example, is read once.
         split: split of a data set; local files have none.
         text_column: the column (JSON key) that holds the text.
         streaming: read a hub data set over the network as it is used instead of downloading it.
             Each process, and each DataLoader worker in it, then gets documents of its own.
         subset: configuration of a hub data set.
         process: (number, count) of this process among those that share a stream.
+        decompressed_limit: how many bytes a compressed file may unpack to, 0 for any number; by
+            default $BLOCKDIFF_DECOMPRESSED_LIMIT, else 200 times its size, at least 1 GiB.
 
     Raises:
         InputError: nothing is there, it cannot be reached or read, or it holds no text. Faults
             further inside a file are raised when the iteration comes to them.
     """
-    sources = [os.fspath(source)] if isinstance(source, str | os.PathLike) else list(source)
-    if not sources or "" in sources:
-        raise InputError("no corpus given: name a file, a folder, a data set or 'pydoc'")
+    sources = _names(source)
     name = ", ".join(sources)
     readers: list[Callable[[], Iterable[str]]] = []
     # Local documents of a stream are dealt out together, across files; else the order stays.
     to_share: list[Callable[[], Iterable[str]]] = []
     local_readers = to_share if streaming else readers
+    read: set[object] = set()
     for one in sources:
-        local = Path(os.path.expanduser(one))
-        saved = any((local / f"dataset_{kind}.json").is_file() for kind in ("info", "dict"))
-        if not saved and one != "pydoc" and not local.exists() and not looks_like_path(one):
+        local, kind = _kind_of(one)
+        if kind == "hub":
             stream = process if streaming else None
             readers.append(_hub_data_set(one, subset, split, stream, text_column))
             continue
-        if saved:
+        if kind == "saved":
             local_readers.append(_saved_data_set(local, split, text_column))
         elif split != "train" or subset is not None:
             raise InputError(
                 f"{one} is not a data set and has no splits or subsets "
                 f"(split={split!r}, subset={subset!r}): leave both out"
             )
-        elif one == "pydoc":
+        elif kind == "pydoc":
             local_readers.append(pydoc_documents)
         else:
-            local_readers += [partial(read_file, path, text_column) for path in find_files(one)]
+            files = {file_key(path): path for path in find_files(one)}
+            local_readers += [
+                partial(read_file, path, text_column, decompressed_limit)
+                for key, path in files.items()
+                if key not in read
+            ]
+            read |= files.keys()
     if to_share:
         readers.append(partial(_share, to_share, process))
     corpus = Corpus(name, tuple(readers), shared=streaming)
     if next(iter(corpus), None) is None:
         raise InputError(f"the corpus {name} holds no text: all its documents are empty")
     return corpus
+
+
+def _names(source: str | os.PathLike[str] | Sequence[str]) -> list[str]:
+    """The sources asked for, each once, in their order."""
+    sources = [source] if isinstance(source, str | os.PathLike) else source
+    try:
+        names = [os.fspath(one) for one in sources]
+    except TypeError:
+        names = [""]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise InputError("no corpus given: name a file, a folder, a data set or 'pydoc'")
+    return list(dict.fromkeys(names))
+
+
+def _kind_of(source: str) -> tuple[Path, str]:
+    """(the path it would be, `pydoc`, `saved`, `file` or `hub`)."""
+    if source == "pydoc":
+        return Path(source), "pydoc"
+    local = local_path("data", source)
+    try:
+        if any((local / f"dataset_{kind}.json").is_file() for kind in ("info", "dict")):
+            return local, "saved"
+        there = os.path.lexists(local)
+    except OSError:  # a name too long, a folder that must not be searched: find_files says which
+        there = True
+    return local, "file" if there or looks_like_path(source) else "hub"
 
 
 def looks_like_path(source: str) -> bool:
@@ -126,9 +168,44 @@ def looks_like_path(source: str) -> bool:
     )
 
 
+class Part(Iterable[str]):
+    """One side of a split of a corpus, read from it as it is asked for, again and again."""
+
+    def __init__(
+        self,
+        documents: Iterable[str],
+        cuts: Sequence[int],
+        lengths: Sequence[int],
+        validation: bool,
+    ) -> None:
+        """`cuts`, `lengths` [documents]: where each one's validation tail begins, and its end."""
+        self._documents = documents
+        self._cuts = cuts
+        self._lengths = lengths
+        self._validation = validation
+
+    def __iter__(self) -> Iterator[str]:
+        count = 0
+        for count, document in enumerate(self._documents, start=1):
+            if count > len(self._lengths) or len(document) != self._lengths[count - 1]:
+                raise InputError(_CHANGED)
+            cut = self._cuts[count - 1]
+            # A slice of the whole text is no copy.
+            if self._validation and cut < len(document):
+                yield document[cut:]
+            elif not self._validation and (cut or not document):
+                yield document[:cut]
+        if count != len(self._lengths):
+            raise InputError(_CHANGED)
+
+
 def split_documents(
-    documents: Iterable[str], validation_fraction: float = 0.05, seed: int = 0
-) -> tuple[list[str], list[str]]:
+    documents: Iterable[str],
+    validation_fraction: float = 0.05,
+    seed: int = 0,
+    *,
+    progress: bool = False,
+) -> tuple[Iterable[str], Iterable[str]]:
     """Split a corpus by document into training and validation text.
 
     Whole documents are drawn for validation until they hold `validation_fraction` of the
@@ -136,44 +213,60 @@ def split_documents(
     a line or sentence. Both sides keep the order of the corpus. The same documents and seed give
     the same split on any machine.
 
+    Args:
+        documents: the texts. A corpus is read here to measure it, and again by each side; only
+            one document at a time is held. Of a list or an iterator the sides are lists.
+        validation_fraction: share of the characters that is held out, inside (0, 1).
+        seed: of the draw.
+        progress: show a progress bar on stderr.
+
     Returns:
         (training documents, validation documents), neither empty.
 
     Raises:
-        InputError: the fraction is not inside (0, 1), or there is too little text to split.
+        InputError: the fraction is not inside (0, 1), or there is too little text to split; while
+            a side is iterated, the corpus has changed.
     """
-    if not 0 < validation_fraction < 1:
+    if isinstance(validation_fraction, bool) or not (
+        isinstance(validation_fraction, Real) and 0 < validation_fraction < 1
+    ):
         raise InputError(
-            f"validation_fraction is {validation_fraction}: give a number between 0 and 1"
+            f"`validation_fraction` is {validation_fraction!r}; give a number between 0 and 1"
         )
-    documents = list(documents)
-    if len(documents) >= _FEW_DOCUMENTS:
-        return _split_whole(documents, validation_fraction, seed)
-    cuts = [(text, _cut_point(text, validation_fraction)) for text in documents]
-    training = [text[:cut] for text, cut in cuts]
-    validation = [text[cut:] for text, cut in cuts if cut < len(text)]
-    if not validation:
+    seed = checks.seed("seed", seed)
+    if iter(documents) is documents:
+        documents = list(documents)
+    lengths, cuts = array("Q"), array("Q")
+    for document in track(documents, "Measuring documents") if progress else documents:
+        lengths.append(len(document))
+        if len(lengths) < _FEW_DOCUMENTS:
+            cuts.append(_cut_point(document, validation_fraction))
+    if len(lengths) >= _FEW_DOCUMENTS:
+        held_out = _drawn(lengths, validation_fraction, seed)
+        cuts = array("Q", (0 if i in held_out else size for i, size in enumerate(lengths)))
+    elif cuts == lengths:
         raise InputError("the corpus is too small to split: give more text")
+    training, validation = (Part(documents, cuts, lengths, side) for side in (False, True))
+    if isinstance(documents, list | tuple):
+        return list(training), list(validation)
     return training, validation
 
 
-def _split_whole(documents: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
+def _drawn(lengths: Sequence[int], fraction: float, seed: int) -> set[int]:
+    """Which documents are held out, of these lengths."""
     # Of all `random` draws, only random() is documented to stay the same in later Pythons.
     draw = random.Random(seed)
-    order = sorted(range(len(documents)), key=lambda _: draw.random())
-    target = fraction * sum(map(len, documents))
+    order = sorted(range(len(lengths)), key=lambda _: draw.random())
+    target = fraction * sum(lengths)
     chosen: set[int] = set()
     held = 0
     for index in order:
-        if held >= target or len(chosen) == len(documents) - 1:
+        if held >= target or len(chosen) == len(lengths) - 1:
             break
-        if held + len(documents[index]) <= _LARGEST_OVERSHOOT * target:
+        if held + lengths[index] <= _LARGEST_OVERSHOOT * target:
             chosen.add(index)
-            held += len(documents[index])
-    if not chosen:
-        chosen = {min(order, key=lambda index: len(documents[index]))}
-    training = [text for index, text in enumerate(documents) if index not in chosen]
-    return training, [documents[index] for index in sorted(chosen)]
+            held += lengths[index]
+    return chosen or {min(order, key=lambda index: lengths[index])}
 
 
 def _cut_point(text: str, fraction: float) -> int:
@@ -182,7 +275,7 @@ def _cut_point(text: str, fraction: float) -> int:
     reach = min(_FURTHEST_END, int(len(text) * min(fraction, 1 - fraction) / 2))
     ends = _LINE_OR_SENTENCE_END.finditer(text, max(0, place - reach), place + reach)
     cut = min((end.end() for end in ends), key=lambda end: abs(end - place), default=place)
-    worthwhile = text[:cut].strip() and text[cut:].strip()
+    worthwhile = _VISIBLE.search(text, 0, cut) and _VISIBLE.search(text, cut)
     return cut if worthwhile else len(text)
 
 
