@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -65,7 +65,7 @@ def train(
     *,
     progress: bool = True,
     device: str | None = None,
-    trainer_class: type[BlockDiffusionTrainer] = BlockDiffusionTrainer,
+    trainer_class: Callable[..., BlockDiffusionTrainer] = BlockDiffusionTrainer,
 ) -> Trained:
     """Runs or resumes the training `config` describes and leaves the model in `config.out`.
 
