@@ -5,11 +5,16 @@ Only their size is cut down; every command, option and call stands as written.
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from blockdiff import cli
+from blockdiff.demo import Pace, PacedTrainer
+from blockdiff.training.callbacks import read_metrics
+from blockdiff.training.config import TrainConfig
+from blockdiff.training.run import train
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -68,6 +73,52 @@ def test_readme_runs(
             Path(to).write_text(out, encoding="utf-8")
     for block in code_blocks("python"):
         exec(compile(block, str(README), "exec"), {})
+
+
+class Machine:
+    """A clock that a training moves by asking it: so many calls slow, the others fast."""
+
+    def __init__(self, slow_calls: int, slow: float, fast: float) -> None:
+        self.now, self.calls = 0.0, 0
+        self.slow_calls, self.slow, self.fast = slow_calls, slow, fast
+
+    def __call__(self) -> float:
+        self.calls += 1
+        self.now += self.slow if self.calls <= self.slow_calls else self.fast
+        return self.now
+
+
+STEPS = 24
+
+
+@pytest.mark.parametrize(
+    ("machine", "finished"),
+    [
+        (Machine(6, 10.0, 0.1), True),  # disturbed at first
+        (Machine(0, 0.0, 0.1), True),
+        (Machine(10**6, 10.0, 10.0), False),  # slow throughout
+    ],
+)
+def test_a_disturbed_start_neither_shrinks_the_demo_nor_lets_it_overrun(
+    tmp_path: Path, machine: Machine, finished: bool
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning was the word, and many words came after it. " * 60)
+    config = TrainConfig(
+        out=str(tmp_path / "run"), data=str(text), objective="ar", vocab_size=280, length=16,
+        batch_size=2, steps=STEPS, warmup=3, lr=1e-2, dropout=0.0, ema=0.9, log_every=1,
+        eval_windows=1, report_to="none", validation_data=str(text),
+    )  # fmt: skip
+    pace = Pace(seconds=100.0, clock=machine)
+    done = train(config, progress=False, trainer_class=partial(PacedTrainer, pace=pace))
+    steps = done.tokens_seen // 32
+    rates = [line["learning_rate"] for line in read_metrics(done.folder / "metrics.jsonl")
+             if "learning_rate" in line]  # fmt: skip
+    assert rates[-1] < 0.25 * max(rates), "the rate has fallen by the end"
+    if finished:
+        assert steps == STEPS
+    else:
+        assert 2 <= steps < STEPS and machine.now < 150
 
 
 def test_the_demo_leaves_everything_it_promises(tmp_path: Path) -> None:

@@ -12,25 +12,30 @@ import os
 import platform
 import shutil
 import time
-import timeit
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from blockdiff import objectives
 from blockdiff.api import TextGeneration, encode_prompts, to_text
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import evaluate_corpus
-from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.noising import exact_k, stratified_noise
 from blockdiff.plots import loss_plot
 from blockdiff.replay import Recorder, write_page
 from blockdiff.sampling.generate import collect, stream_tokens
@@ -38,7 +43,10 @@ from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.callbacks import METRICS_FILE, read_metrics
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import Trained, train
+from blockdiff.training.trainer import BlockDiffusionTrainer
 from blockdiff.watch import printable
+
+Clock = Callable[[], float]
 
 # The recipe both models share; docs/performance.md tells what else was tried.
 RECIPE = TrainConfig(
@@ -49,7 +57,6 @@ RECIPE = TrainConfig(
     preset="nano",
     batch_size=16,
     lr=3e-3,
-    lr_schedule="linear",
     warmup=30,
     dropout=0.0,
     ema=0.99,
@@ -58,11 +65,12 @@ RECIPE = TrainConfig(
     save_every=10_000,
     report_to="none",
 )
-# Steps where time allows, and the share of the time that goes to AR.
+# Steps where time allows, and the share of the time that goes to AR. The learning rate falls to
+# nothing by the end of either (`PacedTrainer`).
 MOST_STEPS = {"ar": 700, "bd3lm": 2000}
 AR_SHARE = 0.35
-# Minutes kept for everything but training: reading, packing, measuring, writing.
-OTHER_MINUTES = 1.2
+# Minutes kept for what comes after training: measuring, writing.
+MINUTES_AFTER = 0.9
 MEASURED_WINDOWS = 192
 PROMPTS = ("", "This module provides", "Return the")
 # So small a model says more at a low temperature.
@@ -89,26 +97,39 @@ class _Result:
         )
 
 
-def demo(out: str, minutes: float = 8.0, seed: int = 0, overwrite: bool = False) -> None:
+def demo(
+    out: str,
+    minutes: float = 8.0,
+    seed: int = 0,
+    overwrite: bool = False,
+    clock: Clock = time.perf_counter,
+) -> None:
     """Runs the demo and leaves models, metrics, report, plot and page in `out`.
 
     Raises `InputError` when `out` holds something already, or `minutes` is not positive.
     """
     folder = Path(out)
     _check(folder, minutes, overwrite)
-    begin = time.perf_counter()
+    begin = clock()
     console = Console(highlight=False)
-    plan = _plan(minutes)
+
+    def run(kind: str, share: float, config: TrainConfig) -> Trained:
+        """Trains for a share of the time that is left, at least a tenth of all of it."""
+        left = 60 * max(minutes - MINUTES_AFTER, 0.8 * minutes) - (clock() - begin)
+        pace = Pace(max(share * left, 6 * minutes), clock)
+        named = replace(config, steps=MOST_STEPS[kind])
+        done = train(named, trainer_class=partial(PacedTrainer, pace=pace))
+        console.print(f"  {_steps(done)} steps in {done.seconds:.0f} s")
+        return done
+
     if folder.exists():
         shutil.rmtree(folder)
     ar_folder, bd_folder = folder / "ar", folder / "bd3lm"
     recipe = replace(RECIPE, seed=seed)
-    console.print(
-        f"[bold]1[/] AR, {plan['ar']['steps']} steps, on the Python documentation of this machine"
-    )
-    ar = train(replace(recipe, objective="ar", **plan["ar"], out=str(ar_folder)))
-    console.print(f"[bold]2[/] BD3-LM, L' = 4, {plan['bd3lm']['steps']} steps, from the AR weights")
-    bd = train(replace(recipe, **plan["bd3lm"], out=str(bd_folder), init_from=str(ar_folder)))
+    console.print("[bold]1[/] AR, on the Python documentation of this machine")
+    ar = run("ar", AR_SHARE, replace(recipe, objective="ar", out=str(ar_folder)))
+    console.print("[bold]2[/] BD3-LM, L' = 4, from the AR weights")
+    bd = run("bd3lm", 1.0, replace(recipe, out=str(bd_folder), init_from=str(ar_folder)))
     console.print("[bold]3[/] Perplexity of documents neither has seen")
     results = [
         _Result("AR", ar, _measure(ar_folder, recipe)),
@@ -123,7 +144,7 @@ def demo(out: str, minutes: float = 8.0, seed: int = 0, overwrite: bool = False)
         console.print(prompt, style="bold", end="", markup=False)
         console.print(printable(text), markup=False)
     _gather_metrics(folder, results)
-    seconds = time.perf_counter() - begin
+    seconds = clock() - begin
     (folder / "report.md").write_text(_report(results, texts, seconds, seed), encoding="utf-8")
     console.print(
         f"\n{seconds / 60:.1f} minutes. In {folder}: bd3lm/ (the model), report.md, loss.png, "
@@ -143,46 +164,55 @@ def _check(folder: Path, minutes: float, overwrite: bool) -> None:
         raise InputError(f"{folder} holds a demo; replace it with --overwrite, or choose an --out")
 
 
-def _plan(minutes: float) -> dict[str, dict[str, Any]]:
-    """Steps of each model that fit the time on this machine, at most `MOST_STEPS`.
+class Pace:
+    """A training's share of the time, and how far it is: by its steps or the clock, what is later.
 
-    `minutes` ends a training that turns out slower than its steps were timed.
+    Nothing is planned from a few timed steps, so a disturbed moment costs no more than itself.
     """
-    budget = max(minutes - OTHER_MINUTES, 0.5 * minutes)
-    shares = {"ar": AR_SHARE * budget, "bd3lm": (1 - AR_SHARE) * budget}
-    return {
-        kind: {
-            "minutes": share,
-            "steps": max(5, min(MOST_STEPS[kind], int(60 * share / _seconds_per_step(kind)))),
-        }
-        for kind, share in shares.items()
-    }
+
+    def __init__(self, seconds: float, clock: Clock = time.perf_counter) -> None:
+        self.seconds, self.clock = seconds, clock
+        self.begin: float | None = None
+
+    def progress(self, step: int, steps: int) -> float:
+        """0 at the first call to 1, when `steps` are done or the time is over."""
+        if self.begin is None:
+            self.begin = self.clock()
+        return min(1.0, max(step / steps, (self.clock() - self.begin) / self.seconds))
 
 
-def _seconds_per_step(kind: str) -> float:
-    """Times a training step of the recipe on random tokens."""
-    size, length, causal = RECIPE.vocab_size, RECIPE.length, kind == "ar"
-    sizes: dict[str, Any] = dict(PRESETS[RECIPE.preset])
-    model = DiT(DiTConfig(size, length, RECIPE.block_size, causal=causal, dropout=0.0, **sizes))
-    model.to(device=choose_device())  # type: ignore[call-arg]
-    generator = torch.Generator(model.device).manual_seed(0)
-    x_0 = torch.randint(
-        size - 1, (RECIPE.batch_size, length), generator=generator, device=model.device
-    )
-    maskable = objectives.maskable_positions(x_0)
-    layout = model.config.layout
+class PacedTrainer(BlockDiffusionTrainer):
+    """Ends when `pace` is over, by when the learning rate has fallen to nothing."""
 
-    def step() -> None:
-        if causal:
-            nats = objectives.ar(model, x_0, maskable)
-        else:
-            noise = stratified_noise(len(x_0), layout, generator)
-            nats = objectives.bd3lm(model, x_0, exact_k(x_0, layout, noise, maskable, size - 1))
-        nats.mean().backward()
+    def __init__(self, *given: Any, pace: Pace, **named: Any) -> None:
+        self.pace = pace
+        super().__init__(*given, **named)
+        self.add_callback(_EndOfPace(pace))
 
-    # The best of five: a moment's disturbance must not cost steps, and the clock ends a training
-    # that stays slower. Optimizer, clipping, EMA and loading come on top.
-    return 1.1 * min(timeit.repeat(step, number=1, repeat=5))
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        warmup = max(1, self.args.warmup_steps)
+
+        def share(step: int) -> float:
+            progress = self.pace.progress(step, num_training_steps)
+            return min(1.0, (step + 1) / warmup) * (1 - progress)
+
+        optimizer = self.optimizer if optimizer is None else optimizer
+        assert optimizer is not None
+        self.lr_scheduler = LambdaLR(optimizer, share)
+        return self.lr_scheduler
+
+
+class _EndOfPace(TrainerCallback):
+    def __init__(self, pace: Pace) -> None:
+        self.pace = pace
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
+    ) -> None:
+        if self.pace.progress(state.global_step, state.max_steps) >= 1:
+            control.should_training_stop = True
 
 
 def _measure(folder: Path, recipe: TrainConfig) -> dict[str, object]:
@@ -194,6 +224,10 @@ def _measure(folder: Path, recipe: TrainConfig) -> dict[str, object]:
         split_seed=recipe.seed,
         windows=MEASURED_WINDOWS,
     )
+
+
+def _steps(run: Trained) -> int:
+    return run.tokens_seen // (RECIPE.batch_size * RECIPE.length)
 
 
 def _table(results: list[_Result]) -> Table:
@@ -247,8 +281,7 @@ def _report(results: list[_Result], texts: TextGeneration, seconds: float, seed:
         "|---|---|---|---|---|---|",
     ]
     for result in results:
-        steps = result.run.tokens_seen // (RECIPE.batch_size * RECIPE.length)
-        cells = [*result.row(), str(steps), f"{result.run.seconds:.0f} s"]
+        cells = [*result.row(), str(_steps(result.run)), f"{result.run.seconds:.0f} s"]
         lines.append(f"| {' | '.join(cells)} |")
     record = results[0].record
     lines += [

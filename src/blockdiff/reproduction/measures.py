@@ -24,7 +24,7 @@ def variances(results: Summary) -> str:
         "unclear, Bernoulli's own variance is known too badly.",
     ]
     for size in sizes(results.scale):
-        found = {r["estimator"]: r for r in results[f"variance-L{size}"]["estimators"]}
+        found = {r["estimator"]: r for r in results.estimators(size)}
         plain = found["bernoulli"]
         rows = []
         for r in sorted(found.values(), key=lambda r: r["passes"] * r["gradient"]["mask"]):

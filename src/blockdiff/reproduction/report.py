@@ -48,9 +48,7 @@ def write_report(folder: Path, scale: Scale, data: str) -> Path:
     figures.clip_course(results, out / "clips.png")
     figures.quality_by_nfe(results, out / "quality.png")
     figures.length_histogram(results, out / "lengths.png")
-    records = [
-        r for size in sizes(results.scale) for r in results[f"variance-L{size}"]["estimators"]
-    ]
+    records = [r for size in sizes(scale) for r in results.estimators(size)]
     variance_plot(records, out / "variance.png", title="Noise of the estimators")
     # As read again, so that the text says what the file holds.
     record = json.loads(to_json(_summary(results, data), indent=1))

@@ -100,6 +100,17 @@ class _Jobs:
         """The seeds a model was trained with."""
         return [s for s in range(self.scale.seeds) if f"s{s}-{model}" in self.jobs]
 
+    def estimators(self, size: int) -> list[dict[str, Any]]:
+        """The noise of every estimator at a block size; NaN where JSON has null."""
+        found: list[dict[str, Any]] = []
+        for record in self[f"variance-L{size}"]["estimators"]:
+            parts = {
+                kind: {k: math.nan if v is None else v for k, v in record[kind].items()}
+                for kind in ("loss", "gradient")
+            }
+            found.append({**record, **parts})
+        return found
+
     def rate(self, model: str, seed: int) -> Rate:
         """One seed's."""
         found = self[f"s{seed}-{model}/likelihood"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -86,7 +86,7 @@ def train(
     *,
     progress: bool = True,
     device: str | None = None,
-    trainer_class: type[BlockDiffusionTrainer] = BlockDiffusionTrainer,
+    trainer_class: Callable[..., BlockDiffusionTrainer] = BlockDiffusionTrainer,
     given: Collection[str] | None = None,
 ) -> Trained:
     """Runs or resumes the training `config` describes and leaves the model in `config.out`.
@@ -166,7 +166,7 @@ def _train(
     progress: bool,
     stored: TrainConfig | None,
     record: dict[str, Any],
-    trainer_class: type[BlockDiffusionTrainer],
+    trainer_class: Callable[..., BlockDiffusionTrainer],
 ) -> Trained:
     """A run in a folder that is claimed; `stored` and `record` are those of a resumed one."""
     out = Path(config.out)
@@ -334,6 +334,7 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
     """
     corpus = _open(config, config.data, config.split, process if config.streaming else None)
     documents: Iterable[str] = corpus
+    held_out: Iterable[str]
     if config.validation_data is not None or config.validation_split is not None:
         split = config.validation_split or "train"
         held_out = list(_open(config, config.validation_data or config.data, split))
