@@ -96,7 +96,7 @@ STEPS = 24
     [
         (Machine(6, 10.0, 0.1), True),  # disturbed at first
         (Machine(0, 0.0, 0.1), True),
-        (Machine(10**6, 10.0, 10.0), False),  # slow throughout
+        (Machine(10**6, 4.0, 4.0), False),  # slow throughout
     ],
 )
 def test_a_disturbed_start_neither_shrinks_the_demo_nor_lets_it_overrun(

@@ -105,6 +105,8 @@ def claim(
                 _check_contents(folder, overwrite, can_resume, kinds)
             made = _make(folder)
             lock = _lock(folder)
+            for draft in folder.glob(".blockdiff-????????"):  # of one that was killed in its trial
+                draft.unlink(missing_ok=True)
             if not go_on:
                 _check_contents(folder, overwrite, can_resume, kinds)
             try_writing(folder)
@@ -170,8 +172,14 @@ def _foreign(folder: Path, tree: Tree) -> str | None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder is absent or holds nothing but a lock and the file system's own."""
-    return not folder.is_dir() or all(_IGNORED.fullmatch(path.name) for path in folder.iterdir())
+    """Whether a folder is absent or holds nothing but a lock, drafts and the file system's own."""
+    return not folder.is_dir() or _first_content(folder) is None
+
+
+def _first_content(folder: Path) -> str | None:
+    names = (path.name for path in folder.iterdir()
+             if not _IGNORED.fullmatch(path.name) and not _known(path, {})[0])  # fmt: skip
+    return min(names, default=None)
 
 
 def _known(path: Path, tree: Tree) -> tuple[bool, Any]:
@@ -189,11 +197,11 @@ def _known(path: Path, tree: Tree) -> tuple[bool, Any]:
 def _check_contents(
     folder: Path, overwrite: bool, can_resume: bool, kinds: tuple[str, ...]
 ) -> None:
-    if is_empty(folder):
+    what = _first_content(folder) if folder.is_dir() else None
+    if what is None:
         return
     kind = _kind(folder, kinds)
     if kind is None:
-        what = min(path.name for path in folder.iterdir() if not _IGNORED.fullmatch(path.name))
         raise InputError(
             f"{folder} is not empty ({what}) and holds no {kinds[0]} of ours; choose another `out`"
         )

@@ -137,4 +137,4 @@ def try_writing(folder: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     finally:
-        os.unlink(path)
+        Path(path).unlink(missing_ok=True)
