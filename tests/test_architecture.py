@@ -36,6 +36,7 @@ FLOORS = [
         "api",
         "benchmark*",
         "cli",
+        "commands*",
         "demo",
         "illustrations",
         "plots",
@@ -45,7 +46,7 @@ FLOORS = [
         "writing",
     ],
 ]
-LIGHT = ["training.config", "sampling.options", "cli", "folders"]
+LIGHT = ["training.config", "sampling.options", "cli", "commands", "folders"]
 
 
 def module_name(path):

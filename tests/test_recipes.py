@@ -1,14 +1,14 @@
 """Every recipe says what the paper does, and trains: two steps, on a stand-in for its text."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from blockdiff.cli import build_parser
+from blockdiff.cli import parse as parse_words
 from blockdiff.data.corpora import load_corpus
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.models.hub import load_model
@@ -26,8 +26,8 @@ STAND_IN = {"preset": "nano", "length": 32, "batch_size": 4, "steps": 2, "warmup
 
 
 def parse(path: Path, *more: str) -> TrainConfig:
-    given = build_parser().parse_args(["train", "--config", str(path), *more])["train"]
-    return TrainConfig(**{f.name: getattr(given, f.name) for f in fields(TrainConfig)})
+    config: TrainConfig = parse_words(["train", "--config", str(path), *more])[1].make(TrainConfig)
+    return config
 
 
 def in_order(name: str) -> list[Path]:
@@ -96,9 +96,8 @@ def test_recipes_train(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     Path("text.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
     train_tokenizer(load_corpus("text.jsonl"), 280).save_pretrained("tokenizer")
     local = STAND_IN | {"data": "text.jsonl", "tokenizer": "tokenizer"}
-    more = [f"--{key}={'null' if value is None else value}" for key, value in local.items()]
     for path in in_order(name):
-        config = parse(path, *more)
+        config = replace(parse(path), **local)
         done = train(config, progress=False)
         model = load_model(done.folder)
         assert model.config.kind == config.objective

@@ -7,6 +7,7 @@ import datasets
 import pytest
 
 from blockdiff import cli
+from blockdiff.commands.zero_shot import ZeroShotOptions
 from blockdiff.data.detokenizers import DETOKENIZERS
 from blockdiff.errors import InputError
 from blockdiff.evaluation.zero_shot import TEXT_SETS, find_text_sets
@@ -73,7 +74,7 @@ def test_the_papers_sets_are_all_there() -> None:
     assert set(TEXT_SETS) == {
         "ptb", "wikitext2", "wikitext103", "lm1b", "lambada", "ag_news", "pubmed", "arxiv"
     }  # fmt: skip
-    default = cli.ZeroShotOptions().texts
+    default = ZeroShotOptions().texts
     assert list(find_text_sets(default)) == default.split(",") and len(default.split(",")) == 7
     assert {one.detokenizer for one in TEXT_SETS.values()} <= set(DETOKENIZERS)
 

@@ -102,6 +102,7 @@ def demo(
     minutes: float = 8.0,
     seed: int = 0,
     overwrite: bool = False,
+    device: str = "auto",
     clock: Clock = time.perf_counter,
 ) -> None:
     """Runs the demo and leaves models, metrics, report, plot and page in `out`.
@@ -125,7 +126,7 @@ def demo(
     if folder.exists():
         shutil.rmtree(folder)
     ar_folder, bd_folder = folder / "ar", folder / "bd3lm"
-    recipe = replace(RECIPE, seed=seed)
+    recipe = replace(RECIPE, seed=seed, device=device)
     console.print("[bold]1[/] AR, on the Python documentation of this machine")
     ar = run("ar", AR_SHARE, replace(recipe, objective="ar", out=str(ar_folder)))
     console.print("[bold]2[/] BD3-LM, L' = 4, from the AR weights")
@@ -137,7 +138,7 @@ def demo(
     ]
     console.print(_table(results))
     console.print("[bold]4[/] Three passages, block by block")
-    model, tokenizer = load(bd_folder, device=choose_device())
+    model, tokenizer = load(bd_folder, device=choose_device(device))
     texts = _write(model, tokenizer, folder / "denoising.html")
     for prompt, text in zip(PROMPTS, texts.texts, strict=True):
         console.print()
@@ -223,6 +224,7 @@ def _measure(folder: Path, recipe: TrainConfig) -> dict[str, object]:
         validation_fraction=recipe.validation_fraction,
         split_seed=recipe.seed,
         windows=MEASURED_WINDOWS,
+        device=recipe.device,
     )
 
 

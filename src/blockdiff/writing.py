@@ -21,12 +21,14 @@ from blockdiff.sampling.options import SamplingOptions
 from blockdiff.watch import printable, watch
 
 
-def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:
+def write_texts(
+    source: str, wish: Any, options: SamplingOptions, device: str | None = None
+) -> None:
     """Generates as asked and prints; `wish` is the command line's `GenerateOptions`."""
     prompts = _prompts(wish.prompt, wish.prompt_file)
     if wish.page is not None:
         new_file("page", wish.page)
-    model, tokenizer = load(source, tokenizer=wish.tokenizer, device=choose_device())
+    model, tokenizer = load(source, tokenizer=wish.tokenizer, device=choose_device(device))
     # The compiler brings weights into order itself.
     precision = resolve_precision(wish.precision, model.device)
     convert(model, precision, model.device, few_tokens=not wish.compile)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from blockdiff.errors import InputError
-from blockdiff.training.config import CHOICES
+from blockdiff.training.config import CHOICES, Backend, Precision, Preset
 
-WORKS = ("train", "sample", "attention", "evaluate")
+Work = Literal["train", "sample", "attention", "evaluate"]
+WORKS = get_args(Work)
 
 
 @dataclass(frozen=True)
@@ -28,21 +30,23 @@ class BenchmarkOptions:
         top_p: Top-p cut of every sampler (sample).
         repeats: Timed repeats of each alternative.
         json: Print one JSON object.
+        device: cpu, cuda, cuda:1, mps, or auto (cuda, else mps, else cpu).
     """
 
-    preset: str = "nano"
+    preset: Preset = "nano"
     vocab_size: int = 1024
     length: int = 128
     block_size: int = 4
     batch_size: int = 16
-    precision: str = "auto"
-    backend: str = "auto"
+    precision: Precision = "auto"
+    backend: Backend = "auto"
     compile: bool = False
     dropout: float = 0.1
     tokens: int = 64
     top_p: float = 0.9
     repeats: int = 5
     json: bool = False
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         """Raises `InputError` for sizes below 1 and unknown names."""

@@ -53,8 +53,8 @@ def benchmark(work: str, options: BenchmarkOptions) -> dict[str, Any]:
     """
     if work not in WORKS:
         raise InputError(f"no benchmark {work!r}; choose one of {', '.join(WORKS)}")
-    device = choose_device()
-    precision = resolve_precision(options.precision, device)
+    device = choose_device(options.device)
+    precision: Any = resolve_precision(options.precision, device)
     options = replace(options, precision=precision)
     machine = measure_machine(device)
     make, kinds, pairs = _COMPARISONS[work]

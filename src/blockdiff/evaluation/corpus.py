@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ PARTS = ("all", "train", "validation")
 
 
 def open_documents(
-    data: str,
+    data: str | Sequence[str],
     *,
     part: str = "all",
     validation_fraction: float = 0.05,
@@ -53,7 +53,7 @@ def open_documents(
 def open_sequences(
     network: DiT,
     words: PreTrainedTokenizerBase,
-    data: str,
+    data: str | Sequence[str],
     *,
     length: int | None = None,
     bos: bool = False,
@@ -80,7 +80,7 @@ def open_sequences(
 
 def evaluate_corpus(
     model: str | Path,
-    data: str,
+    data: str | Sequence[str],
     *,
     part: str = "all",
     validation_fraction: float = 0.05,
@@ -101,12 +101,13 @@ def evaluate_corpus(
     batch_size: int | None = None,
     seed: int = 0,
     precision: str = "float32",
+    device: str | None = None,
 ) -> dict[str, object]:
     """Measures a corpus under the model in a folder or hub repository.
 
     Returns `measure_sequences`'s record. Raises `InputError` on bad input.
     """
-    network, words = load(model, tokenizer=tokenizer, device=choose_device())
+    network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
     precision = resolve_precision(precision, network.device)
     convert(network, precision, network.device)
     packed, sequences = open_sequences(
@@ -127,7 +128,7 @@ def measure_sequences(
     sequences: dict[str, Tensor],
     *,
     model: str,
-    data: str,
+    data: str | Sequence[str],
     estimator: str = "auto",
     draws: int = 8,
     seed: int = 0,
@@ -172,7 +173,9 @@ def measure_sequences(
 def summary_table(record: dict[str, object]) -> str:
     """A record for people."""
     bound = "" if record["estimator"] == "ar" else "≤ "
-    table = Table(title=f"{record['model']} on {record['data']} ({record['part']})")
+    data = record["data"]
+    names = data if isinstance(data, str) else ", ".join(map(str, data or []))  # type: ignore[call-overload]
+    table = Table(title=f"{record['model']} on {names} ({record['part']})")
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_column("± standard error", justify="right")

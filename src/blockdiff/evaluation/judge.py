@@ -94,7 +94,7 @@ def windows(tokens: int, window: int) -> list[tuple[int, int]]:
     return found
 
 
-def load_judge(source: str | Path, window: int | None = None) -> Judge:
+def load_judge(source: str | Path, window: int | None = None, device: str | None = None) -> Judge:
     """A judge from a folder or hub id: any causal LM of `transformers`, or an AR model of ours.
 
     `window`: tokens it reads at once, at most (and by default) 1,024 or what it was made for.
@@ -108,9 +108,9 @@ def load_judge(source: str | Path, window: int | None = None) -> Judge:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot open a judge in {source}: {reason}") from None
-    device = choose_device()
+    where = choose_device(device)
     if config.model_type == DiTConfig.model_type:
-        model, tokenizer = load(source, device=device)
+        model, tokenizer = load(source, device=where)
         if not model.config.causal:
             raise InputError(f"{source} is {model.config.kind}; a judge must be autoregressive")
         size = min(reach, model.config.length)
@@ -121,7 +121,7 @@ def load_judge(source: str | Path, window: int | None = None) -> Judge:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot open a judge in {source}: {reason}") from None
-    network.eval().to(device)
+    network.eval().to(where)
     longest = getattr(config, "max_position_embeddings", None) or WINDOW
     return Judge(str(source), tokenizer, _score_of(network), min(reach, longest))
 

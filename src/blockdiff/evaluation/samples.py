@@ -234,6 +234,7 @@ def measure_samples(
     reference: str | None = None,
     words: int = 200,
     seed: int = 0,
+    device: str | None = None,
     **corpus: Any,
 ) -> dict[str, SampleQuality]:
     """Measures a file of samples; beside it the reference, and its words in random order.
@@ -243,9 +244,9 @@ def measure_samples(
     `InputError` on bad input.
     """
     if judge is None and tokenizer is None:
-        raise InputError("name a --judge, or a --tokenizer whose tokens are counted")
+        raise InputError("name a `judge`, or a `tokenizer` whose tokens are counted")
     texts, cost = read_samples(samples)
-    critic = None if judge is None else load_judge(judge, window)
+    critic = None if judge is None else load_judge(judge, window, device)
     if tokenizer is None:
         assert critic is not None
         encode: Callable[[str], Ids] = critic.encode
@@ -264,7 +265,7 @@ def measure_samples(
     if not real or not rest:
         raise InputError(
             f"{reference} gives {len(pieces)} pieces of {words} words: less than the samples and "
-            "something to compare them with; lower --words or give more text"
+            "something to compare them with; lower `words` or give more text"
         )
     return {
         "samples": measure(texts, cost=cost, reference=rest),
@@ -276,7 +277,7 @@ def measure_samples(
 def _cut(words: list[str], size: int) -> list[list[str]]:
     """Whole pieces of `size` words."""
     if size < 1:
-        raise InputError(f"--words is {size}; it must be at least 1")
+        raise InputError(f"`words` is {size}; it must be at least 1")
     return [words[i : i + size] for i in range(0, len(words) - size + 1, size)]
 
 

@@ -224,7 +224,7 @@ def _analysis(means: Tensor, squares: Tensor, draws: int) -> Spread:
 
 def measure_corpus(
     model: str | Path,
-    data: str,
+    data: str | Sequence[str],
     *,
     block_sizes: str | None = None,
     estimators: str | None = None,
@@ -234,6 +234,7 @@ def measure_corpus(
     gradient: bool = True,
     seed: int = 0,
     tokenizer: str | None = None,
+    device: str | None = None,
     **corpus: Any,
 ) -> list[EstimatorVariance]:
     """Measures every estimator at every block size on windows of a corpus.
@@ -242,7 +243,7 @@ def measure_corpus(
     `DEFAULT_ESTIMATORS` when left out. Everything is measured on the same windows. `corpus`: see
     `open_sequences`. Raises `InputError` on bad input.
     """
-    network, words = load(model, tokenizer=tokenizer, device=choose_device())
+    network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
     try:
         sizes = [int(x) for x in (block_sizes or str(network.config.block_size)).split(",")]
     except ValueError:

@@ -93,6 +93,7 @@ def zero_shot(
     draws: int = 8,
     seed: int = 0,
     precision: str = "float32",
+    device: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measures the model on each of `texts` (see `find_text_sets`): records of `measure_sequences`.
 
@@ -100,7 +101,7 @@ def zero_shot(
     `InputError` on bad input.
     """
     sets = find_text_sets(texts)
-    network, words = load(model, tokenizer=tokenizer, device=choose_device())
+    network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
     precision = resolve_precision(precision, network.device)
     convert(network, precision, network.device)
     opened = {

@@ -78,15 +78,14 @@ class TrainConfig:
     Attributes:
         out: Folder of the run: model, tokenizer, metrics and checkpoints.
         data: Corpus: pydoc, files (txt, jsonl, parquet; .xz and .gz too), a folder, or a hub id,
-            @revision after it or not.
+            @revision after it or not; may be given several times.
         validation_data: Corpus to validate on; by default documents held out of data.
         validation_split: Split of a hub data set to validate on: of validation_data, or of data.
         validation_fraction: Share of the text held out when neither is given.
         text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
         split: Split of a hub data set.
         subset: Subset (configuration) of a hub data set.
-        detokenizer: What undoes a benchmark's own marks: none, wikitext, ptb, lm1b, lambada or
-            scientific.
+        detokenizer: What undoes a benchmark's own marks.
         streaming: Read a hub data set as it is needed, keeping nothing on disk.
         tokenizer: Folder or hub id of a tokenizer; by default a BPE is trained on the corpus.
         vocab_size: Size of the trained BPE.
@@ -94,17 +93,17 @@ class TrainConfig:
         bos: Put a beginning-of-text token before each document.
         eos: Put an end-of-text token behind each document; false for a tokenizer that has none.
         across_documents: Let windows run across documents; otherwise pad at each document's end.
-        objective: bd3lm, mdlm (block size = length), sedd or ar.
+        objective: What is trained; mdlm and sedd have one block of the whole length.
         length: Context L in tokens.
         block_size: Block size L' of bd3lm.
-        preset: Network size: nano, micro, small or medium.
+        preset: Network size.
         init_from: Model folder, hub id or starter to start from, for example an AR model of this
             package; of a run's folder the weights and their average are both carried on.
         adaln: Give the network adaptive layer norms, as the paper does.
         time_conditioning: Feed the network the noise level; sedd always does.
         initial_shift: Standard deviation of their shifts at initialisation.
-        estimator: How masks are drawn: exact_k, paired, bernoulli, d3pm, bell, clipped or
-            clipped_redraw (redraws masks until their share lies in the clip).
+        estimator: How masks are drawn; clipped_redraw redraws them until their share lies in the
+            clip.
         schedule: Noise schedule of bernoulli and d3pm.
         timesteps: Time steps T of d3pm.
         clip: Mask rates "β,ω" of clipped, for example 0.45,0.95; or auto, to search for the clip
@@ -114,14 +113,14 @@ class TrainConfig:
         batch_size: Windows per step, over all processes: the run is the same on any number.
         accumulate: Micro-batches each process's part of a step is cut into.
         lr: Learning rate.
-        lr_schedule: constant, linear or cosine, after the warm-up.
+        lr_schedule: Course of the learning rate after the warm-up.
         warmup: Warm-up steps; 0 begins at the full rate.
         weight_decay: Weight decay of AdamW; 0 is none.
         max_grad_norm: Gradient norm to clip at; 0 does not clip.
         dropout: Dropout; 0 is none.
         ema: Decay of the weights' moving average, which is what is evaluated and saved; 0 is off.
         precision: float32, bf16 (autocast), or auto: bf16 where the processor is made for it.
-        backend: Attention: auto, dense, blockwise or flex.
+        backend: Attention.
         compile: Compile the layers with torch.compile.
         device: cpu, cuda, cuda:1, mps, or auto (cuda, else mps, else cpu).
         seed: Seed of weights, data order, masks and dropout, at most 2³² − 1.
@@ -137,8 +136,8 @@ class TrainConfig:
     """
 
     out: str = "runs/train"
-    data: str = "pydoc"
-    validation_data: str | None = None
+    data: str | list[str] = "pydoc"
+    validation_data: str | list[str] | None = None
     validation_split: str | None = None
     validation_fraction: float = 0.05
     text_column: str = "text"
@@ -240,6 +239,11 @@ class TrainConfig:
             if str(field.type).startswith("str") and not isinstance(value, str):
                 if value is None and "None" in str(field.type):
                     continue
+                if "list" in str(field.type) and isinstance(value, list | tuple):
+                    texts = list(value)
+                    if texts and all(isinstance(text, str) for text in texts):
+                        object.__setattr__(self, field.name, texts)
+                        continue
                 raise InputError(f"`{field.name}` is {value!r}; it must be text")
 
     def _set(self, name: str, value: float) -> None:

@@ -365,7 +365,7 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
 
 
 def _open(
-    config: TrainConfig, data: str, split: str, process: tuple[int, int] | None = None
+    config: TrainConfig, data: str | list[str], split: str, process: tuple[int, int] | None = None
 ) -> Corpus:
     """A corpus of the run; as a stream, where `process` says whose share of it."""
     corpus = load_corpus(

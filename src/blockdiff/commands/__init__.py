@@ -1,0 +1,28 @@
+"""The commands, a file each. Nothing heavy is imported before one runs."""
+
+from blockdiff.commands import (
+    benchmark,
+    demo,
+    evaluate,
+    evaluate_samples,
+    generate,
+    reproduce,
+    tokenizer,
+    train,
+    variance,
+    zero_shot,
+)
+from blockdiff.commands.options import Command
+
+COMMANDS: dict[str, Command] = {
+    "train": train.COMMAND,
+    "evaluate": evaluate.COMMAND,
+    "zero-shot": zero_shot.COMMAND,
+    "variance": variance.COMMAND,
+    "evaluate-samples": evaluate_samples.COMMAND,
+    "generate": generate.COMMAND,
+    "tokenizer": tokenizer.COMMAND,
+    "benchmark": benchmark.COMMAND,
+    "reproduce": reproduce.COMMAND,
+    "demo": demo.COMMAND,
+}

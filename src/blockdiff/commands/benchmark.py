@@ -1,0 +1,41 @@
+"""`blockdiff benchmark`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from blockdiff.benchmark.options import BenchmarkOptions, Work
+from blockdiff.commands.options import Command, Given
+from blockdiff.outputs import to_json
+
+
+@dataclass(frozen=True)
+class WorkOptions:
+    """What is timed.
+
+    Attributes:
+        work: What is timed: a training step, sampling, attention, or a likelihood.
+    """
+
+    work: Work
+
+
+def _run(given: Given) -> None:
+    options = given.make(BenchmarkOptions)
+    from blockdiff.benchmark.report import benchmark, describe
+
+    record = benchmark(given.make(WorkOptions).work, options)
+    print(to_json(record, indent=2) if options.json else describe(record))
+
+
+COMMAND = Command(
+    summary="Time ours against the naive way and the baselines, side by side.",
+    kinds=(WorkOptions, BenchmarkOptions),
+    run=_run,
+    places=("work",),
+    sections={"work": "Benchmark"},
+    examples=(
+        "blockdiff benchmark train --length 128 --block-size 4",
+        "blockdiff benchmark sample --batch-size 1 --json",
+    ),
+)

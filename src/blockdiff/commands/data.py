@@ -1,0 +1,44 @@
+"""The options of a text to measure on, which several commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from blockdiff.training.config import Detokenizer
+
+Part = Literal["all", "train", "validation"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """A text to measure on.
+
+    Attributes:
+        data: Corpus: pydoc, files (txt, jsonl, parquet; .xz and .gz too), a folder, or a hub id;
+            may be given several times.
+        part: all, or the train or validation documents of the split training made.
+        validation_fraction: Share of the text held out in that split.
+        split_seed: Seed of that split.
+        text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
+        split: Split of a hub data set.
+        subset: Subset of a hub data set.
+        tokenizer: Folder or hub id of the tokenizer, where the model has none.
+        length: Tokens per sequence; the model's own context when left out.
+        bos: Put a beginning-of-text token before each document.
+        across_documents: Let windows run across documents; otherwise pad at each document's end.
+        detokenizer: What undoes a benchmark's own marks.
+    """
+
+    data: str | list[str]
+    part: Part = "all"
+    validation_fraction: float = 0.05
+    split_seed: int = 0
+    text_column: str = "text"
+    split: str = "train"
+    subset: str | None = None
+    tokenizer: str | None = None
+    length: int | None = None
+    bos: bool = False
+    across_documents: bool = True
+    detokenizer: Detokenizer = "none"

@@ -1,0 +1,318 @@
+"""Options as dataclasses say them: an attribute's text is its help, its type what it takes.
+
+A text is the word as it was typed; lists of names and ranges of numbers are checked by the
+dataclass itself. Imports nothing heavy, so that help and refusals come at once.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import click
+import yaml
+from click.core import ParameterSource
+from docstring_parser import parse as parse_docstring
+
+from blockdiff.commands.hints import hint_option
+from blockdiff.errors import InputError
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command was told; what was not given is at its dataclass's default."""
+
+    values: Mapping[str, Any]
+
+    @property
+    def named(self) -> frozenset[str]:
+        """The options that were given, at their default or not."""
+        return frozenset(self.values)
+
+    def make(self, kind: type) -> Any:
+        """An instance of one of the command's dataclasses; raises `InputError` as that does."""
+        names = [f.name for f in fields(kind) if f.name in self.values]
+        return kind(**{name: self.values[name] for name in names})
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its options' dataclasses, what runs it, and what its help shows.
+
+    `places`: options that may be given by place, without their names, in this order; the last may
+    take several words. `sections`: the first option of each section of the help → its title.
+    """
+
+    summary: str
+    kinds: tuple[type, ...]
+    run: Callable[[Given], None]
+    sections: Mapping[str, str]
+    examples: tuple[str, ...]
+    places: tuple[str, ...] = ()
+    options: dict[str, Option] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = {one.name: one for kind in self.kinds for one in options_of(kind, self.places)}
+        object.__setattr__(self, "options", found)
+
+
+class Option(click.Option):
+    """One field of a dataclass."""
+
+    def __init__(self, name: str, text: str, hint: Any, default: Any, by_place: bool) -> None:
+        parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        self.can_be_null = type(None) in parts
+        self.is_switch = bool in parts
+        self.is_required = default is MISSING
+        choices = [c for part in parts if get_origin(part) is Literal for c in get_args(part)]
+        several = any(get_origin(part) is list for part in parts)
+        flag = "--" + name.replace("_", "-")
+        if self.is_switch:
+            text += f" [on by default; --no-{flag[2:]} turns it off]" if default is True else ""
+        elif not (self.is_required or default is None):
+            text += f" [default: {default}]"
+        super().__init__(
+            [name, flag],
+            type=_Value(flag, parts, choices),
+            help=text,
+            multiple=several,
+            metavar="" if self.is_switch else None,
+        )
+        self.flag = flag
+        self.by_place = by_place
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        if record is None or not self.by_place:
+            return record
+        return f"{(self.name or '').upper()}, {record[0]}", record[1]
+
+
+class _Value(click.ParamType):
+    """A word's value by click's own types; a refusal says what was expected."""
+
+    def __init__(self, flag: str, parts: Sequence[Any], choices: Sequence[str]) -> None:
+        self.flag = flag
+        self.inner: click.ParamType = click.STRING
+        self.expected = "text"
+        if choices:
+            self.inner, self.expected = click.Choice(choices), ", ".join(choices)
+        else:
+            for kind, inner, expected in (
+                (bool, click.BOOL, "true or false"),
+                (int, click.INT, "a whole number"),
+                (float, click.FLOAT, "a number"),
+            ):
+                if kind in parts:
+                    self.inner, self.expected = inner, expected
+        self.name = self.inner.name
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return self.inner.get_metavar(param, ctx)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if self.inner is click.STRING:
+            return _text(self.flag, value)
+        try:
+            return self.inner.convert(value, param, ctx)
+        except click.BadParameter:
+            wanted = "choose one of" if isinstance(self.inner, click.Choice) else "expected"
+            raise InputError(f"{self.flag} cannot be {value!r}; {wanted} {self.expected}") from None
+
+
+def _text(what: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what} {text!r} is not valid UTF-8; write it in UTF-8") from None
+    return text
+
+
+def options_of(kind: type, places: Sequence[str] = ()) -> list[Option]:
+    """An option for every field of a dataclass."""
+    hints = get_type_hints(kind)
+    texts = {p.arg_name: " ".join((p.description or "").split())
+             for p in parse_docstring(kind.__doc__ or "").params}  # fmt: skip
+    return [
+        Option(f.name, texts[f.name], hints[f.name], f.default, f.name in places)
+        for f in fields(kind)
+    ]
+
+
+class Parser(click.Command):
+    """click's command for one of ours."""
+
+    def __init__(self, name: str, command: Command) -> None:
+        self.command = command
+        self.config = click.Option(
+            ["config", "--config"], multiple=True, is_eager=True, expose_value=False,
+            callback=self._read_config, metavar="FILE", help="YAML file with these options.",
+        )  # fmt: skip
+        self.places = click.Argument(["places"], nargs=-1, type=click.UNPROCESSED)
+        examples = "\n".join(f"  {example}" for example in command.examples)
+        super().__init__(
+            name,
+            params=[self.config, *command.options.values(), self.places],
+            help=command.summary,
+            short_help=command.summary,
+            epilog=f"\b\nExamples:\n{examples}",
+            context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        )
+
+    # help
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        pieces = [self.options_metavar or ""]
+        for name in self.command.places:
+            option = self.command.options[name]
+            shown = name.upper() + ("..." if option.multiple else "")
+            pieces.append(shown if option.is_required else f"[{shown}]")
+        return pieces
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        title = "Options"
+        found: dict[str, list[tuple[str, str]]] = {}
+        for name, option in self.command.options.items():
+            title = self.command.sections.get(name, title)
+            found.setdefault(title, []).append(option.get_help_record(ctx) or ("", ""))
+        others = [self.config, self.get_help_option(ctx)]
+        found["Command line"] = [one.get_help_record(ctx) or ("", "") for one in others if one]
+        for title, records in found.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    # values
+
+    def read(self, words: Sequence[str]) -> Given:
+        """What the words say; raises `InputError` for what they cannot mean."""
+        try:
+            with self.make_context(f"blockdiff {self.name}", self._switches(words)) as ctx:
+                given = self._given(ctx)
+        except click.NoSuchOption as error:
+            raise InputError(self._unknown("option", error.option_name)) from None
+        except click.BadOptionUsage as error:
+            raise InputError(f"{error.option_name} needs a value") from None
+        except click.UsageError as error:
+            raise InputError(error.message.rstrip(".")) from None
+        for name, option in self.command.options.items():
+            if option.is_required and name not in given:
+                what = name if name in self.command.places else option.flag
+                raise InputError(f"{what} is missing; for example: {self.command.examples[0]}")
+        return Given(given)
+
+    def _switches(self, words: Sequence[str]) -> list[str]:
+        """A bare `--switch` as `--switch=true`, `--no-switch` as false; values are left alone."""
+        switches = {o.flag: o for o in self.command.options.values() if o.is_switch}
+        takes_value = {o.flag for o in self.command.options.values()} - set(switches) | {"--config"}
+        found: list[str] = []
+        left = list(words)
+        while left:
+            word = left.pop(0)
+            if word == "--":
+                return [*found, word, *left]
+            name, equals, value = word.partition("=")
+            flag = name.replace("_", "-") if word.startswith("--") else word
+            if equals or not flag.startswith("--"):
+                found.append(flag + equals + value if flag.startswith("--") else word)
+            elif flag in takes_value:
+                found += [flag, *left[:1]]
+                left = left[1:]
+            elif flag in switches:
+                says = left.pop(0) if left and left[0].lower() in ("true", "false") else "true"
+                found.append(f"{flag}={says}")
+            elif flag.startswith("--no-") and "--" + flag[5:] in switches:
+                found.append(f"--{flag[5:]}=false")
+            else:
+                found.append(word)
+        return found
+
+    def _given(self, ctx: click.Context) -> dict[str, Any]:
+        given, typed = {}, set()
+        for name, option in self.command.options.items():
+            source = ctx.get_parameter_source(name)
+            if source == ParameterSource.DEFAULT:
+                continue
+            if source == ParameterSource.COMMANDLINE:
+                typed.add(name)
+            value = ctx.params[name]
+            given[name] = list(value) if option.multiple else value
+        words = [_text("the argument", word) for word in ctx.params["places"]]
+        for name in self.command.places:
+            option = self.command.options[name]
+            if option.multiple:
+                if words:
+                    given[name] = words + (given[name] if name in typed else [])
+                    words = []
+            elif words and name not in typed:
+                given[name] = option.type.convert(words.pop(0), option, ctx)
+        if words:
+            raise InputError(
+                f"{words[0]!r} is one argument too many; put a text of several words into quotes, "
+                f"and see blockdiff {self.name} --help"
+            )
+        for name, value in given.items():
+            if isinstance(value, list) and len(value) == 1:
+                given[name] = value[0]
+        return given
+
+    def _unknown(self, what: str, name: str) -> str:
+        flags = [option.flag[2:] for option in self.command.options.values()]
+        near = hint_option(name, [*flags, "config", "help"])
+        dash = "--" if what == "option" else ""
+        hint = f"did you mean {dash}{near}?" if near else f"see blockdiff {self.name} --help"
+        return f"unknown {what} {name}; {hint}"
+
+    def _read_config(self, ctx: click.Context, _: click.Parameter, paths: Sequence[str]) -> None:
+        found: dict[str, Any] = {}
+        for path in paths:
+            for key, node in read_yaml(Path(path)).items():
+                name = key.replace("-", "_")
+                if name not in self.command.options:
+                    raise InputError(f"{path}: {self._unknown('key', key)}")
+                found[name] = _value(f"{path}: {key}", node, self.command.options[name])
+        ctx.default_map = found
+
+
+def read_yaml(path: Path) -> dict[str, yaml.Node]:
+    """key → node of a YAML file; raises `InputError` where it cannot be read or has no keys."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror or error}; name a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--config {path} is not valid UTF-8 (byte {error.start})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise InputError(f"--config {path} is not valid YAML{line}: {problem}") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"--config {path} holds no keys; write one `name: value` a line")
+    found: dict[str, yaml.Node] = {}
+    for key, node in root.value:
+        if not isinstance(key, yaml.ScalarNode) or key.value in found:
+            raise InputError(
+                f"--config {path}, line {key.start_mark.line + 1}: "
+                + ("a key must be text" if not isinstance(key, yaml.ScalarNode)
+                   else f"{key.value} is there twice")
+            )  # fmt: skip
+        found[key.value] = node
+    return found
+
+
+def _value(where: str, node: yaml.Node, option: Option) -> Any:
+    """A node's text as it was written, as a word on the command line would be; None for null."""
+    if isinstance(node, yaml.SequenceNode) and option.multiple:
+        return [_value(where, one, option) for one in node.value]
+    if not isinstance(node, yaml.ScalarNode):
+        raise InputError(f"{where} is no single value; write one")
+    if node.tag == "tag:yaml.org,2002:null":
+        if not option.can_be_null:
+            raise InputError(f"{where} is null; give a value or leave the key out")
+        return None
+    return [node.value] if option.multiple else node.value
