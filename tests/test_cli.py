@@ -1,6 +1,7 @@
 """The command line as a person meets it: help, errors of one line, exit codes, JSON."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from blockdiff import cli
+from blockdiff.cli import parse
 from blockdiff.commands import COMMANDS
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.models.config import DiTConfig
@@ -98,20 +100,221 @@ def test_help_is_quick_to_load() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+# what words mean
+
+
+TEXTS = ["null", "~", "--item", "--json", "[a, b]", "{a: 1}", "3", "1e3", "true", "", " ", "- ",
+         "- an item", "a: b", "'q", "#c", "é $x$ [b]", "a=b", "_"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_the_word_as_it_was_typed(text: str) -> None:
+    assert parse(["generate", "m", "--prompt", text])[1].values["prompt"] == text
+    assert parse(["generate", "m", f"--prompt={text}"])[1].values["prompt"] == text
+    if not text.startswith("--"):
+        assert parse(["generate", "m", text])[1].values["prompt"] == text
+    assert parse(["generate", "m", "--", text])[1].values["prompt"] == text
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("train notes.txt", {"data": "notes.txt"}),
+        ("train a.txt --steps 3 b.txt --data c", {"data": ["a.txt", "b.txt", "c"], "steps": 3}),
+        ("generate starter Hello", {"model": "starter", "prompt": "Hello"}),
+        ("generate --json starter Hello", {"model": "starter", "prompt": "Hello", "json": True}),
+        ("generate Hello --model starter", {"model": "starter", "prompt": "Hello"}),
+        ("evaluate starter notes.txt", {"model": "starter", "data": "notes.txt"}),
+        ("evaluate starter a b --bos", {"model": "starter", "data": ["a", "b"], "bos": True}),
+        ("zero-shot starter a b", {"model": "starter", "texts": ["a", "b"]}),
+        ("zero_shot starter", {"model": "starter"}),
+        ("tokenizer a --vocab_size 300", {"data": "a", "vocab_size": 300}),
+        ("train --across-documents false --no-eos --adaln true --resume",
+         {"across_documents": False, "eos": False, "adaln": True, "resume": True}),
+        ("train --warmup 100", {"warmup": 100}),  # given, if at its default
+    ],
+)  # fmt: skip
+def test_words_by_name_and_by_place(words: str, values: dict[str, object]) -> None:
+    given = parse(words.split())[1]
+    assert given.values == values and given.named == set(values)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_its_help_and_every_example_is_good(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert next(iter(COMMANDS[command].options)) in COMMANDS[command].sections
+    for option in COMMANDS[command].options.values():
+        assert option.help and not option.help.startswith("["), option.name
+    assert "device" in COMMANDS[command].options or command in ("tokenizer", "reproduce")
+    assert COMMANDS[command].examples
+    for example in COMMANDS[command].examples:
+        words = shlex.split(example.split("|")[-1].split(">")[0])
+        assert words[0] == "blockdiff" and parse(words[1:])[0] == command
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert COMMANDS[command].examples[0] in capsys.readouterr().out
+
+
+YAML = {
+    "max-new-tokens: 3\nmodel: starter\ntop_p: 1e-1\n": {
+        "max_new_tokens": 3, "model": "starter", "top_p": 0.1},
+    "\ufeffmodel: m\nprompt: null\n": {"model": "m", "prompt": None},
+    "model: m\nprompt: 'null'\n": {"model": "m", "prompt": "null"},
+    "model: 2023-01-01\nprompt: 1e3\njson: yes\n": {
+        "model": "2023-01-01", "prompt": "1e3", "json": True},
+    "model: m\nstop: second_eos,low_entropy\n": {"model": "m", "stop": "second_eos,low_entropy"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", YAML)
+def test_a_yaml_file_says_what_the_command_line_says(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert parse(["generate", "--config", str(path)])[1].values == YAML[text]
+    # The command line has the last word, and a later file one before it.
+    second = tmp_path / "second.yaml"
+    second.write_text("model: second\nseed: 7\n")
+    words = ["generate", "third", "--config", str(path), "--config", str(second)]
+    assert parse(words)[1].values == YAML[text] | {"model": "third", "seed": 7}
+
+
+def test_a_yaml_list_is_several_values(tmp_path: Path) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text("data: [a.txt, 'b.txt']\nlr: 1e-3\n")
+    given = parse(["train", "--config", str(path)])[1]
+    assert given.values == {"data": ["a.txt", "b.txt"], "lr": 0.001}
+
+
 # errors
 
 
-def test_unknown_options_and_values(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--block-size" in refused(capsys, "train", "--blocksize", 4)
-    assert "--temperature" in refused(capsys, "generate", "x", "--temprature", 1)
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("prompt: caf\xe9\n".encode("latin-1"), "not valid UTF-8"),
+        (b"gen-length: 3\n", "unknown key gen-length; did you mean max-new-tokens?"),
+        (b"model: m\nmodel: n\n", "line 2: model is there twice"),
+        (b"[a, b]\n", "holds no keys"),
+        (b"- a\n", "holds no keys"),
+        (b"text", "holds no keys"),
+        (b"a: [b\n", "not valid YAML, line 2"),
+        (b"a: \x00\n", "not valid YAML"),
+        (b"[" * 5000, "not valid YAML"),
+        (b"? [a]\n: b\n", "a key must be text"),
+        (b"prompt: [a, b]\n", "no single value"),
+        (b"prompt: {a: b}\n", "no single value"),
+        (b"seed: null\n", "seed is null"),
+        (b"seed: many\n", "--seed cannot be 'many'"),
+        (b"sampler: bset\n", "--sampler"),
+        (b"json: 3.5\n", "--json cannot be '3.5'; expected true or false"),
+        (None, "No such file"),
+    ],
+)
+def test_bad_config_files(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    path = tmp_path / "options.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    line = refused(capsys, "generate", "starter", "--config", path)
+    assert words in line
+    assert str(path) in line or "--" in words
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        ("train --learning-rate 1", "--lr"),
+        ("train --learning_rate=1", "--lr"),
+        ("train --max_steps 3", "--steps"),
+        ("train --output_dir x", "--out"),
+        ("train --gradient-accumulation-steps 2", "--accumulate"),
+        ("train --per-device-train-batch-size 2", "--batch-size"),
+        ("train --blocksize 4", "--block-size"),
+        ("train -o x", "--out"),
+        ("generate m --gen-length 3", "--max-new-tokens"),
+        ("generate m --block-length 3", "--block-size"),
+        ("generate m --temprature 1", "--temperature"),
+        ("generate m --num-return-sequences 2", "--samples"),
+        ("evaluate m --dataset x", "--data"),
+        ("sample m", "generate"),
+        ("eval m", "evaluate"),
+        ("trian", "train"),
+        ("train --zzz 3", None),
+        ("generate m --quux", None),
+        ("frobnicate", None),
+        ("--frobnicate", None),
+    ],
+)
+def test_unknown_names_get_a_hint_where_one_is_near(
+    capsys: pytest.CaptureFixture[str], words: str, hint: str | None
+) -> None:
+    line = refused(capsys, *words.split())
+    assert line.startswith("blockdiff: error: unknown ")
+    assert line.endswith(f"did you mean {hint}?") if hint else "did you mean" not in line
+
+
+def test_bad_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--steps cannot be 'many'; expected a whole" in refused(
         capsys, "train", "--steps", "many"
     )
+    for value in ("1e3", "3.0", "0x10", "", "1" * 5000, "nan"):
+        assert "--steps cannot be" in refused(capsys, "train", f"--steps={value}")
     assert "choose one of" in refused(capsys, "train", "--objective", "sed")
+    assert "work cannot be 'trian'; choose one of train" in refused(capsys, "benchmark", "trian")
     assert "--length is -128; it must be at least 1" in refused(capsys, "train", "--length", -128)
     assert "does not divide" in refused(capsys, "train", "--block-size", 5)
-    refused(capsys, "trian")
-    refused(capsys)
+    assert "--lr needs a value" in refused(capsys, "train", "--lr")
+    assert "--out needs a value, not" in refused(capsys, "train", "--out", "--resume")
+    assert "one argument too many" in refused(capsys, "generate", "m", "two", "words")
+    assert "model is missing" in refused(capsys, "generate")
+    assert "data is missing" in refused(capsys, "evaluate", "starter")
+    assert "not valid UTF-8" in refused(capsys, "generate", "m", "--prompt", "caf\udce9")
+    assert "not valid UTF-8" in refused(capsys, "generate", "m", "caf\udce9")
+    assert "name a command" in refused(capsys)
+
+
+def test_what_cannot_be_meant_is_refused_before_anything_heavy_is_imported() -> None:
+    code = (
+        "import sys\nfrom blockdiff import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit as stop: assert stop.code == 2\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    )
+    for words in (
+        ["train", "--objective", "sed"],
+        ["evaluate", "m", "d", "--precision", "fp8"],
+        ["generat"],
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_stream_that_cannot_encode_a_character_replaces_it(model_folder: Path) -> None:
+    import os
+
+    command = [sys.executable, "-m", "blockdiff", "generate", str(model_folder), "café"]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "2"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"caf?" in done.stdout
+
+
+def test_a_command_leaves_the_libraries_as_they_were(model_folder: Path) -> None:
+    import warnings
+
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled(), warnings.showwarning
+    filters = list(warnings.filters)
+    cli.main(["generate", str(model_folder), "--max-new-tokens", "1"])
+    after = logging.get_verbosity(), logging.is_progress_bar_enabled(), warnings.showwarning
+    assert before == after and warnings.filters == filters
 
 
 def test_bad_corpora(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Option(click.Option):
             text += f" [default: {default}]"
         super().__init__(
             [name, flag],
-            type=_Value(flag, parts, choices),
+            type=_Value(name if by_place and self.is_required else flag, parts, choices),
             help=text,
             multiple=several,
             metavar="" if self.is_switch else None,
@@ -94,8 +94,8 @@ class Option(click.Option):
 class _Value(click.ParamType):
     """A word's value by click's own types; a refusal says what was expected."""
 
-    def __init__(self, flag: str, parts: Sequence[Any], choices: Sequence[str]) -> None:
-        self.flag = flag
+    def __init__(self, what: str, parts: Sequence[Any], choices: Sequence[str]) -> None:
+        self.what = what
         self.inner: click.ParamType = click.STRING
         self.expected = "text"
         if choices:
@@ -115,12 +115,12 @@ class _Value(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if self.inner is click.STRING:
-            return _text(self.flag, value)
+            return _text(self.what, value)
         try:
             return self.inner.convert(value, param, ctx)
         except click.BadParameter:
             wanted = "choose one of" if isinstance(self.inner, click.Choice) else "expected"
-            raise InputError(f"{self.flag} cannot be {value!r}; {wanted} {self.expected}") from None
+            raise InputError(f"{self.what} cannot be {value!r}; {wanted} {self.expected}") from None
 
 
 def _text(what: str, text: str) -> str:
@@ -193,8 +193,6 @@ class Parser(click.Command):
                 given = self._given(ctx)
         except click.NoSuchOption as error:
             raise InputError(self._unknown("option", error.option_name)) from None
-        except click.BadOptionUsage as error:
-            raise InputError(f"{error.option_name} needs a value") from None
         except click.UsageError as error:
             raise InputError(error.message.rstrip(".")) from None
         for name, option in self.command.options.items():
@@ -204,22 +202,33 @@ class Parser(click.Command):
         return Given(given)
 
     def _switches(self, words: Sequence[str]) -> list[str]:
-        """A bare `--switch` as `--switch=true`, `--no-switch` as false; values are left alone."""
+        """The words as click reads them: what is given by place behind a `--`.
+
+        A bare `--switch` becomes `--switch=true`, `--no-switch` false; values are left alone.
+        """
         switches = {o.flag: o for o in self.command.options.values() if o.is_switch}
         takes_value = {o.flag for o in self.command.options.values()} - set(switches) | {"--config"}
         found: list[str] = []
+        places: list[str] = []
         left = list(words)
         while left:
             word = left.pop(0)
             if word == "--":
-                return [*found, word, *left]
+                places += left
+                break
             name, equals, value = word.partition("=")
-            flag = name.replace("_", "-") if word.startswith("--") else word
-            if equals or not flag.startswith("--"):
-                found.append(flag + equals + value if flag.startswith("--") else word)
+            flag = name.replace("_", "-")
+            if not word.startswith("-") or word == "-" or " " in name:
+                places.append(word)
+            elif equals or not flag.startswith("--"):
+                found.append(flag + equals + value)
             elif flag in takes_value:
-                found += [flag, *left[:1]]
-                left = left[1:]
+                # A prompt may be any text; elsewhere an option's name is a value left out.
+                if not left:
+                    raise InputError(f"{flag} needs a value")
+                if left[0] in takes_value | set(switches) and flag != "--prompt":
+                    raise InputError(f"{flag} needs a value, not the option {left[0]}")
+                found += [flag, left.pop(0)]
             elif flag in switches:
                 says = left.pop(0) if left and left[0].lower() in ("true", "false") else "true"
                 found.append(f"{flag}={says}")
@@ -227,7 +236,7 @@ class Parser(click.Command):
                 found.append(f"--{flag[5:]}=false")
             else:
                 found.append(word)
-        return found
+        return [*found, "--", *places]
 
     def _given(self, ctx: click.Context) -> dict[str, Any]:
         given, typed = {}, set()
@@ -308,7 +317,7 @@ def read_yaml(path: Path) -> dict[str, yaml.Node]:
 def _value(where: str, node: yaml.Node, option: Option) -> Any:
     """A node's text as it was written, as a word on the command line would be; None for null."""
     if isinstance(node, yaml.SequenceNode) and option.multiple:
-        return [_value(where, one, option) for one in node.value]
+        return [one for inner in node.value for one in _value(where, inner, option) or ()]
     if not isinstance(node, yaml.ScalarNode):
         raise InputError(f"{where} is no single value; write one")
     if node.tag == "tag:yaml.org,2002:null":
