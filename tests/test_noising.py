@@ -28,6 +28,7 @@ from blockdiff.noising import (
     stratified_noise,
 )
 from blockdiff.schedules import SCHEDULES, get_schedule
+from blockdiff.training.clipping import clip_grid
 
 MASK = 4
 REJECT = 1e-4
@@ -248,6 +249,31 @@ def test_bell_shaped_rates():
 def test_redrawing_needs_a_mask_that_fits():
     with pytest.raises(InputError, match="widen"):
         make("clipped_redraw", uniform_noise(1), clip=(0.55, 0.7))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 16])
+def test_redrawing_takes_every_clip_of_the_search(size):
+    """Blocks whole, with one maskable token, with none: the share counts all L' positions.
+
+    A draw is that of the whole blocks with what is never masked put back, and the whole blocks'
+    share lies in the clip wherever a block has one: not at L' = 1, where masks are `clipped`'s.
+    """
+    rows, layout = 4000, BlockLayout(64, size)
+    maskable = torch.ones(1, 64, dtype=torch.bool)
+    maskable[0, 0] = False  # a kept first token
+    maskable[0, 33:] = False  # padding: at L' = 2 a block with one maskable token
+    x_0 = torch.zeros(rows, 64, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(2)
+    noise = Noise(*(torch.rand(rows, n, generator=generator) for n in (64 // size, 64)))
+    for clip in [*clip_grid(16), (1.0, 1.0)]:
+        estimator = make_estimator("clipped_redraw", clip=clip)
+        whole = estimator(x_0, layout, noise, torch.ones_like(maskable).expand(rows, -1), MASK)
+        part = estimator(x_0, layout, noise, maskable.expand(rows, -1), MASK)
+        assert torch.equal(part.x_t == MASK, (whole.x_t == MASK) & maskable)
+        assert torch.equal(part.sigma, whole.sigma) and not part.unbiased
+        share = (whole.x_t == MASK).unflatten(-1, (-1, size)).float().mean(-1)
+        assert size == 1 or clip[0] - 1e-6 <= share.min() <= share.max() <= clip[1] + 1e-6
+        assert part.masked[:, 32].any(), "a block with one maskable token is trained on too"
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
