@@ -23,6 +23,7 @@ from blockdiff.noising import (
     addressed_noise,
     enumerate_masks,
     exact_k,
+    independent_groups,
     make_estimator,
     paired,
     stratified_noise,
@@ -383,12 +384,21 @@ def test_addressed_noise_of_a_row_is_its_own():
     assert not torch.equal(other.block, alone.block) and not torch.equal(other.token, alone.token)
 
 
-def test_addressed_noise_is_stratified_in_a_row_and_uniform_over_rows():
-    noise = addressed_noise(torch.arange(4000), LAYOUT, seed=0, draws=2)
-    by_row = noise.block.view(2, 4000, 4).transpose(0, 1).flatten(1)  # [B, R·N]
-    assert ((by_row * 8).long().sort(-1).values == torch.arange(8)).all()
-    for place in [*by_row.T, *noise.token.view(2, 4000, 16)[:, :, 3]]:
+@pytest.mark.parametrize(("draws", "groups"), [(1, 1), (2, 2), (3, 3), (4, 2), (8, 2), (9, 3)])
+def test_addressed_noise_is_stratified_in_a_group_of_draws_and_uniform_over_rows(draws, groups):
+    noise = addressed_noise(torch.arange(4000), LAYOUT, seed=0, draws=draws)
+    by_row = noise.block.view(draws, 4000, 4).transpose(0, 1)  # [B, R, N]
+    assert independent_groups(draws) == groups
+    by_group = by_row.reshape(4000, groups, -1)
+    cells = by_group.shape[-1]
+    assert ((by_group * cells).long().sort(-1).values == torch.arange(cells)).all()
+    by_place = by_row.flatten(1).T
+    for place in [*by_place, *noise.token.view(draws, 4000, 16)[:, :, 3]]:
         assert stats.kstest(place.numpy(), "uniform").pvalue > REJECT
+    # Of different groups: no correlation of 4,000 pairs passes 4 standard errors.
+    first, last = by_group[:, 0].mean(-1), by_group[:, -1].mean(-1)
+    if groups > 1:
+        assert abs(torch.corrcoef(torch.stack([first, last]))[0, 1]) < 4 / math.sqrt(4000)
 
 
 def test_one_maskable_token_a_block_has_one_estimate():

@@ -99,17 +99,28 @@ def stratified_noise(
     return Noise(((cell + jitter) / cells).view(draws * rows, layout.blocks), token)
 
 
+def independent_groups(draws: int) -> int:
+    """How many equal groups the draws of a row are in, each stratified on its own.
+
+    Stratified draws depend on one another, so that their spread overstates the error of their mean;
+    groups do not. Two, or as few as divide the draws: the larger a group, the less its noise.
+    """
+    return next((n for n in range(2, draws + 1) if draws % n == 0), 1)
+
+
 def addressed_noise(rows: Tensor, layout: BlockLayout, seed: int, draws: int = 1) -> Noise:
     """Noise that depends on the seed and the row's number only, for reproducible evaluation.
 
-    `rows` int64 [B]: each sequence's number in the corpus. Stratified over the draws × blocks of a
-    row, never across rows: a row's noise does not depend on what it is batched with.
+    `rows` int64 [B]: each sequence's number in the corpus. Stratified over the blocks of a row and
+    the draws of a group (see `independent_groups`), never across groups, whose spread tells the
+    masks' noise, nor across rows: a row's noise does not depend on what it is batched with.
     """
     device = rows.device
-    cells = draws * layout.blocks
-    cell_index = torch.arange(cells, device=device)
-    order = uniform(seed, 0, rows[:, None], cell_index).argsort(-1)
-    block = (order + uniform(seed, 1, rows[:, None], cell_index)) / cells  # [B, R·N]
+    groups = independent_groups(draws)
+    cells = draws // groups * layout.blocks
+    cell_index = torch.arange(groups * cells, device=device).view(groups, cells)
+    order = uniform(seed, 0, rows[:, None, None], cell_index).argsort(-1)
+    block = (order + uniform(seed, 1, rows[:, None, None], cell_index)) / cells  # [B, G, R/G·N]
     block = block.view(len(rows), draws, layout.blocks).transpose(0, 1).flatten(0, 1)
     draw = torch.arange(draws, device=device)[:, None, None]
     position = torch.arange(layout.length, device=device)
