@@ -8,8 +8,8 @@ against the mean of all repeats, as d3pm everywhere: it bounds by another number
 
 `ratio` is claimed over actual: the root mean square of `mask_stderr` over the repeats' standard
 deviation, which has 5% of error from 200 repeats. `coverage` is how often the measured value ± 1.96
-`mask_stderr` holds the bound; 95% would have 1.5 points of error. `if_independent` is the ratio that
-the spread of single draws would claim, the draws being stratified.
+`mask_stderr` holds the bound; 95% would have 1.5 points of error. `if_independent` is the ratio
+that the spread of single draws would claim, the draws being stratified.
 """
 
 from __future__ import annotations
