@@ -23,11 +23,13 @@ from blockdiff.noising import (
     addressed_noise,
     enumerate_masks,
     exact_k,
+    independent_groups,
     make_estimator,
     paired,
     stratified_noise,
 )
 from blockdiff.schedules import SCHEDULES, get_schedule
+from blockdiff.training.clipping import clip_grid
 
 MASK = 4
 REJECT = 1e-4
@@ -250,6 +252,31 @@ def test_redrawing_needs_a_mask_that_fits():
         make("clipped_redraw", uniform_noise(1), clip=(0.55, 0.7))
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 16])
+def test_redrawing_takes_every_clip_of_the_search(size):
+    """Blocks whole, with one maskable token, with none: the share counts all L' positions.
+
+    A draw is that of the whole blocks with what is never masked put back, and the whole blocks'
+    share lies in the clip wherever a block has one: not at L' = 1, where masks are `clipped`'s.
+    """
+    rows, layout = 4000, BlockLayout(64, size)
+    maskable = torch.ones(1, 64, dtype=torch.bool)
+    maskable[0, 0] = False  # a kept first token
+    maskable[0, 33:] = False  # padding: at L' = 2 a block with one maskable token
+    x_0 = torch.zeros(rows, 64, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(2)
+    noise = Noise(*(torch.rand(rows, n, generator=generator) for n in (64 // size, 64)))
+    for clip in [*clip_grid(16), (1.0, 1.0)]:
+        estimator = make_estimator("clipped_redraw", clip=clip)
+        whole = estimator(x_0, layout, noise, torch.ones_like(maskable).expand(rows, -1), MASK)
+        part = estimator(x_0, layout, noise, maskable.expand(rows, -1), MASK)
+        assert torch.equal(part.x_t == MASK, (whole.x_t == MASK) & maskable)
+        assert torch.equal(part.sigma, whole.sigma) and not part.unbiased
+        share = (whole.x_t == MASK).unflatten(-1, (-1, size)).float().mean(-1)
+        assert size == 1 or clip[0] - 1e-6 <= share.min() <= share.max() <= clip[1] + 1e-6
+        assert part.masked[:, 32].any(), "a block with one maskable token is trained on too"
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_d3pm_is_the_bound_of_its_steps(schedule):
     """Against the sum over times and masks; and T = 1000 is the continuous bound to 1 %."""
@@ -357,12 +384,21 @@ def test_addressed_noise_of_a_row_is_its_own():
     assert not torch.equal(other.block, alone.block) and not torch.equal(other.token, alone.token)
 
 
-def test_addressed_noise_is_stratified_in_a_row_and_uniform_over_rows():
-    noise = addressed_noise(torch.arange(4000), LAYOUT, seed=0, draws=2)
-    by_row = noise.block.view(2, 4000, 4).transpose(0, 1).flatten(1)  # [B, R·N]
-    assert ((by_row * 8).long().sort(-1).values == torch.arange(8)).all()
-    for place in [*by_row.T, *noise.token.view(2, 4000, 16)[:, :, 3]]:
+@pytest.mark.parametrize(("draws", "groups"), [(1, 1), (2, 2), (3, 3), (4, 2), (8, 2), (9, 3)])
+def test_addressed_noise_is_stratified_in_a_group_of_draws_and_uniform_over_rows(draws, groups):
+    noise = addressed_noise(torch.arange(4000), LAYOUT, seed=0, draws=draws)
+    by_row = noise.block.view(draws, 4000, 4).transpose(0, 1)  # [B, R, N]
+    assert independent_groups(draws) == groups
+    by_group = by_row.reshape(4000, groups, -1)
+    cells = by_group.shape[-1]
+    assert ((by_group * cells).long().sort(-1).values == torch.arange(cells)).all()
+    by_place = by_row.flatten(1).T
+    for place in [*by_place, *noise.token.view(draws, 4000, 16)[:, :, 3]]:
         assert stats.kstest(place.numpy(), "uniform").pvalue > REJECT
+    # Of different groups: no correlation of 4,000 pairs passes 4 standard errors.
+    first, last = by_group[:, 0].mean(-1), by_group[:, -1].mean(-1)
+    if groups > 1:
+        assert abs(torch.corrcoef(torch.stack([first, last]))[0, 1]) < 4 / math.sqrt(4000)
 
 
 def test_one_maskable_token_a_block_has_one_estimate():

@@ -23,7 +23,7 @@ training (stratified over batch × blocks) and evaluation (addressed by seed and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -99,17 +99,28 @@ def stratified_noise(
     return Noise(((cell + jitter) / cells).view(draws * rows, layout.blocks), token)
 
 
+def independent_groups(draws: int) -> int:
+    """How many equal groups the draws of a row are in, each stratified on its own.
+
+    Stratified draws depend on one another, so that their spread overstates the error of their mean;
+    groups do not. Two, or as few as divide the draws: the larger a group, the less its noise.
+    """
+    return next((n for n in range(2, draws + 1) if draws % n == 0), 1)
+
+
 def addressed_noise(rows: Tensor, layout: BlockLayout, seed: int, draws: int = 1) -> Noise:
     """Noise that depends on the seed and the row's number only, for reproducible evaluation.
 
-    `rows` int64 [B]: each sequence's number in the corpus. Stratified over the draws × blocks of a
-    row, never across rows: a row's noise does not depend on what it is batched with.
+    `rows` int64 [B]: each sequence's number in the corpus. Stratified over the blocks of a row and
+    the draws of a group (see `independent_groups`), never across groups, whose spread tells the
+    masks' noise, nor across rows: a row's noise does not depend on what it is batched with.
     """
     device = rows.device
-    cells = draws * layout.blocks
-    cell_index = torch.arange(cells, device=device)
-    order = uniform(seed, 0, rows[:, None], cell_index).argsort(-1)
-    block = (order + uniform(seed, 1, rows[:, None], cell_index)) / cells  # [B, R·N]
+    groups = independent_groups(draws)
+    cells = draws // groups * layout.blocks
+    cell_index = torch.arange(groups * cells, device=device).view(groups, cells)
+    order = uniform(seed, 0, rows[:, None, None], cell_index).argsort(-1)
+    block = (order + uniform(seed, 1, rows[:, None, None], cell_index)) / cells  # [B, G, R/G·N]
     block = block.view(len(rows), draws, layout.blocks).transpose(0, 1).flatten(0, 1)
     draw = torch.arange(draws, device=device)[:, None, None]
     position = torch.arange(layout.length, device=device)
@@ -204,35 +215,39 @@ def clipped_redraw(
     """`clipped`, but masks are drawn anew until each block's masked share lies in [β, ω].
 
     The public code's rule, without its loop: given the rate, k is binomial restricted to
-    βn ≤ k ≤ ωn, and the set a uniform k-subset. Biased. Raises `InputError` where a block has no
-    such k.
+    βL' ≤ k ≤ ωL', and the set a uniform k-subset. As there, the share is that of all L' positions,
+    those that are never masked (padding, a kept first token) included; these are put back
+    afterwards. A block of one token has no share to hold in a clip (the public code's loop would
+    not end there): it is drawn by `clipped`. Biased. Raises `InputError` where longer blocks have
+    no such k.
     """
+    size = layout.block_size
+    if size == 1:
+        return replace(
+            clipped(x_0, layout, noise, maskable, mask_token_id, beta, omega), unbiased=False
+        )
     check_clip(beta, omega)
     draws = noise.token.shape[0] // x_0.shape[0]
-    maskable = maskable.repeat(draws, 1)
-    n = _count(maskable, layout)
     rate = beta + (omega - beta) * noise.block
-    count = torch.arange(layout.block_size + 1, device=x_0.device, dtype=n.dtype)
-    slack = 1e-9 if n.dtype == torch.float64 else 1e-5  # 0.3 · 10 is 3
-    size = n[..., None]
-    allowed = (count >= beta * size - slack) & (count <= omega * size + slack) & (count <= size)
-    if not bool((allowed.any(-1) | (n == 0)).all()):
+    count = torch.arange(size + 1, device=x_0.device, dtype=rate.dtype)
+    slack = 1e-9 if rate.dtype == torch.float64 else 1e-5  # 0.3 · 10 is 3
+    allowed = (count >= beta * size - slack) & (count <= omega * size + slack)
+    if not bool(allowed.any()):
         raise InputError(
-            f"no number of masked tokens in a block of {layout.block_size} lies in "
-            f"[{beta}, {omega}] of it: widen the clip, or use clipped without redrawing"
+            f"no number of masked tokens in a block of {size} lies in [{beta}, {omega}] of it: "
+            "widen the clip, or use clipped without redrawing"
         )
     inside = rate.clamp(1e-6, 1 - 1e-6)[..., None]
-    log_choose = torch.lgamma(size + 1) - torch.lgamma(count + 1)
-    log_choose = log_choose - torch.lgamma((size - count).clamp(min=0) + 1)
+    log_choose = -torch.lgamma(count + 1) - torch.lgamma(size - count + 1)
     log_mass = log_choose + count * inside.log() + (size - count) * torch.log1p(-inside)
-    mass = log_mass.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num().cumsum(-1)
+    mass = log_mass.masked_fill(~allowed, -torch.inf).softmax(-1).cumsum(-1)
     # The largest of n uniform scores, to the n-th power, is uniform and knows nothing of their
     # order, which is what chooses the subset.
-    largest = torch.where(maskable, noise.token, 0.0)
-    largest = largest.unflatten(-1, (layout.blocks, layout.block_size)).amax(-1)
-    k = (mass < largest.pow(n)[..., None]).sum(-1).to(n.dtype).minimum(n)
-    masked, _ = _lowest_k(noise.token, k, maskable, layout)
+    largest = noise.token.unflatten(-1, (layout.blocks, size)).amax(-1)
+    k = (mass < largest.pow(size)[..., None]).sum(-1).clamp(max=int(allowed.nonzero()[-1]))
+    masked, _ = _lowest_k(noise.token, k, torch.ones_like(noise.token, dtype=torch.bool), layout)
     weight = _per_token(1 / rate.clamp(min=1e-6), layout) / draws
+    masked = masked & maskable.repeat(draws, 1)
     return _draw(x_0, masked, weight, rate, mask_token_id, unbiased=False)
 
 

@@ -23,7 +23,13 @@ from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
-from blockdiff.noising import Estimator, Noise, addressed_noise, make_estimator
+from blockdiff.noising import (
+    Estimator,
+    Noise,
+    addressed_noise,
+    independent_groups,
+    make_estimator,
+)
 
 # Enumerated by default up to here: 15 noised passes.
 AUTO_ENUMERATE = 4
@@ -46,7 +52,10 @@ class Likelihood:
     `tokens` [B]: how many tokens of each sequence count. `nats_per_token`: total over total.
     `stderr`: its standard error over sequences, which holds the noise of the text and of the masks;
     NaN for a single sequence. `mask_stderr`: the part due to the masks alone, 0 when there is none
-    (`exact`) and NaN with a single draw.
+    (`exact`) and NaN with a single draw; from the spread of independent groups of draws (see
+    `noising.independent_groups`), whose variance is unbiased. It has one degree of freedom a
+    sequence: of a handful of sequences it is itself uncertain, and under `bernoulli` and `d3pm`,
+    whose rare masks weigh most, mostly too small (benchmarks/coverage.py).
     """
 
     nats: Tensor
@@ -244,5 +253,6 @@ def _summary(per_draw: Tensor, tokens: Tensor, estimator: str, exact: bool) -> L
         stderr = math.sqrt(residual * sequences / (sequences - 1)) / total
     mask_stderr = 0.0 if exact else math.nan
     if not exact and draws > 1:
-        mask_stderr = math.sqrt((per_draw.var(0) / draws).sum().item()) / total
+        groups = per_draw.unflatten(0, (independent_groups(draws), -1)).mean(1)
+        mask_stderr = math.sqrt((groups.var(0) / len(groups)).sum().item()) / total
     return Likelihood(nats, tokens, rate, stderr, mask_stderr, estimator, draws, exact)
