@@ -402,20 +402,11 @@ def _generate(given: Namespace) -> None:
 
 
 def _tokenizer(given: Namespace) -> None:
-    from blockdiff.data.corpora import load_corpus
-    from blockdiff.data.tokenizers import train_tokenizer
-    from blockdiff.models.hub import staging
+    from blockdiff.data.tokenizers import write_tokenizer
 
     options = _dataclass(TokenizerOptions, given)
-    out = Path(options.out)
-    if out.exists() and any(out.iterdir()) and not options.overwrite:
-        raise InputError(f"{out} is not empty; replace what is there with --overwrite")
-    corpus = load_corpus(options.data, text_column=options.text_column)
-    tokenizer = train_tokenizer(corpus, options.vocab_size)
-    out.mkdir(parents=True, exist_ok=True)
-    with staging(out) as temporary:
-        tokenizer.save_pretrained(temporary)
-    print(f"{out}: {len(tokenizer)} tokens, mask token {tokenizer.mask_token!r}")
+    tokenizer = write_tokenizer(**asdict(options))
+    print(f"{options.out}: {len(tokenizer)} tokens, mask token {tokenizer.mask_token!r}")
 
 
 def _benchmark(given: Namespace) -> None:

@@ -67,7 +67,7 @@ KINDS: dict[str, tuple[str, Tree]] = {
 RUNS = ("run", "reproduction", "demo")
 # A killed command's drafts: `tempfile`'s names behind ours.
 _DRAFTS: Tree = {
-    r"\.(saving|blockdiff|[\w.]+\.(jsonl?|md|html|png|safetensors))-[a-z0-9_]{8}": ...,
+    r"\.(saving|writing|blockdiff)-[a-z0-9_]{8}": ...,
     r"\.run\.json\.tmp|metrics\.tmp": None,
 }
 # No command of ours wrote them, and they are in nobody's way: they stay.
@@ -134,16 +134,17 @@ def clear(folder: Path, kinds: tuple[str, ...] = RUNS) -> None:
     kind = _kind(folder, kinds)
     if kind is not None:
         mark, tree = KINDS[kind]
-        _clear(folder, tree, last=mark.split("/")[0])
+        _clear(folder, tree, mark)
 
 
-def _clear(folder: Path, tree: Tree, last: str = "") -> None:
+def _clear(folder: Path, tree: Tree, mark: str = "") -> None:
+    last, _, rest = mark.partition("/")
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name)):
         known, inner = _known(path, tree)
         if not known or _IGNORED.fullmatch(path.name):
             continue
         if isinstance(inner, dict):
-            _clear(path, inner)
+            _clear(path, inner, rest if path.name == last else "")
             with suppress(OSError):  # a link, a mount, or something of somebody else's in it
                 path.rmdir()
         elif path.is_dir() and not path.is_symlink():
@@ -178,7 +179,9 @@ def is_empty(folder: Path) -> bool:
 
 def _first_content(folder: Path) -> str | None:
     names = (path.name for path in folder.iterdir()
-             if not _IGNORED.fullmatch(path.name) and not _known(path, {})[0])  # fmt: skip
+             if not _IGNORED.fullmatch(path.name) and not _known(path, {})[0]
+             # What a command that was killed at its beginning left of a folder within this one.
+             and not ((path / LOCK).is_file() and is_empty(path)))  # fmt: skip
     return min(names, default=None)
 
 
