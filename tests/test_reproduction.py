@@ -18,13 +18,13 @@ import pytest
 import torch
 from scipy import stats
 
-from blockdiff import objectives
+from blockdiff import folders, objectives
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.reproduction.control import HalfCounted
 from blockdiff.reproduction.plan import CLIPS, LONGER, SMOKE, Scale, plan
-from blockdiff.reproduction.pool import passages, prepared
+from blockdiff.reproduction.pool import KINDS, passages, prepared
 from blockdiff.reproduction.report import report_text
 from blockdiff.reproduction.results import Rate, Results, Summary, over_seeds
 from blockdiff.training.config import TrainConfig
@@ -132,6 +132,9 @@ def test_smoke_survives_a_kill(tmp_path: Path) -> None:
     for plot in re.findall(r"!\[\w+\]\((\w+\.png)\)", report):
         assert (out / "report" / plot).stat().st_size > 5000
     _figures_are_those_of_the_results(out, report)
+    with folders.claim(out, overwrite=True, kinds=KINDS):
+        folders.clear(out, KINDS)
+    assert not list(out.iterdir()), "all it wrote is what `overwrite` replaces"
 
 
 def _figures_are_those_of_the_results(out: Path, report: str) -> None:

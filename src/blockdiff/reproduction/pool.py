@@ -47,7 +47,7 @@ def prepared(out: str | Path, data: str, scale: Scale, overwrite: bool = False) 
     something else, or another plan.
     """
     wish = json.loads(json.dumps({"data": data, "scale": asdict(scale)}))
-    go_on = not overwrite and (local_path("out", out) / PLAN_FILE).is_file()
+    go_on = not overwrite and os.path.isfile(local_path("out", out) / PLAN_FILE)
     with folders.claim(out, overwrite=overwrite, go_on=go_on, kinds=KINDS) as folder:
         if go_on:
             _check_plan(folder, wish)
