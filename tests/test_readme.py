@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from blockdiff import cli
+from blockdiff import cli, folders
 from blockdiff.commands import COMMANDS
 from blockdiff.demo import Pace, PacedTrainer
 from blockdiff.training.callbacks import read_metrics
@@ -136,3 +136,6 @@ def test_the_demo_leaves_everything_it_promises(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["demo", "--out", str(out), "--minutes", "0.1"])
     assert stop.value.code == 2
+    with folders.claim(out, overwrite=True, kinds=("demo",)):
+        folders.clear(out)
+    assert not list(out.iterdir()), "all it wrote is what `overwrite` replaces"

@@ -12,18 +12,19 @@ import sys
 import time
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from scipy import stats
 
-from blockdiff import objectives
+from blockdiff import folders, objectives
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.reproduction.control import HalfCounted
 from blockdiff.reproduction.plan import CLIPS, LONGER, SMOKE, Scale, plan
-from blockdiff.reproduction.pool import passages, prepare
+from blockdiff.reproduction.pool import KINDS, passages, prepared
 from blockdiff.reproduction.report import report_text
 from blockdiff.reproduction.results import Rate, Results, Summary, over_seeds
 from blockdiff.training.config import TrainConfig
@@ -62,29 +63,34 @@ def test_every_model_sees_the_same_number_of_tokens() -> None:
     assert {steps(name) for name in longer} == {LONGER * Scale().steps} and len(longer) == 2
 
 
+def begin(*arguments: Any) -> None:
+    with prepared(*arguments):
+        pass
+
+
 def test_another_plan_in_the_folder_is_left_alone(tmp_path: Path) -> None:
     text = "\n".join(json.dumps({"text": f"document {i} of a few words " * 30}) for i in range(20))
     (tmp_path / "data.jsonl").write_text(text, encoding="utf-8")
     out = tmp_path / "out"
-    prepare(out, str(tmp_path / "data.jsonl"), SMOKE)
+    begin(out, str(tmp_path / "data.jsonl"), SMOKE)
     before = (out / "plan.json").read_bytes()
-    prepare(out, str(tmp_path / "data.jsonl"), SMOKE)
+    begin(out, str(tmp_path / "data.jsonl"), SMOKE)
     with pytest.raises(InputError, match="another size"):
-        prepare(out, str(tmp_path / "data.jsonl"), Scale())
+        begin(out, str(tmp_path / "data.jsonl"), Scale())
     assert (out / "plan.json").read_bytes() == before
     job = plan(SMOKE)[0].record()
     (out / "results").mkdir()
     result = out / "results" / f"{job['name']}.json"
     result.write_text(json.dumps({"job": job}), encoding="utf-8")
-    prepare(out, str(tmp_path / "data.jsonl"), SMOKE)
+    begin(out, str(tmp_path / "data.jsonl"), SMOKE)
     job["settings"]["steps"] += 1
     result.write_text(json.dumps({"job": job}), encoding="utf-8")
     with pytest.raises(InputError, match="another plan"):
-        prepare(out, str(tmp_path / "data.jsonl"), SMOKE)
+        begin(out, str(tmp_path / "data.jsonl"), SMOKE)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(InputError, match="not empty"):
-        prepare(tmp_path / "other", "pydoc", SMOKE)
+        begin(tmp_path / "other", "pydoc", SMOKE)
 
 
 def test_smoke_survives_a_kill(tmp_path: Path) -> None:
@@ -126,6 +132,9 @@ def test_smoke_survives_a_kill(tmp_path: Path) -> None:
     for plot in re.findall(r"!\[\w+\]\((\w+\.png)\)", report):
         assert (out / "report" / plot).stat().st_size > 5000
     _figures_are_those_of_the_results(out, report)
+    with folders.claim(out, overwrite=True, kinds=KINDS):
+        folders.clear(out, KINDS)
+    assert not list(out.iterdir()), "all it wrote is what `overwrite` replaces"
 
 
 def _figures_are_those_of_the_results(out: Path, report: str) -> None:

@@ -7,10 +7,8 @@ passages, a plot, a page that replays one passage's denoising, and a report.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,12 +28,14 @@ from transformers import (
     TrainingArguments,
 )
 
+from blockdiff import folders
 from blockdiff.api import TextGeneration, encode_prompts, to_text
+from blockdiff.checks import real_number
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
-from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import evaluate_corpus
 from blockdiff.models.dit import DiT
+from blockdiff.outputs import to_json, write_text
 from blockdiff.plots import loss_plot
 from blockdiff.replay import Recorder, write_page
 from blockdiff.sampling.generate import collect, stream_tokens
@@ -107,10 +107,18 @@ def demo(
 ) -> None:
     """Runs the demo and leaves models, metrics, report, plot and page in `out`.
 
-    Raises `InputError` when `out` holds something already, or `minutes` is not positive.
+    Raises `InputError` when `out` holds something already or cannot be written, or `minutes` is
+    not positive. `overwrite` replaces a demo, or a run, that is there.
     """
-    folder = Path(out)
-    _check(folder, minutes, overwrite)
+    real_number("minutes", minutes, above=True)
+    recipe = replace(RECIPE, seed=seed, device=device)
+    with folders.claim(out, overwrite=overwrite, kinds=("demo", "run", "reproduction")) as folder:
+        folders.clear(folder)
+        _demo(folder, minutes, recipe, clock)
+
+
+def _demo(folder: Path, minutes: float, recipe: TrainConfig, clock: Clock) -> None:
+    """The demo in a folder that is claimed and cleared."""
     begin = clock()
     console = Console(highlight=False)
 
@@ -123,10 +131,7 @@ def demo(
         console.print(f"  {_steps(done)} steps in {done.seconds:.0f} s")
         return done
 
-    if folder.exists():
-        shutil.rmtree(folder)
     ar_folder, bd_folder = folder / "ar", folder / "bd3lm"
-    recipe = replace(RECIPE, seed=seed, device=device)
     console.print("[bold]1[/] AR, on the Python documentation of this machine")
     ar = run("ar", AR_SHARE, replace(recipe, objective="ar", out=str(ar_folder)))
     console.print("[bold]2[/] BD3-LM, L' = 4, from the AR weights")
@@ -138,7 +143,7 @@ def demo(
     ]
     console.print(_table(results))
     console.print("[bold]4[/] Three passages, block by block")
-    model, tokenizer = load(bd_folder, device=choose_device(device))
+    model, tokenizer = load(bd_folder, device=choose_device(recipe.device))
     texts = _write(model, tokenizer, folder / "denoising.html")
     for prompt, text in zip(PROMPTS, texts.texts, strict=True):
         console.print()
@@ -146,23 +151,11 @@ def demo(
         console.print(printable(text), markup=False)
     _gather_metrics(folder, results)
     seconds = clock() - begin
-    (folder / "report.md").write_text(_report(results, texts, seconds, seed), encoding="utf-8")
+    write_text(folder / "report.md", _report(results, texts, seconds, recipe.seed))
     console.print(
         f"\n{seconds / 60:.1f} minutes. In {folder}: bd3lm/ (the model), report.md, loss.png, "
         "metrics.jsonl, and denoising.html to open in a browser."
     )
-
-
-def _check(folder: Path, minutes: float, overwrite: bool) -> None:
-    if minutes <= 0:
-        raise InputError(f"--minutes is {minutes}; it must be above 0")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    ours = (folder / "ar").is_dir()
-    if not ours:
-        raise InputError(f"{folder} is not empty and holds no demo; choose another --out")
-    if not overwrite:
-        raise InputError(f"{folder} holds a demo; replace it with --overwrite, or choose an --out")
 
 
 class Pace:
@@ -262,12 +255,9 @@ def _write(model: DiT, tokenizer: PreTrainedTokenizerBase, page: Path) -> TextGe
 def _gather_metrics(folder: Path, results: list[_Result]) -> None:
     """One metrics.jsonl and one plot for both models."""
     curves = {result.name: read_metrics(result.run.folder / METRICS_FILE) for result in results}
-    with (folder / METRICS_FILE).open("w", encoding="utf-8") as file:
-        for name, lines in curves.items():
-            for line in lines:
-                file.write(json.dumps({"model": name, **line}) + "\n")
-        for result in results:
-            file.write(json.dumps({"model": result.name, "final": result.record}) + "\n")
+    records = [{"model": name, **line} for name, lines in curves.items() for line in lines]
+    records += [{"model": result.name, "final": result.record} for result in results]
+    write_text(folder / METRICS_FILE, "".join(to_json(record) + "\n" for record in records))
     loss_plot(curves, folder / "loss.png", title="Training on pydoc, nats per token")
 
 

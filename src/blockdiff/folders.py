@@ -67,7 +67,7 @@ KINDS: dict[str, tuple[str, Tree]] = {
 RUNS = ("run", "reproduction", "demo")
 # A killed command's drafts: `tempfile`'s names behind ours.
 _DRAFTS: Tree = {
-    r"\.(saving|blockdiff|[\w.]+\.(jsonl?|md|html|png|safetensors))-[a-z0-9_]{8}": ...,
+    r"\.(saving|writing|blockdiff)-[a-z0-9_]{8}": ...,
     r"\.run\.json\.tmp|metrics\.tmp": None,
 }
 # No command of ours wrote them, and they are in nobody's way: they stay.
@@ -134,16 +134,21 @@ def clear(folder: Path, kinds: tuple[str, ...] = RUNS) -> None:
     kind = _kind(folder, kinds)
     if kind is not None:
         mark, tree = KINDS[kind]
-        _clear(folder, tree, last=mark.split("/")[0])
+        _clear(folder, tree, mark)
 
 
-def _clear(folder: Path, tree: Tree, last: str = "") -> None:
+def _clear(folder: Path, tree: Tree, mark: str = "") -> None:
+    last, _, rest = mark.partition("/")
     for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name)):
         known, inner = _known(path, tree)
         if not known or _IGNORED.fullmatch(path.name):
             continue
         if isinstance(inner, dict):
-            _clear(path, inner)
+            lock = _lock(path) if (path / LOCK).exists() else None
+            try:
+                _clear(path, inner, rest if path.name == last else "")
+            finally:
+                _release(path, lock)
             with suppress(OSError):  # a link, a mount, or something of somebody else's in it
                 path.rmdir()
         elif path.is_dir() and not path.is_symlink():
@@ -157,7 +162,10 @@ def _kind(folder: Path, kinds: tuple[str, ...]) -> str | None:
 
 
 def _foreign(folder: Path, tree: Tree) -> str | None:
-    """The first thing in the folder that the tree does not have, as a path within it."""
+    """The first thing in the folder that the tree does not have, as a path within it.
+
+    Raises `InputError` where another process is at work in a folder of the tree.
+    """
     for path in sorted(folder.iterdir()):
         known, inner = _known(path, tree)
         if _IGNORED.fullmatch(path.name):
@@ -165,6 +173,7 @@ def _foreign(folder: Path, tree: Tree) -> str | None:
         if not known:
             return path.name
         if isinstance(inner, dict):
+            _check_free(path)
             within = _foreign(path, inner)
             if within is not None:
                 return f"{path.name}/{within}"
@@ -178,7 +187,9 @@ def is_empty(folder: Path) -> bool:
 
 def _first_content(folder: Path) -> str | None:
     names = (path.name for path in folder.iterdir()
-             if not _IGNORED.fullmatch(path.name) and not _known(path, {})[0])  # fmt: skip
+             if not _IGNORED.fullmatch(path.name) and not _known(path, {})[0]
+             # What a command that was killed at its beginning left of a folder within this one.
+             and not ((path / LOCK).is_file() and is_empty(path)))  # fmt: skip
     return min(names, default=None)
 
 
@@ -268,9 +279,7 @@ def _lock(folder: Path) -> int | None:
                 return handle
         except (BlockingIOError, PermissionError):
             os.close(handle)
-            raise InputError(
-                f"a run is going on in {folder}; wait for its end or choose another `out`"
-            ) from None
+            raise _in_use(folder) from None
         except OSError as error:
             os.close(handle)
             path.unlink(missing_ok=True)
@@ -280,6 +289,25 @@ def _lock(folder: Path) -> int | None:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _check_free(folder: Path) -> None:
+    """Raises `InputError` when somebody holds a lock on the folder; leaves no trace."""
+    if fcntl is None or not (folder / LOCK).is_file():
+        return
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(folder) from None
+    except OSError:
+        pass  # no locks here: `_lock` says so
+    finally:
+        os.close(handle)
+
+
+def _in_use(folder: Path) -> InputError:
+    return InputError(f"a run is going on in {folder}; wait for its end or choose another `out`")
 
 
 def _is_same(handle: int, path: Path) -> bool:

@@ -35,7 +35,7 @@ def _finite(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file in one go: whatever happens, it is the old one or the new one, and on disk."""
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name[:32]}-", dir=path.parent)
+    handle, draft = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)

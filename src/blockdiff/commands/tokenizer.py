@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from blockdiff.commands.options import Command, Given
 
@@ -27,23 +27,11 @@ class TokenizerOptions:
 
 
 def _run(given: Given) -> None:
-    from pathlib import Path
-
-    from blockdiff.data.corpora import load_corpus
-    from blockdiff.data.tokenizers import train_tokenizer
-    from blockdiff.errors import InputError
-    from blockdiff.models.hub import staging
-
     options = given.make(TokenizerOptions)
-    out = Path(options.out)
-    if out.exists() and any(out.iterdir()) and not options.overwrite:
-        raise InputError(f"{out} is not empty; replace what is there with --overwrite")
-    corpus = load_corpus(options.data, text_column=options.text_column)
-    tokenizer = train_tokenizer(corpus, options.vocab_size)
-    out.mkdir(parents=True, exist_ok=True)
-    with staging(out) as temporary:
-        tokenizer.save_pretrained(temporary)
-    print(f"{out}: {len(tokenizer)} tokens, mask token {tokenizer.mask_token!r}")
+    from blockdiff.data.tokenizers import write_tokenizer
+
+    tokenizer = write_tokenizer(**asdict(options))
+    print(f"{options.out}: {len(tokenizer)} tokens, mask token {tokenizer.mask_token!r}")
 
 
 COMMAND = Command(

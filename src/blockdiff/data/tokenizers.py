@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -12,9 +12,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from blockdiff.data.corpora import looks_like_path
+from blockdiff import checks, folders
+from blockdiff.data.corpora import load_corpus, looks_like_path
 from blockdiff.data.files import first_line
 from blockdiff.errors import InputError
+from blockdiff.models.hub import staging
+from blockdiff.progress import track
 from blockdiff.starter import packaged
 
 END_OF_TEXT = "<|endoftext|>"
@@ -37,11 +40,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     Raises:
         InputError: `vocab_size` has no room for all bytes and the special tokens.
     """
-    if vocab_size < _SMALLEST_VOCABULARY:
-        raise InputError(
-            f"vocab_size is {vocab_size}: 256 bytes and 2 special tokens need at least "
-            f"{_SMALLEST_VOCABULARY}"
-        )
+    check_vocab_size(vocab_size)
     backend = tokenizers.Tokenizer(BPE())
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = ByteLevelDecoder()
@@ -60,6 +59,34 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         clean_up_tokenization_spaces=False,
     )
     add_mask_token(tokenizer)
+    return tokenizer
+
+
+def check_vocab_size(vocab_size: object) -> None:
+    """Raises `InputError` where a byte-level BPE cannot have so many tokens."""
+    needed = "; 256 bytes and 2 special tokens have to find room"
+    checks.whole_number("vocab_size", vocab_size, _SMALLEST_VOCABULARY, meaning=needed)
+
+
+def write_tokenizer(
+    data: str | Sequence[str],
+    out: str | Path,
+    vocab_size: int,
+    text_column: str = "text",
+    overwrite: bool = False,
+) -> PreTrainedTokenizerFast:
+    """Trains a tokenizer on the corpus `data` (see `train_tokenizer`) and saves it in `out`.
+
+    `overwrite`: replace the tokenizer that is there. Raises `InputError` for bad input, before
+    anything that was in the folder is touched.
+    """
+    check_vocab_size(vocab_size)
+    with folders.claim(out, overwrite=overwrite, kinds=("tokenizer",)) as folder:
+        corpus = load_corpus(data, text_column=text_column)
+        tokenizer = train_tokenizer(track(corpus, "Reading documents"), vocab_size)
+        folders.clear(folder, kinds=("tokenizer",))
+        with staging(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
     return tokenizer
 
 

@@ -10,62 +10,81 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from blockdiff import folders
+from blockdiff.checks import whole_number
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
+from blockdiff.models.hub import staging
+from blockdiff.outputs import local_path, to_json, write_text
 from blockdiff.reproduction.plan import SMOKE, Job, Scale, plan
 from blockdiff.reproduction.report import write_report
 from blockdiff.reproduction.work import begin_worker, result_path, work
 from blockdiff.training.record import commit
 
-PLAN_FILE = "plan.json"
+PLAN_FILE, TOKENIZER = "plan.json", "tokenizer"
+# What `overwrite` replaces.
+KINDS = ("reproduction", "run", "demo")
+MOST_WORKERS = 1024
 SPLIT_SEED = 0
 
 
-def prepare(folder: Path, data: str, scale: Scale, overwrite: bool = False) -> None:
-    """The folder with its plan, split and tokenizer; one that is there goes on if it is the same.
+@contextmanager
+def prepared(out: str | Path, data: str, scale: Scale, overwrite: bool = False) -> Iterator[Path]:
+    """The folder with its plan, split and tokenizer, nobody else's until the end of the block.
 
-    Raises `InputError` when the folder holds something else, or another plan.
+    One that is there goes on if it is the same. Raises `InputError` when the folder holds
+    something else, or another plan.
     """
     wish = json.loads(json.dumps({"data": data, "scale": asdict(scale)}))
-    path = folder / PLAN_FILE
-    if folder.exists() and any(folder.iterdir()):
-        if not path.is_file():
-            raise InputError(
-                f"{folder} is not empty and holds no reproduction; choose another --out"
-            )
-        if not overwrite:
-            there = json.loads(path.read_text(encoding="utf-8"))
-            if {key: there.get(key) for key in wish} != wish:
-                raise InputError(
-                    f"{folder} holds a reproduction of another size or data; replace it with "
-                    "--overwrite, or choose another --out"
-                )
+    go_on = not overwrite and os.path.isfile(local_path("out", out) / PLAN_FILE)
+    with folders.claim(out, overwrite=overwrite, go_on=go_on, kinds=KINDS) as folder:
+        if go_on:
+            _check_plan(folder, wish)
             _check_results(folder, scale)
-            return
-        shutil.rmtree(folder)
-    train, test = (
-        [passage for text in part for passage in passages(text, scale.sentences)]
-        for part in split_documents(list(load_corpus(data)), scale.test_fraction, SPLIT_SEED)
-    )
-    # Whole or not at all: an interrupted beginning leaves nothing under the folder's name.
-    fresh = folder.with_name(f".{folder.name}-beginning")
-    shutil.rmtree(fresh, ignore_errors=True)
-    (fresh / "data").mkdir(parents=True)
+        if not go_on or not (folder / TOKENIZER / "tokenizer_config.json").is_file():
+            _prepare(folder, wish, data, scale)
+        yield folder
+
+
+def _prepare(folder: Path, wish: dict[str, Any], data: str, scale: Scale) -> None:
+    """The plan first, by which the folder is known; the tokenizer last: now all is there."""
+    parts = split_documents(load_corpus(data), scale.test_fraction, SPLIT_SEED)
+    train, test = ([p for text in part for p in passages(text, scale.sentences)] for part in parts)
+    tokenizer = train_tokenizer(train, scale.vocab_size)
+    folders.clear(folder, KINDS)
+    write_text(folder / PLAN_FILE, to_json(wish, indent=1) + "\n")
+    (folder / "data").mkdir(exist_ok=True)
     for name, part in (("train", train), ("test", test)):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
-        (fresh / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    train_tokenizer(train, scale.vocab_size).save_pretrained(fresh / "tokenizer")
-    (fresh / PLAN_FILE).write_text(json.dumps(wish, indent=1) + "\n", encoding="utf-8")
-    fresh.replace(folder)
+        lines = "".join(to_json({"text": text}) + "\n" for text in part)
+        write_text(folder / "data" / f"{name}.jsonl", lines)
+    (folder / TOKENIZER).mkdir(exist_ok=True)
+    with staging(folder / TOKENIZER) as temporary:
+        tokenizer.save_pretrained(temporary)
+
+
+def _check_plan(folder: Path, wish: dict[str, Any]) -> None:
+    try:
+        there = json.loads((folder / PLAN_FILE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{folder / PLAN_FILE} is damaged: {error}; choose another `out`"
+        ) from None
+    if not isinstance(there, dict) or {key: there.get(key) for key in wish} != wish:
+        raise InputError(
+            f"{folder} holds a reproduction of another size or data; replace it with "
+            "`overwrite`, or choose another `out`"
+        )
 
 
 def _check_results(folder: Path, scale: Scale) -> None:
@@ -76,8 +95,8 @@ def _check_results(folder: Path, scale: Scale) -> None:
             there = json.loads(path.read_text(encoding="utf-8"))["job"] | {"cost": job.cost}
             if there != json.loads(json.dumps(job.record())):
                 raise InputError(
-                    f"{path} is of another plan; start again with --overwrite, or choose "
-                    "another --out"
+                    f"{path} is of another plan; start again with `overwrite`, or choose "
+                    "another `out`"
                 )
 
 
@@ -134,10 +153,9 @@ def reproduce(out: str, data: str, workers: int | None, smoke: bool, overwrite: 
 
     Raises `InputError` on bad input, or when a job failed.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers is {workers}; it must be at least 1")
+    cores = os.cpu_count() or 1
+    count = cores if workers is None else whole_number("workers", workers, high=MOST_WORKERS)
     scale = SMOKE if smoke else Scale()
-    folder = Path(out)
-    prepare(folder, data, scale, overwrite)
-    run(folder, scale, workers or os.cpu_count() or 1)
-    print(write_report(folder, scale, data))
+    with prepared(out, data, scale, overwrite) as folder:
+        run(folder, scale, count)
+        print(write_report(folder, scale, data))

@@ -6,6 +6,7 @@ Imports nothing heavy, so that `blockdiff train --help` answers at once.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -299,7 +300,7 @@ def save_config(config: TrainConfig, folder: Path, record: dict[str, Any] | None
 
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(
             f"{folder} holds no run ({CONFIG_FILE} is missing); start one without `resume`"
         )
@@ -338,7 +339,7 @@ def held_out(folder: str | Path) -> dict[str, Any] | None:
     None where there is no run, as in a model's folder from elsewhere. Raises `InputError` when its
     run.json is damaged.
     """
-    if not (Path(folder) / CONFIG_FILE).is_file():
+    if not os.path.isfile(Path(folder) / CONFIG_FILE):
         return None
     config = load_config(Path(folder))
     return {name: getattr(config, name) for name in HELD_OUT}
