@@ -4,8 +4,8 @@ The cache is exact: a clean block attends to itself and to the blocks before it 
 later one, so its keys and values do not change once it is finished. They are stored rotated; RoPE
 is relative, so they stay valid while the window slides.
 
-Memory is allocated once. In front of the ring of finished tokens lies room for those an evaluation
-is about, so that what attention reads, ring and all, is one view and never a copy:
+Memory is allocated once, in one buffer per layer. The tokens of the current evaluation are written
+in front of the ring of cached tokens, so attention reads one contiguous view and nothing is copied:
 
     | a block just finished | the block being written | ring of C finished tokens |
               K                          K                         C

@@ -284,7 +284,7 @@ class DiT(PreTrainedModel):
                     condition = torch.cat([clean, condition.expand(rows, length, -1)], dim=1)
             return Prepared([layer.under(condition) for layer in self.stack()], final)
 
-    # its parts
+    # parts of a forward pass
 
     def stack(self) -> list[DiTLayer]:
         """The layers, typed."""
@@ -319,8 +319,8 @@ class DiT(PreTrainedModel):
         """The residual stream [B, T, E] of tokens [B, T], or [P, E] at the chosen positions.
 
         `attention(i, q, k, v)` is that of layer i; see `DiTLayer.forward` for what it may answer.
-        After the last attention only what is chosen by `at` goes on, unless the `whole` is wanted
-        (or modulations differ from token to token).
+        `at` [P] are the positions whose logits are wanted: the last layer's MLP and the output are
+        computed for these alone, unless the `whole` is wanted or modulations differ by token.
         """
         h = self.embedding(tokens).float()  # the sum of all branches is float32 in any precision
         last = len(prepared.layers) - 1
@@ -375,5 +375,5 @@ class DiT(PreTrainedModel):
 
 
 def _repeat(x: Tensor, rows: int) -> Tensor:
-    """B rows → R·B rows, draw-major."""
+    """B rows → R·B rows, draw-major: row r·B + i is a copy of row i."""
     return x if x.shape[0] == rows else x.repeat(rows // x.shape[0], *[1] * (x.dim() - 1))

@@ -42,9 +42,9 @@ def convert(
 ) -> None:
     """Puts a model's weights into a precision of `WEIGHTS`, in place, for inference.
 
-    "auto": bf16 where it is faster on the device, else float32. Raises `InputError` for a name
-    that is none of these. `few_tokens`: for a sampler's steps, bf16 weights are kept in the order
-    the processor reads them in; such a model no longer gives `nll`.
+    "auto": bf16 where the processor is made for it, else float32. Raises `InputError` for a name
+    that is none of these. `few_tokens`: for the few tokens of a sampler's step, bf16 weights are
+    repacked into the processor's own memory layout; such a model can sample but no longer has `nll`.
     """
     precision = resolve_precision(precision, device)
     if precision == "int8":

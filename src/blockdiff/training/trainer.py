@@ -188,7 +188,7 @@ class BlockDiffusionTrainer(Trainer):
             drop_last=True,
         )
 
-    # the law
+    # the loss of a batch
 
     def compute_loss(
         self,
@@ -281,7 +281,7 @@ class BlockDiffusionTrainer(Trainer):
         torch.manual_seed(fold_seed(self.run.seed, self.state.global_step, first))
         return first
 
-    # what is measured and saved is the average
+    # validation and saving use the moving average of the weights
 
     @property
     def averaged_model(self) -> DiT:
