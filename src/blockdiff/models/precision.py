@@ -44,7 +44,7 @@ def convert(
 
     "auto": bf16 where the processor is made for it, else float32. Raises `InputError` for a name
     that is none of these. `few_tokens`: for the few tokens of a sampler's step, bf16 weights are
-    repacked into the processor's own memory layout; such a model can sample but no longer has `nll`.
+    repacked into the processor's own memory layout; such a model samples, but has no `nll`.
     """
     precision = resolve_precision(precision, device)
     if precision == "int8":

@@ -109,7 +109,7 @@ def micro_batch(config: TrainConfig, processes: int) -> int:
     parts = processes * config.accumulate
     if config.batch_size % parts:
         raise InputError(
-            f"--batch_size {config.batch_size} cannot be cut into equal parts for {processes} "
+            f"`batch_size` {config.batch_size} cannot be cut into equal parts for {processes} "
             f"processes of {config.accumulate} micro-batches; make it a multiple of {parts}"
         )
     return config.batch_size // parts
@@ -165,7 +165,7 @@ class BlockDiffusionTrainer(Trainer):
         if self.ema is not None:
             self.ema.to(self.args.device)
         if self.is_fsdp_enabled and self.ema is None:
-            raise InputError("a sharded (FSDP) run is measured and saved by its --ema; give one")
+            raise InputError("a sharded (FSDP) run is measured and saved by its `ema`; give one")
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         # The loss is already divided by the tokens of the whole step.
