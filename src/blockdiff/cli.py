@@ -7,7 +7,6 @@ command is known.
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import re
 import sys
@@ -21,7 +20,7 @@ from jsonargparse import ArgumentParser, Namespace
 from blockdiff.allocator import keep_freed_memory
 from blockdiff.benchmark.options import WORKS, BenchmarkOptions
 from blockdiff.errors import InputError, RunStopped
-from blockdiff.outputs import new_file, to_json
+from blockdiff.outputs import new_file, to_json, write_failure
 from blockdiff.training.config import TrainConfig
 
 
@@ -520,18 +519,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if not _disk_full(error):
+        failure = write_failure(error)
+        if failure is None:
             raise
-        fail("the disk is full; what was saved before is whole: free some space and --resume")
-
-
-def _disk_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    if "No space left on device" in str(error) or "os error 28" in str(error):
-        return True
-    # torch's own writer reports a short write without the reason behind it.
-    return "PytorchStreamWriter failed writing" in str(error)
+        resume = ", then continue with --resume" if given.command == "train" else ""
+        fail(f"{failure}{resume}; what was saved before is whole")
 
 
 def _quiet() -> None:
