@@ -6,7 +6,6 @@ command is known and its options are read.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from blockdiff.commands import COMMANDS
 from blockdiff.commands.hints import hint_command
 from blockdiff.commands.options import Given, Parser
 from blockdiff.errors import InputError, RunStopped
+from blockdiff.outputs import write_failure
 
 
 def parse(words: Sequence[str]) -> tuple[str, Given]:
@@ -102,18 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:
-            if not _disk_full(error):
+            failure = write_failure(error)
+            if failure is None:
                 raise
-            fail("the disk is full; what was saved before is whole: free some space and --resume")
-
-
-def _disk_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    if "No space left on device" in str(error) or "os error 28" in str(error):
-        return True
-    # torch's own writer reports a short write without the reason behind it.
-    return "PytorchStreamWriter failed writing" in str(error)
+            resume = ", then continue with --resume" if name == "train" else ""
+            fail(f"{failure}{resume}; what was saved before is whole")
 
 
 @contextmanager

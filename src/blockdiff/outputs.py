@@ -5,9 +5,11 @@ Imports nothing heavy, for the command line's sake.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -49,11 +51,11 @@ def write_text(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def file_mode() -> int:
-    """The mode new files get: 0666 less the umask."""
+def file_mode(full: int = 0o666) -> int:
+    """The mode new files get: 0666 (folders: 0777) less the umask."""
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return full & ~mask
 
 
 def share(folder: Path) -> None:
@@ -138,3 +140,42 @@ def try_writing(folder: Path) -> None:
             os.fsync(file.fileno())
     finally:
         Path(path).unlink(missing_ok=True)
+
+
+# What the system says when it takes no more, and what can be done about it.
+_FAILURES = {
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space or ask for more"),
+    errno.EFBIG: ("a file would be larger than is allowed", "raise the limit (ulimit -f)"),
+    errno.EROFS: ("the disk is read-only", "write to another one"),
+    errno.EACCES: ("no permission", "change the mode or use another place"),
+    errno.EPERM: ("not permitted", "change the mode or use another place"),
+    errno.EIO: ("the disk has an error", "check it or use another one"),
+    errno.EMFILE: ("too many open files", "raise the limit (ulimit -n)"),
+}
+# torch's own writer reports a short write without the reason behind it.
+_TORCH = ("PytorchStreamWriter failed writing", "enforce fail at inline_container")
+_UNKNOWN = ("the disk took only a part of a file", "see to space, quota and file-size limit")
+
+
+def write_failure(error: BaseException) -> str | None:
+    """What is wrong with the disk and what to do, in one line; None when `error` is no such thing.
+
+    Knows Python's own errors, and those of safetensors, tokenizers and torch, which are of classes
+    of their own and give the reason in their text or not at all.
+    """
+    text = " ".join(str(error).split())
+    number = error.errno if isinstance(error, OSError) else None
+    named = re.search(r"\((?:os error|code:) (\d+)\b|\[Errno (\d+)\]", text)
+    if number is None and named:  # Rust's and pyarrow's
+        number = int(named[1] or named[2])
+    if number in _FAILURES:
+        what, advice = _FAILURES[number]
+    elif any(part in text for part in _TORCH):
+        what, advice = _UNKNOWN
+    elif isinstance(error, OSError) and number is not None and error.filename is not None:
+        what, advice = error.strerror or os.strerror(number), "check the path"
+    else:
+        return None
+    where = error.filename if isinstance(error, OSError) else None
+    return f"{what}{'' if where is None else f' ({os.fsdecode(where)})'}; {advice}"

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blockdiff.errors import InputError
+from blockdiff.outputs import file_mode
 
 _IDS, _REAL, _META = "ids.bin", "real.bin", "meta.json"
 _DAMAGE = (OSError, ValueError, KeyError)  # what opening an absent or damaged entry raises
@@ -111,7 +112,7 @@ def build_windows(
         _require_windows(counts, meta["length"])
         text = json.dumps(meta | counts, indent=2)
         (draft / _META).write_text(text, encoding="utf-8")
-        draft.chmod(0o755)  # mkdtemp's is private, but a cache may be shared
+        draft.chmod(file_mode(0o777))  # mkdtemp's is private
         try:
             draft.rename(entry)
         except OSError:
