@@ -52,6 +52,18 @@ def test_the_readme_shows_every_command() -> None:
     assert set(SMALLER) | ELSEWHERE == set(COMMANDS)
 
 
+def test_the_reading_path_is_as_long_as_is_said() -> None:
+    path = README.parent / "src" / "blockdiff"
+    found = re.search(
+        r"read `([^`]+)` for the paper in five files of ([\d,]+) lines",
+        " ".join(README.read_text(encoding="utf-8").split()),
+    )
+    assert found
+    files = [path / name for name in found[1].split(" → ")]
+    lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    assert len(files) == 5 and abs(lines - int(found[2].replace(",", ""))) < 0.05 * lines
+
+
 def test_the_readme_names_the_test_command() -> None:
     assert "make test" in README.read_text(encoding="utf-8")
     assert "make test" in (README.parent / ".ci" / "run").read_text(encoding="utf-8")
@@ -67,7 +79,7 @@ def test_readme_runs(
             continue
         words, to = (words[:-2], words[-1]) if words[-2] == ">" else (words, None)
         # The hub's texts cannot be had everywhere; tests/test_zero_shot.py has the names.
-        words = [re.sub("wikitext103,lambada,notes.txt", "pydoc", word) for word in words]
+        words = [word.replace("wikitext103,lambada,", "") for word in words]
         cli.main([*words, *SMALLER[words[0]]])
         out = capsys.readouterr().out
         assert out, words
