@@ -376,4 +376,6 @@ def merge_resumed(asked: TrainConfig, given: Collection[str] | None = None) -> T
 
 def _told(value: object) -> str:
     """A value as it is written on the command line."""
+    if isinstance(value, list):
+        return " ".join(value)
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
