@@ -1,9 +1,9 @@
 """Whether `mask_stderr` is the noise of the masks: each estimator measured over and over.
 
-    python benchmarks/coverage.py        writes benchmarks/results/coverage.json, minutes on a core
+    python benchmarks/coverage.py        writes benchmarks/results/coverage.json, a quarter of an hour on a core
 
 200 repeats that differ in the seed of the masks alone, of the starter on the Python documentation
-(32 windows of 64 tokens, 8 draws each), at L' = 4 against the enumerated bound and at L' = 16
+(16 windows of 16 tokens, 4 draws each), at L' = 4 against the enumerated bound and at L' = 16
 against the mean of all repeats, as d3pm everywhere: it bounds by another number.
 
 `ratio` is claimed over actual: the root mean square of `mask_stderr` over the repeats' standard
@@ -28,7 +28,7 @@ from blockdiff.evaluation.corpus import open_sequences
 from blockdiff.evaluation.likelihood import likelihood
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
-REPEATS, WINDOWS, LENGTH, DRAWS = 200, 32, 64, 8
+REPEATS, WINDOWS, LENGTH, DRAWS = 200, 16, 16, 4
 CASES = {4: ("exact_k", "paired", "bernoulli", "d3pm"), 16: ("exact_k", "paired")}
 
 

@@ -158,3 +158,16 @@ def test_packed_weights_are_the_same_weights(trained):
 def test_an_unknown_precision_is_named(trained):
     with pytest.raises(InputError, match=re.escape("'fp8'")):
         convert(trained[0], "fp8", CPU)
+
+
+def test_twelve_rows_are_the_same_alone_and_in_a_batch_in_float32(trained):
+    """What docs/precision.md promises of float32 weights; it promises nothing of the others."""
+    options = SamplingOptions(max_new_tokens=8, seed=3)
+    prompts = [[row % 7, (row * row) % 5] for row in range(12)]
+    together = generate_tokens(trained[0], prompts, options).tokens
+    assert (
+        generate_tokens(trained[0], prompts[::-1], options, rows=range(12)[::-1]).tokens
+        == (together[::-1])
+    )
+    for row, prompt in enumerate(prompts):
+        assert generate_tokens(trained[0], [prompt], options, rows=[row]).tokens == [together[row]]

@@ -125,6 +125,11 @@ class _ChunkedAttention(torch.autograd.Function):
 
     The backward computes each chunk's softmax again, so that no [Q, S] tensor outlives its chunk,
     and adds into gradients allocated once.
+
+    Scores, softmax, its slope and the sums over chunks are float32 whatever q, k and v are: a score
+    of 20 rounded to bf16 is off by up to 0.06, and its probability by 6%. The other products, with
+    v and of the gradients, are in q's precision, as in SDPA's kernels; so is the error
+    (docs/performance.md has both, and the cost).
     """
 
     @staticmethod
@@ -133,7 +138,7 @@ class _ChunkedAttention(torch.autograd.Function):
         out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
         out = out.transpose(1, 2)
         for chunk in chunks:
-            probability = _probabilities(q, k, chunk)
+            probability = _probabilities(q, k, chunk).to(q.dtype)
             out[:, :, chunk.queries] = probability @ _gather(v, chunk.spans, -2)
         ctx.save_for_backward(q, k, v)
         ctx.chunks = chunks
@@ -143,24 +148,31 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         (outer,) = gradients
-        of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        of_q = torch.empty_like(q)
+        of_k, of_v = (torch.zeros_like(x, dtype=_wide(x)) for x in (k, v))
         scale = q.shape[-1] ** -0.5
         for chunk in ctx.chunks:
             own = outer[:, :, chunk.queries]
             probability = _probabilities(q, k, chunk)
-            _scatter(of_v, chunk.spans, probability.mT @ own)
+            _scatter(of_v, chunk.spans, probability.to(q.dtype).mT @ own)
             # ∂ softmax: p · (g − Σ p g), one fused pass
-            slope = own @ _gather(v, chunk.spans, -2).mT
-            slope = torch.ops.aten._softmax_backward_data(slope, probability, -1, probability.dtype)
+            slope = (own @ _gather(v, chunk.spans, -2).mT).to(probability.dtype)
+            slope = torch.ops.aten._softmax_backward_data(slope, probability, -1, slope.dtype)
+            slope = slope.mul_(scale).to(q.dtype)
             of_q[:, :, chunk.queries] = slope @ _gather(k, chunk.spans, -2)
             _scatter(of_k, chunk.spans, slope.mT @ q[:, :, chunk.queries])
-        return of_q.mul_(scale), of_k.mul_(scale), of_v, None
+        return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """float32, or what x has if that is more."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _probabilities(q: Tensor, k: Tensor, chunk: Chunk) -> Tensor:
-    """Attention weights [B, H, q, S] of a chunk over its own keys."""
-    query = q[:, :, chunk.queries] * q.shape[-1] ** -0.5
-    scores = query @ _gather(k, chunk.spans, -2).mT
+    """Attention weights [B, H, q, S], at least float32, of a chunk over its own keys."""
+    query = q[:, :, chunk.queries].to(_wide(q)) * q.shape[-1] ** -0.5
+    scores = query @ _gather(k, chunk.spans, -2).to(_wide(k)).mT
     if chunk.hidden is not None:
         tail = scores[..., scores.shape[-1] - chunk.hidden.shape[-1] :]
         tail.masked_fill_(chunk.hidden, -torch.inf)

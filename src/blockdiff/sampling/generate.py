@@ -6,7 +6,7 @@
 
 Sampling is a generator of `Step`s: text, terminal view and pages all consume the same steps.
 Rows have their own blocks, their own progress and their own random numbers: a row's tokens are the
-same alone and in a batch, whatever the others do.
+same alone and in a batch, whatever the others do, in float32 (docs/precision.md).
 
 Shapes: B rows, n rows still active, S canvas length, K block size.
 """
