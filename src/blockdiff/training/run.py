@@ -23,7 +23,7 @@ from blockdiff.attention import choose_backend
 from blockdiff.data.corpora import Corpus, load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
 from blockdiff.data.loading import check_tokenizer
-from blockdiff.data.packing import StreamedWindows, Windows, pack, stream_windows
+from blockdiff.data.packing import StreamedWindows, Windows, default_cache, pack, stream_windows
 from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
@@ -330,8 +330,11 @@ def _start(source: str | None, checkpoint: Path | None) -> tuple[DiT | None, DiT
 def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> TrainingData:
     """Corpus, split, tokenizer and windows of a run.
 
-    `process` (number, count): whose share of a stream it is.
+    `process` (number, count): whose share of a stream it is; the first tells how far it is.
     """
+    default_cache()  # refused before the work
+    progress = process[0] == 0
+    held = "the text held out to validate on"
     corpus = _open(config, config.data, config.split, process if config.streaming else None)
     documents: Iterable[str] = corpus
     held_out: Iterable[str]
@@ -341,25 +344,26 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
     elif config.streaming:
         raise InputError("a streamed corpus needs `validation_data` or `validation_split`")
     else:
-        documents, held_out = split_documents(corpus, config.validation_fraction, config.seed)
+        held += f" (`validation_fraction` {config.validation_fraction:g})"
+        documents, held_out = split_documents(
+            corpus, config.validation_fraction, config.seed, progress=progress
+        )
     if config.streaming and not (config.tokenizer or config.init_from):
         raise InputError("a streamed corpus needs a `tokenizer`")
     tokenizer = _tokenizer(config, documents)
     options: dict[str, Any] = {"length": config.length, "bos": config.bos, "eos": config.eos}
+    whole = {**options, "across_documents": config.across_documents, "progress": progress}
     windows: Windows | StreamedWindows
     if config.streaming:
         windows = stream_windows(documents, tokenizer, endless=True, **options)
     else:
-        windows = pack(documents, tokenizer, across_documents=config.across_documents, **options)
+        windows = pack(documents, tokenizer, **whole)
         if len(windows) < config.batch_size:
             raise InputError(
                 f"{config.data} fills {len(windows)} windows of {config.length} tokens, less than "
                 f"a batch of {config.batch_size}: give more text, or lower `batch_size` or `length`"
             )
-    try:
-        validation = pack(held_out, tokenizer, across_documents=config.across_documents, **options)
-    except InputError as error:
-        raise InputError(f"the text held out to validate on: {error}") from None
+    validation = pack(held_out, tokenizer, name=held, **whole)
     fingerprints = {"train": fingerprint(windows), "validation": fingerprint(validation)}
     return TrainingData(tokenizer, windows, stack(validation, config.eval_windows), fingerprints)
 
