@@ -76,7 +76,7 @@ def main() -> None:
         print(json.dumps(measure(Path(sys.argv[2]), Path(sys.argv[3]))))
         return
     if len(sys.argv) > 1:
-        print(measure_alone(sys.argv[1], int(float(sys.argv[2]) * 1e6)))
+        print(json.dumps(measure_alone(sys.argv[1], int(float(sys.argv[2]) * 1e6))))
         return
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the command line sets it
     record: dict[str, object] = {"limit_bytes": LIMIT}

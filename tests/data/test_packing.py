@@ -421,7 +421,7 @@ def test_a_corpus_that_changes_between_its_readings_is_not_cached(tokenizer, tmp
                     documents.pop()
                 else:
                     documents[:2] = [documents[0][:-1], documents[0][-1] + documents[1]]
-            return iter(documents)
+            yield from documents
 
     with pytest.raises(InputError, match="changed while it was read"):
         pack(Changing(), tokenizer, length=4, cache_dir=tmp_path)
@@ -450,7 +450,7 @@ def test_a_cache_that_can_be_none_is_refused_before_the_corpus_is_read(
 
 
 def test_a_message_names_the_text_it_is_about(tokenizer, tmp_path):
-    for texts, words in ((["few words"], "has 4 tokens"), ([""], "is empty")):
+    for texts, words in ((["few words"], r"has \d+ tokens"), ([""], "is empty")):
         with pytest.raises(InputError, match=f"^the text held out .*{words}"):
             options = {"cache_dir": tmp_path, "name": "the text held out"}
             pack(texts, tokenizer, length=100, **options)

@@ -22,7 +22,7 @@ from blockdiff import folders
 from blockdiff.attention import choose_backend
 from blockdiff.data.corpora import Corpus, load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
-from blockdiff.data.loading import check_tokenizer
+from blockdiff.data.loading import check_tokenizer, require_own, settle_mask
 from blockdiff.data.packing import StreamedWindows, Windows, default_cache, pack, stream_windows
 from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
@@ -30,7 +30,7 @@ from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import WEIGHTS, load_model, save_model, staging
+from blockdiff.models.hub import WEIGHTS, load_model, resolve, save_model, staging
 from blockdiff.models.precision import resolve_precision
 from blockdiff.outputs import to_json, write_text
 from blockdiff.training.callbacks import MetricsLog, ProgressBar, read_metrics
@@ -334,6 +334,7 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
     """
     default_cache()  # refused before the work
     progress = process[0] == 0
+    tokenizer = _known_tokenizer(config)
     held = "the text held out to validate on"
     corpus = _open(config, config.data, config.split, process if config.streaming else None)
     documents: Iterable[str] = corpus
@@ -348,9 +349,10 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
         documents, held_out = split_documents(
             corpus, config.validation_fraction, config.seed, progress=progress
         )
-    if config.streaming and not (config.tokenizer or config.init_from):
-        raise InputError("a streamed corpus needs a `tokenizer`")
-    tokenizer = _tokenizer(config, documents)
+    if tokenizer is None:
+        if config.streaming:
+            raise InputError("a streamed corpus needs a `tokenizer`")
+        tokenizer = train_tokenizer(documents, config.vocab_size)
     options: dict[str, Any] = {"length": config.length, "bos": config.bos, "eos": config.eos}
     whole = {**options, "across_documents": config.across_documents, "progress": progress}
     windows: Windows | StreamedWindows
@@ -383,12 +385,22 @@ def _open(
     return detokenized(corpus, config.detokenizer)
 
 
-def _tokenizer(config: TrainConfig, documents: Iterable[str]) -> PreTrainedTokenizerBase:
+def _known_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the run or the one it is told to use; None where it trains one.
+
+    Raises `InputError` when it is not that of the model to start from, whatever its size.
+    """
     if config.resume and (Path(config.out) / "tokenizer_config.json").is_file():
         return load_tokenizer(Path(config.out))
-    if config.tokenizer or config.init_from:
-        return load_tokenizer(str(config.tokenizer or config.init_from), config.mask_token)
-    return train_tokenizer(documents, config.vocab_size)
+    source = config.tokenizer or config.init_from
+    if source is None:
+        return None
+    tokenizer = load_tokenizer(source, config.mask_token)
+    if config.tokenizer is not None and config.init_from is not None:
+        folder = resolve(config.init_from)
+        if (folder / "tokenizer_config.json").is_file():
+            require_own(tokenizer, folder, config.mask_token)
+    return tokenizer
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: DiT | None) -> DiT:
@@ -402,6 +414,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
     adaln = config.adaln
     if start is not None:
         sizes = {name: getattr(start.config, name) for name in sizes}
+        settle_mask(start, tokenizer)
         check_tokenizer(start, tokenizer)
         adaln = adaln or start.config.adaln
     model = DiT(
