@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
+import blockdiff
 from blockdiff import load_model, save_model
 from blockdiff.errors import InputError
 from helpers import read_golden, tiny_model
@@ -142,3 +146,25 @@ def test_a_released_model_of_several_blocks_that_is_fed_the_time_is_refused(tmp_
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="clean stream"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("mask", [0, 103, 199])
+@pytest.mark.parametrize("layout", ["bd3lm_block4", "mdlm", "ar"])
+def test_a_released_models_mask_is_its_tokenizers(tmp_path: Path, layout: str, mask: int) -> None:
+    """BERT's is 103, not the last; where the configuration names one, it has the last word."""
+    config, weights, _ = read_golden(layout)
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = {f"w{i}" if i != mask else "[MASK]": i for i in range(config["vocab_size"])}
+    backend = Tokenizer(WordLevel(words, unk_token="[MASK]"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, mask_token="[MASK]", eos_token=f"w{(mask + 1) % 200}"
+    ).save_pretrained(tmp_path / "words")
+    model, tokenizer = blockdiff.load(tmp_path, tokenizer=tmp_path / "words")
+    assert model.config.mask_token_id == tokenizer.mask_token_id == mask
+    save_model(model, tmp_path / "saved")
+    assert load_model(tmp_path / "saved").config.mask_token_id == mask
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mask_token_id": 5}))
+    if layout != "ar":
+        with pytest.raises(InputError, match="mask token has id"):
+            blockdiff.load(tmp_path, tokenizer=tmp_path / "words")

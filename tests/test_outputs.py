@@ -96,7 +96,7 @@ def test_a_run_that_meets_a_file_size_limit_ends_in_one_line(
     (tmp_path / "text.txt").write_text("The law of the land is the law. " * 400)
     words = ["train", "--data", tmp_path / "text.txt", "--vocab-size", 300, "--length", 16,
              "--steps", 2, "--save-every", 1, "--batch-size", 2, "--report-to", "none",
-             "--out", tmp_path / "run"]  # fmt: skip
+             "--eval-windows", 2, "--out", tmp_path / "run"]  # fmt: skip
     with largest_file(2_000_000), pytest.raises(SystemExit) as stop:
         cli.main([str(word) for word in words])
     assert stop.value.code == 2

@@ -192,9 +192,9 @@ def test_a_tokenizer_that_would_notice_a_cut_gets_the_whole_document(monkeypatch
 
 @pytest.mark.parametrize("length", [0, -3])
 def test_a_window_needs_a_token(tokenizer, tmp_path, length):
-    with pytest.raises(InputError, match=f"length is {length}"):
+    with pytest.raises(InputError, match=f"`length` is {length}"):
         pack(DOCUMENTS, tokenizer, length=length, cache_dir=tmp_path)
-    with pytest.raises(InputError, match=f"length is {length}"):
+    with pytest.raises(InputError, match=f"`length` is {length}"):
         stream_windows(DOCUMENTS, tokenizer, length=length)
 
 
@@ -228,9 +228,9 @@ def test_texts_without_tokens(tmp_path):
 @pytest.mark.parametrize("kind", ["bos", "eos"])
 def test_a_mark_the_tokenizer_does_not_have(tmp_path, kind):
     marks = {"bos": False, "eos": False, kind: True}
-    with pytest.raises(InputError, match=f"{kind}=True.*no {kind.upper()} token"):
+    with pytest.raises(InputError, match=f"`{kind}` is true.*no {kind.upper()} token"):
         pack(["a"], word_level(), length=1, cache_dir=tmp_path, **marks)
-    with pytest.raises(InputError, match=f"{kind}=True"):
+    with pytest.raises(InputError, match=f"`{kind}` is true"):
         stream_windows(["a"], word_level(), length=1, **marks)
 
 
@@ -334,17 +334,126 @@ def test_of_two_that_race_the_second_takes_the_entry_of_the_first(tokenizer, tmp
     assert stream_of(loser) == stream_of(winners[0])
 
 
-@pytest.mark.parametrize("name", ["meta.json", "ids.bin"])
-@pytest.mark.parametrize("content", [b"", None])
-def test_a_damaged_entry_is_packed_again(tokenizer, tmp_path, name, content):
-    first = pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path)
-    expected = stream_of(first)
+def flipped(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+
+
+DAMAGE = {
+    "gone": None,
+    "empty": lambda data: b"",
+    "short": lambda data: data[:-1],
+    "longer": lambda data: data + b"\0",
+    "zeros": lambda data: bytes(len(data)),
+    "one bit": flipped,
+}
+META_DAMAGE = {
+    "null": lambda data: b"null",
+    "a list": lambda data: b"[1]",
+    "text": lambda data: b'"text"',
+    "no UTF-8": lambda data: b"\xff" + data,
+    "deep": lambda data: b"[" * 100_000,
+    "nothing in it": lambda data: b"{}",
+    "bytes": lambda data: data.replace(b'"bytes": ', b'"bytes": 1'),
+    "tokens": lambda data: data.replace(b'"tokens": ', b'"tokens": 1'),
+    "corpus": lambda data: data.replace(b'"corpus_tokens": ', b'"corpus_tokens": 1'),
+    "windows": lambda data: data.replace(b'"windows": ', b'"windows": 0.'),
+    "length": lambda data: data.replace(b'"length": 4', b'"length": 2'),
+    "type": lambda data: data.replace(b'"<u2"', b'"<i2"'),
+    "wrong type": lambda data: data.replace(b'"<u2"', b"null"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in ("meta.json", "ids.bin", "real.bin") for kind in DAMAGE]
+    + [("meta.json", kind) for kind in META_DAMAGE],
+)
+def test_a_damaged_entry_is_packed_again(tokenizer, tmp_path, name, kind):
+    options = {"length": 4, "across_documents": False, "cache_dir": tmp_path}
+    first = pack(DOCUMENTS, tokenizer, **options)
+    expected = [item["x_0"].tolist() + item["documents"].tolist() for item in first]
+    facts = {key: value for key, value in vars(first).items() if not key.startswith("_")}
     damaged = tmp_path / first.key / name
+    whole = damaged.read_bytes()
+    change = {**DAMAGE, **META_DAMAGE}[kind]
     damaged.unlink()
-    if content is not None:
-        damaged.write_bytes(content)
-    assert stream_of(pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path)) == expected
+    if change is not None:
+        assert change(whole) != whole
+        damaged.write_bytes(change(whole))
+    again = pack(DOCUMENTS, tokenizer, **options)
+    assert [item["x_0"].tolist() + item["documents"].tolist() for item in again] == expected
+    assert {key: value for key, value in vars(again).items() if not key.startswith("_")} == facts
     assert [path.name for path in tmp_path.iterdir()] == [first.key]
+    assert damaged.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing", "a link to a folder"])
+def test_what_lies_in_an_entrys_place_makes_room(tokenizer, tmp_path, kind):
+    first = pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path / "a")
+    entry = tmp_path / "b" / first.key
+    entry.parent.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    if kind == "a file":
+        entry.touch()
+    else:
+        entry.symlink_to(tmp_path / ("elsewhere" if "folder" in kind else "nothing"))
+    again = pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path / "b")
+    assert stream_of(again) == stream_of(first)
+    assert (tmp_path / "elsewhere" / "kept").exists()
+
+
+@pytest.mark.parametrize("change", ["a letter", "a document more", "one less", "another seam"])
+def test_a_corpus_that_changes_between_its_readings_is_not_cached(tokenizer, tmp_path, change):
+    documents = list(DOCUMENTS)
+
+    class Changing:
+        readings = 0
+
+        def __iter__(self):
+            self.readings += 1
+            if self.readings == 2:
+                if change == "a letter":
+                    documents[0] = documents[0].replace("cat", "dog")
+                elif change == "a document more":
+                    documents.append("another")
+                elif change == "one less":
+                    documents.pop()
+                else:
+                    documents[:2] = [documents[0][:-1], documents[0][-1] + documents[1]]
+            yield from documents
+
+    with pytest.raises(InputError, match="changed while it was read"):
+        pack(Changing(), tokenizer, length=4, cache_dir=tmp_path)
+    assert is_empty(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["s3://bucket/cache", "~/cache", "~no-such-user/x", "a\udcff"])
+def test_a_cache_that_can_be_none_is_refused_before_the_corpus_is_read(
+    tokenizer, monkeypatch, value
+):
+    def unknown(*_):
+        raise KeyError
+
+    class Unread:
+        def __iter__(self):
+            pytest.fail("it was read")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setenv("BLOCKDIFF_CACHE", value)
+    with pytest.raises(InputError, match="BLOCKDIFF_CACHE"):
+        pack(Unread(), tokenizer, length=4)
+    monkeypatch.delenv("BLOCKDIFF_CACHE")
+    with pytest.raises(InputError, match=r"HOME is not set.* BLOCKDIFF_CACHE"):
+        pack(Unread(), tokenizer, length=4)
+
+
+def test_a_message_names_the_text_it_is_about(tokenizer, tmp_path):
+    for texts, words in ((["few words"], r"has \d+ tokens"), ([""], "is empty")):
+        with pytest.raises(InputError, match=f"^the text held out .*{words}"):
+            options = {"cache_dir": tmp_path, "name": "the text held out"}
+            pack(texts, tokenizer, length=100, **options)
 
 
 def test_progress_goes_to_stderr_only(tokenizer, tmp_path, capsys):

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from blockdiff import __version__, cli
+from blockdiff.data.tokenizers import load_tokenizer, write_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.training import run as running
 from blockdiff.training.callbacks import read_metrics
@@ -355,3 +356,29 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: Any) -> None:
 def test_both_ends_of_the_seeds_train(corpus: Path, tmp_path: Path, seed: int) -> None:
     done = train(small(corpus, tmp_path / "run", seed=seed, steps=1), progress=False)
     assert done.steps == 1
+
+
+# -- another model's weights ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab_size", [270, 280, 300])
+def test_a_tokenizer_that_is_not_the_models_own_is_refused(
+    finished: Path, corpus: Path, tmp_path: Path, vocab_size: int
+) -> None:
+    """Smaller, larger, or of the same size with other tokens: its weights mean nothing to it."""
+    other = tmp_path / "other.txt"
+    other.write_text("zebra quilt fox jumps over many lazy dogs. " * 50)
+    write_tokenizer(str(other), tmp_path / "words", vocab_size)
+    out = tmp_path / "run"
+    config = small(corpus, out, init_from=str(finished), tokenizer=str(tmp_path / "words"))
+    with pytest.raises(InputError, match="leave `tokenizer` out"):
+        train(config, progress=False)
+    assert not out.exists()
+
+
+def test_a_copy_of_the_models_own_tokenizer_is_its_own(
+    finished: Path, corpus: Path, tmp_path: Path
+) -> None:
+    load_tokenizer(finished).save_pretrained(tmp_path / "words")
+    config = small(corpus, tmp_path, init_from=str(finished), tokenizer=str(tmp_path / "words"))
+    assert prepare_data(config).tokenizer.mask_token_id is not None

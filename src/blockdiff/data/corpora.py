@@ -36,7 +36,7 @@ _LARGEST_OVERSHOOT = 1.5
 _LINE_OR_SENTENCE_END = re.compile(r"\n+|[.!?][\"')\]]*\s+")
 _FURTHEST_END = 2000  # characters
 _VISIBLE = re.compile(r"\S")
-_CHANGED = "the corpus changed while it was read: let nothing write to it and start again"
+CHANGED = "the corpus changed while it was read: let nothing write to it and start again"
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,12 @@ class Corpus:
 
     def __iter__(self) -> Iterator[str]:
         for read in self.readers:
-            for document in read():
-                if document and not document.isspace():
-                    yield document
+            # No variable here: a document may be as large as the memory that is left.
+            yield from filter(_has_text, read())
+
+
+def _has_text(document: str) -> bool:
+    return bool(document) and not document.isspace()
 
 
 def load_corpus(
@@ -186,17 +189,19 @@ class Part(Iterable[str]):
 
     def __iter__(self) -> Iterator[str]:
         count = 0
-        for count, document in enumerate(self._documents, start=1):
-            if count > len(self._lengths) or len(document) != self._lengths[count - 1]:
-                raise InputError(_CHANGED)
-            cut = self._cuts[count - 1]
-            # A slice of the whole text is no copy.
-            if self._validation and cut < len(document):
-                yield document[cut:]
-            elif not self._validation and (cut or not document):
-                yield document[:cut]
+        for document in self._documents:
+            if count == len(self._lengths) or len(document) != self._lengths[count]:
+                raise InputError(CHANGED)
+            cut = self._cuts[count]
+            count += 1
+            wanted = cut < len(document) if self._validation else cut or not document
+            # A slice of the whole text is no copy; of another, the whole is not kept beside it.
+            part = document[cut:] if self._validation else document[:cut]
+            del document
+            if wanted:
+                yield part
         if count != len(self._lengths):
-            raise InputError(_CHANGED)
+            raise InputError(CHANGED)
 
 
 def split_documents(

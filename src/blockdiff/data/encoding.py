@@ -43,22 +43,24 @@ def encode_documents(
     return _encode(documents, tokenizer, first, last)
 
 
-def utf8(document: str) -> bytes:
-    """The bytes of a text; `InputError` when it is not valid Unicode."""
-    try:
-        return document.encode()
-    except UnicodeEncodeError as error:
-        around = document[max(0, error.start - 20) : error.start]
-        raise InputError(
-            f"a document holds half a surrogate pair after {around!r}: repair or drop it"
-        ) from error
+def utf8(document: str) -> Iterator[bytes]:
+    """The bytes of a text, piece by piece; `InputError` when it is not valid Unicode."""
+    for begin in range(0, len(document), _BATCH):
+        piece = document[begin : begin + _BATCH]
+        try:
+            yield piece.encode()
+        except UnicodeEncodeError as error:
+            around = piece[max(0, error.start - 20) : error.start]
+            raise InputError(
+                f"a document holds half a surrogate pair after {around!r}: repair or drop it"
+            ) from error
 
 
 def _special(kind: str, token: int | None) -> list[int]:
     if token is None:
-        name = kind.lower()
         raise InputError(
-            f"{name}=True, but the tokenizer has no {kind} token: set {name}=False or add one"
+            f"`{kind.lower()}` is true, but the tokenizer has no {kind} token; set it to false or "
+            "use a tokenizer that has one"
         )
     return [token]
 
@@ -114,7 +116,8 @@ def _pieces(
 ) -> Iterator[tuple[str, bool]]:
     """(text, whether it ends its document): documents, the long ones cut where it is safe."""
     for document in documents:
-        utf8(document)  # the tokenizer itself would only speak of a wrong type
+        for _ in utf8(document):  # the tokenizer itself would only speak of a wrong type
+            pass
         start = 0
         while len(document) - start > _LONGEST_PIECE:
             seam = _find_seam(document, start + _LONGEST_PIECE, tokenizer)

@@ -280,8 +280,8 @@ def require_column(columns: Iterable[str], text_column: str, where: str) -> None
         names = [repr(column) for column in islice(columns, _MOST_NAMED + 1)]
         has = ", ".join([*names[:_MOST_NAMED], "..."] if names[_MOST_NAMED:] else names) or "none"
         raise InputError(
-            f"{where}: no column {text_column!r}; it has {has}; name the one that holds the text "
-            "as `text_column`"
+            f"{where}: no column {text_column!r}; it has {has}; rename the one that holds the "
+            "text, or name it as `text_column`"
         )
 
 

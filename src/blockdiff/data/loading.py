@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from blockdiff.data.tokenizers import fingerprint, load_tokenizer
+from blockdiff.data.tokenizers import MASK_TOKEN, fingerprint, load_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import load_model, resolve
@@ -35,6 +35,7 @@ def load(
     loaded = load_tokenizer(folder if tokenizer is None else tokenizer)
     if has_own and tokenizer is not None:
         require_own(loaded, folder)
+    settle_mask(model, loaded)
     check_tokenizer(model, loaded)
     model.drawable = drawable(loaded, model.config.vocab_size)
     if model.config.eos_token_id is None:
@@ -42,9 +43,25 @@ def load(
     return model, loaded
 
 
-def require_own(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Raises `InputError` unless the tokenizer gives the ids that the folder's own gives."""
-    if fingerprint(tokenizer) != fingerprint(load_tokenizer(folder)):
+def settle_mask(model: DiT, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a model whose config.json does not name its mask token the tokenizer's.
+
+    Released configurations leave it to the tokenizer: 103 of BERT's, one behind all of GPT-2's.
+    """
+    mask = tokenizer.mask_token_id
+    named = getattr(model, "names_mask", True)
+    if not named and mask is not None and mask < model.config.vocab_size:
+        model.config.mask_token_id = mask
+
+
+def require_own(
+    tokenizer: PreTrainedTokenizerBase, folder: str | Path, mask_token: str = MASK_TOKEN
+) -> None:
+    """Raises `InputError` unless the tokenizer gives the ids that the folder's own gives.
+
+    `mask_token`: what the folder's own is given as its mask, where it has none.
+    """
+    if fingerprint(tokenizer) != fingerprint(load_tokenizer(folder, mask_token)):
         raise InputError(
             f"the tokenizer is not the one {folder} was trained with; leave `tokenizer` out to use "
             "the model's own"

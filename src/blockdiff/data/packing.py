@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,15 +13,17 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from blockdiff.data.corpora import Corpus
+from blockdiff.data.corpora import CHANGED, Corpus
 from blockdiff.data.encoding import encode_documents, utf8
 from blockdiff.data.tokenizers import eos_id, fingerprint
 from blockdiff.data.windows import Windows, build_windows, open_windows
 from blockdiff.errors import InputError
+from blockdiff.outputs import local_path
+from blockdiff.progress import track
 
 __all__ = ["StreamedWindows", "Windows", "pack", "stream_windows"]
 
-_FORMAT_VERSION = 1  # part of every key: raise it when the files or the encoding change
+_FORMAT_VERSION = 2  # part of every key: raise it when the files or the encoding change
 
 
 def pack(
@@ -35,6 +36,7 @@ def pack(
     across_documents: bool = True,
     cache_dir: Path | None = None,
     progress: bool = False,
+    name: str = "the corpus",
 ) -> Windows:
     """Cut a corpus into windows of `length` tokens, or find them in the cache.
 
@@ -50,23 +52,30 @@ def pack(
         across_documents: True cuts the concatenated documents and drops the tail that fills no
             window; False begins each document in a new window and pads its last one.
         cache_dir: where entries are kept; by default $BLOCKDIFF_CACHE, else ~/.cache/blockdiff.
-        progress: show a progress bar on stderr.
+        progress: tell on stderr how far it is (see `blockdiff.progress.track`).
+        name: what the corpus is called in messages.
 
     Raises:
         InputError: `length` below 1; a BOS, EOS or padding token is needed and missing; the
-            corpus is empty or shorter than one window; a text encodes to the mask token; the
-            cache cannot be written.
+            corpus is empty, shorter than one window, or not the same when it is read again; a
+            text encodes to the mask token; the cache cannot be written.
     """
     _require_length(length)
+    cache = default_cache() if cache_dir is None else cache_dir
     if iter(documents) is documents:
         documents = list(documents)
-    size, count, text_hash = _measure(documents)
+    text = _Text(documents, "Reading documents" if progress else None)
+    for _ in text:
+        pass
+    if text.bytes == 0:
+        raise InputError(f"{name} is empty; give documents that are not empty")
     # Before the key, so that what cannot be packed is refused whether cached or not.
-    encoded = encode_documents(_tracked(documents, count, progress), tokenizer, bos=bos, eos=eos)
+    again = _same(documents, text, "Tokenising" if progress else None)
+    encoded = encode_documents(again, tokenizer, bos=bos, eos=eos)
     padding = None if across_documents else _padding_id(tokenizer)
     settings = {
         "format": _FORMAT_VERSION,
-        "text": text_hash,
+        "text": text.hash(),
         "tokenizer": fingerprint(tokenizer),
         "length": length,
         "bos": bos,
@@ -74,19 +83,19 @@ def pack(
         "across_documents": across_documents,
     }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    entry = (cache_dir or _default_cache()) / key
+    entry = cache / key
     cached = open_windows(entry)
     if cached is not None:
         return cached
     # Not len(tokenizer): some vocabularies have gaps, and ids beyond their size.
     dtype = "<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4"
-    meta = {"key": key, "length": length, "dtype": dtype, "bytes": size, "settings": settings}
+    meta = {"key": key, "length": length, "dtype": dtype, "bytes": text.bytes, "settings": settings}
     try:
-        return build_windows(entry, encoded, padding, meta)
+        return build_windows(entry, encoded, padding, meta, name)
     except OSError as error:
         raise InputError(
-            f"cannot pack into {entry.parent}: {error.strerror or error}; make room or choose "
-            "another cache_dir (BLOCKDIFF_CACHE)"
+            f"cannot pack into {cache}: {error.strerror or error}; make room or name another "
+            "folder in the environment variable BLOCKDIFF_CACHE"
         ) from error
 
 
@@ -167,7 +176,7 @@ def stream_windows(
 
 def _require_length(length: int) -> None:
     if length < 1:
-        raise InputError(f"length is {length}: a window needs at least 1 token")
+        raise InputError(f"`length` is {length}; it must be at least 1")
 
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -175,33 +184,64 @@ def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return token
     raise InputError(
-        "across_documents=False pads, but the tokenizer has no EOS or padding token: add one"
+        "`across_documents` false pads, but the tokenizer has no EOS or padding token; use a "
+        "tokenizer that has one"
     )
 
 
-def _measure(documents: Iterable[str]) -> tuple[int, int, str]:
-    """(UTF-8 bytes, documents, SHA-256 of the text and where its documents end)."""
-    size = count = 0
-    digest = hashlib.sha256()
-    for document in documents:
-        data = utf8(document)
-        digest.update(len(data).to_bytes(8, "little") + data)
-        size += len(data)
-        count += 1
-    if size == 0:
-        raise InputError("the corpus is empty: give documents that are not empty")
-    return size, count, digest.hexdigest()
+class _Text:
+    """Documents passed on, and what has been passed on.
+
+    Attributes:
+        bytes: UTF-8 bytes of the text.
+        documents: how many there were.
+    """
+
+    def __init__(
+        self, documents: Iterable[str], progress: str | None, total: int | None = None
+    ) -> None:
+        """`progress`: what the work is called on stderr; None tells nothing."""
+        self._source = documents if progress is None else track(documents, progress, total)
+        self._digest = hashlib.sha256()
+        self.bytes = self.documents = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for document in self._source:
+            size = 0
+            for data in utf8(document):
+                self._digest.update(data)
+                size += len(data)
+            # Behind the text, where it is known: read backwards it says where documents end.
+            self._digest.update(size.to_bytes(8, "little"))
+            self.bytes += size
+            self.documents += 1
+            yield document
+
+    def hash(self) -> str:
+        """SHA-256 (hex) of the text and where its documents end."""
+        return self._digest.hexdigest()
 
 
-def _tracked(documents: Iterable[str], count: int, progress: bool) -> Iterable[str]:
-    if not progress:
-        return documents
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(file=sys.stderr)
-    return track(documents, "Tokenising", total=count, console=console, transient=True)
+def _same(documents: Iterable[str], first: _Text, progress: str | None) -> Iterator[str]:
+    """The documents read again; raises `InputError` at their end when they are others now."""
+    again = _Text(documents, progress, first.documents)
+    yield from again
+    if again.hash() != first.hash():
+        raise InputError(CHANGED)
 
 
-def _default_cache() -> Path:
-    return Path(os.environ.get("BLOCKDIFF_CACHE") or "~/.cache/blockdiff").expanduser()
+def default_cache() -> Path:
+    """The folder packed corpora are kept in: $BLOCKDIFF_CACHE, else ~/.cache/blockdiff.
+
+    Raises `InputError` when the one cannot be a folder, or there is no home for the other.
+    """
+    named = os.environ.get("BLOCKDIFF_CACHE")
+    if named:
+        return local_path("BLOCKDIFF_CACHE", named)
+    try:
+        return Path("~/.cache/blockdiff").expanduser()
+    except RuntimeError:
+        raise InputError(
+            "there is no home folder for the cache of packed text (HOME is not set); name a folder "
+            "in the environment variable BLOCKDIFF_CACHE"
+        ) from None

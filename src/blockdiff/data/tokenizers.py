@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -24,6 +25,8 @@ END_OF_TEXT = "<|endoftext|>"
 MASK_TOKEN = "<|mask|>"
 
 _SMALLEST_VOCABULARY = 256 + 2  # every byte, END_OF_TEXT and MASK_TOKEN
+_LONGEST_PART = 2**20  # characters
+_SEAM = re.compile(r"(?<=\S\n)(?=\S)")
 _NO_LIMIT = int(1e30)  # what transformers itself uses for "no maximum length"
 
 
@@ -50,7 +53,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
         initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(documents, trainer)
+    backend.train_from_iterator(_in_parts(documents), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,
@@ -60,6 +63,22 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     )
     add_mask_token(tokenizer)
     return tokenizer
+
+
+def _in_parts(documents: Iterable[str]) -> Iterator[str]:
+    """Documents, the long ones cut between lines, where byte-level BPE starts a word anyway.
+
+    The trainer keeps about 40 bytes a character of what it is given at once.
+    """
+    for document in documents:
+        begin = 0
+        while len(document) - begin > _LONGEST_PART:
+            seam = _SEAM.search(document, begin + _LONGEST_PART)
+            if seam is None:
+                break
+            yield document[begin : seam.start()]
+            begin = seam.start()
+        yield document[begin:]
 
 
 def check_vocab_size(vocab_size: object) -> None:
@@ -135,7 +154,8 @@ def add_mask_token(
         return tokenizer
     if mask_token in tokenizer.get_vocab():
         raise InputError(
-            f"the tokenizer already uses {mask_token!r} as a token: choose another mask_token"
+            f"the tokenizer has no mask token, and {mask_token!r} is an ordinary one of its "
+            "tokens; name a new one as `mask_token`"
         )
     tokenizer.add_special_tokens({"mask_token": mask_token})
     return tokenizer

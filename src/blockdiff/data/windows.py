@@ -1,5 +1,6 @@
 """The windows of a packed corpus: a folder of memory-mapped files, complete or absent."""
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -13,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from blockdiff.errors import InputError
-from blockdiff.outputs import file_mode
+from blockdiff.outputs import file_mode, sync_file, sync_folder, to_json, write_text
 
 _IDS, _REAL, _META = "ids.bin", "real.bin", "meta.json"
-_DAMAGE = (OSError, ValueError, KeyError)  # what opening an absent or damaged entry raises
+# What opening an absent or damaged entry raises.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -41,7 +43,7 @@ class Windows(Dataset[dict[str, Tensor]]):
     key: str
 
     def __init__(self, folder: Path) -> None:
-        """Open an entry; OSError, ValueError or KeyError when it is absent or damaged."""
+        """Open an entry; see `open_windows`, which looks whether it is whole."""
         self.folder = folder.resolve()
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         self.length = meta["length"]
@@ -83,15 +85,37 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def open_windows(entry: Path) -> Windows | None:
-    """The entry in this folder, or None when it is absent or damaged."""
+    """The entry in this folder, or None when it is absent or not what was written.
+
+    Everything is read once to see that: a lost write or a flipped bit would else go into every
+    later run's figures.
+    """
     try:
+        meta = json.loads((entry / _META).read_text(encoding="utf-8"))
+        if meta.pop("checksum") != _checksum(meta) or meta["key"] != entry.name:
+            return None
+        if any(_hash(entry / name) != meta["files"][name] for name in (_IDS, _REAL)):
+            return None
         return Windows(entry)
     except _DAMAGE:
         return None
 
 
+def _checksum(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def build_windows(
-    entry: Path, encoded: Iterable[np.ndarray], padding: int | None, meta: dict[str, Any]
+    entry: Path,
+    encoded: Iterable[np.ndarray],
+    padding: int | None,
+    meta: dict[str, Any],
+    name: str = "the corpus",
 ) -> Windows:
     """Write an entry beside its place and move it there in one step.
 
@@ -100,6 +124,7 @@ def build_windows(
         encoded: the ids of each document, int32 [its tokens].
         padding: id that fills each document's last window; None lets windows cross documents.
         meta: `key`, `length`, `dtype` and `bytes`, and what else `meta.json` shall tell.
+        name: what the corpus is called in messages.
 
     Raises:
         InputError: the documents do not fill a window.
@@ -109,14 +134,17 @@ def build_windows(
     draft = Path(tempfile.mkdtemp(prefix=f".{entry.name[:16]}-", dir=entry.parent))
     try:
         counts = _write(draft, encoded, padding, meta["length"], meta["dtype"])
-        _require_windows(counts, meta["length"])
-        text = json.dumps(meta | counts, indent=2)
-        (draft / _META).write_text(text, encoding="utf-8")
+        _require_windows(counts, meta["length"], name)
+        meta = meta | counts | {"files": {name: _hash(draft / name) for name in (_IDS, _REAL)}}
+        for name in (_IDS, _REAL):
+            sync_file(draft / name)
+        write_text(draft / _META, to_json(meta | {"checksum": _checksum(meta)}, indent=2))
         draft.chmod(file_mode(0o777))  # mkdtemp's is private
         try:
             draft.rename(entry)
         except OSError:
             return _settle(draft, entry)
+        sync_folder(entry.parent)
         return Windows(entry)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -127,8 +155,12 @@ def _settle(draft: Path, entry: Path) -> Windows:
     theirs = open_windows(entry)
     if theirs is not None:
         return theirs
-    shutil.rmtree(entry, ignore_errors=True)
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
     draft.rename(entry)
+    sync_folder(entry.parent)
     return Windows(entry)
 
 
@@ -159,14 +191,14 @@ def _write(
     }
 
 
-def _require_windows(counts: dict[str, Any], length: int) -> None:
+def _require_windows(counts: dict[str, Any], length: int, name: str) -> None:
     if counts["windows"] == 0:
         tokens = counts["corpus_tokens"]
         raise InputError(
-            f"the corpus has {tokens} tokens, less than one window of {length}: give more text, "
-            f"a length of at most {tokens} or across_documents=False"
+            f"{name} has {tokens} tokens, less than one window of {length}; give more text or a "
+            f"`length` of at most {tokens}"
             if tokens
-            else "the corpus has no tokens: give documents that are not empty"
+            else f"{name} has no tokens; give documents that are not empty"
         )
 
 

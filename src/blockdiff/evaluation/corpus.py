@@ -74,6 +74,8 @@ def open_sequences(
         length=network.config.length if length is None else length,
         bos=bos,
         across_documents=across_documents,
+        progress=True,
+        name="the corpus" if corpus.get("part", "all") == "all" else f"its {corpus['part']} part",
     )
     return packed, {name: x.to(network.device) for name, x in stack(packed, windows).items()}
 

@@ -89,6 +89,8 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> DiT
             )
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(True)
+    # Else the tokenizer says which id it is (`data.loading.settle_mask`).
+    model.names_mask = any(raw.get(name) is not None for name in ("mask_token_id", "mask_index"))
     return model.eval()
 
 

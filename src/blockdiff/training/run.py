@@ -22,15 +22,15 @@ from blockdiff import folders
 from blockdiff.attention import choose_backend
 from blockdiff.data.corpora import Corpus, load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
-from blockdiff.data.loading import check_tokenizer
-from blockdiff.data.packing import StreamedWindows, Windows, pack, stream_windows
+from blockdiff.data.loading import check_tokenizer, require_own, settle_mask
+from blockdiff.data.packing import StreamedWindows, Windows, default_cache, pack, stream_windows
 from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import WEIGHTS, load_model, save_model, staging
+from blockdiff.models.hub import WEIGHTS, load_model, resolve, save_model, staging
 from blockdiff.models.precision import resolve_precision
 from blockdiff.outputs import to_json, write_text
 from blockdiff.training.callbacks import MetricsLog, ProgressBar, read_metrics
@@ -330,8 +330,12 @@ def _start(source: str | None, checkpoint: Path | None) -> tuple[DiT | None, DiT
 def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> TrainingData:
     """Corpus, split, tokenizer and windows of a run.
 
-    `process` (number, count): whose share of a stream it is.
+    `process` (number, count): whose share of a stream it is; the first tells how far it is.
     """
+    default_cache()  # refused before the work
+    progress = process[0] == 0
+    tokenizer = _known_tokenizer(config)
+    held = "the text held out to validate on"
     corpus = _open(config, config.data, config.split, process if config.streaming else None)
     documents: Iterable[str] = corpus
     held_out: Iterable[str]
@@ -341,25 +345,27 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
     elif config.streaming:
         raise InputError("a streamed corpus needs `validation_data` or `validation_split`")
     else:
-        documents, held_out = split_documents(corpus, config.validation_fraction, config.seed)
-    if config.streaming and not (config.tokenizer or config.init_from):
-        raise InputError("a streamed corpus needs a `tokenizer`")
-    tokenizer = _tokenizer(config, documents)
+        held += f" (`validation_fraction` {config.validation_fraction:g})"
+        documents, held_out = split_documents(
+            corpus, config.validation_fraction, config.seed, progress=progress
+        )
+    if tokenizer is None:
+        if config.streaming:
+            raise InputError("a streamed corpus needs a `tokenizer`")
+        tokenizer = train_tokenizer(documents, config.vocab_size)
     options: dict[str, Any] = {"length": config.length, "bos": config.bos, "eos": config.eos}
+    whole = {**options, "across_documents": config.across_documents, "progress": progress}
     windows: Windows | StreamedWindows
     if config.streaming:
         windows = stream_windows(documents, tokenizer, endless=True, **options)
     else:
-        windows = pack(documents, tokenizer, across_documents=config.across_documents, **options)
+        windows = pack(documents, tokenizer, **whole)
         if len(windows) < config.batch_size:
             raise InputError(
                 f"{config.data} fills {len(windows)} windows of {config.length} tokens, less than "
                 f"a batch of {config.batch_size}: give more text, or lower `batch_size` or `length`"
             )
-    try:
-        validation = pack(held_out, tokenizer, across_documents=config.across_documents, **options)
-    except InputError as error:
-        raise InputError(f"the text held out to validate on: {error}") from None
+    validation = pack(held_out, tokenizer, name=held, **whole)
     fingerprints = {"train": fingerprint(windows), "validation": fingerprint(validation)}
     return TrainingData(tokenizer, windows, stack(validation, config.eval_windows), fingerprints)
 
@@ -379,12 +385,22 @@ def _open(
     return detokenized(corpus, config.detokenizer)
 
 
-def _tokenizer(config: TrainConfig, documents: Iterable[str]) -> PreTrainedTokenizerBase:
+def _known_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the run or the one it is told to use; None where it trains one.
+
+    Raises `InputError` when it is not that of the model to start from, whatever its size.
+    """
     if config.resume and (Path(config.out) / "tokenizer_config.json").is_file():
         return load_tokenizer(Path(config.out))
-    if config.tokenizer or config.init_from:
-        return load_tokenizer(str(config.tokenizer or config.init_from), config.mask_token)
-    return train_tokenizer(documents, config.vocab_size)
+    source = config.tokenizer or config.init_from
+    if source is None:
+        return None
+    tokenizer = load_tokenizer(source, config.mask_token)
+    if config.tokenizer is not None and config.init_from is not None:
+        folder = resolve(config.init_from)
+        if (folder / "tokenizer_config.json").is_file():
+            require_own(tokenizer, folder, config.mask_token)
+    return tokenizer
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: DiT | None) -> DiT:
@@ -398,6 +414,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
     adaln = config.adaln
     if start is not None:
         sizes = {name: getattr(start.config, name) for name in sizes}
+        settle_mask(start, tokenizer)
         check_tokenizer(start, tokenizer)
         adaln = adaln or start.config.adaln
     model = DiT(
