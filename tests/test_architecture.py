@@ -15,6 +15,7 @@ SOURCE = Path(blockdiff.__file__).parent
 FLOORS = [
     [
         "allocator",
+        "auto",
         "categorical",
         "checks",
         "device",

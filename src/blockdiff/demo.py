@@ -30,6 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from blockdiff import checks
 from blockdiff.api import TextGeneration, encode_prompts, to_text
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
@@ -109,7 +110,7 @@ def demo(
     Raises `InputError` when `out` holds something already, or `minutes` is not positive.
     """
     folder = Path(out)
-    _check(folder, minutes, overwrite)
+    _check(folder, minutes, seed, overwrite)
     begin = clock()
     console = Console(highlight=False)
 
@@ -152,9 +153,8 @@ def demo(
     )
 
 
-def _check(folder: Path, minutes: float, overwrite: bool) -> None:
-    if minutes <= 0:
-        raise InputError(f"--minutes is {minutes}; it must be above 0")
+def _check(folder: Path, minutes: float, seed: int, overwrite: bool) -> None:
+    checks.numbers(minutes=minutes, seed=seed)
     if not folder.exists() or not any(folder.iterdir()):
         return
     ours = (folder / "ar").is_dir()

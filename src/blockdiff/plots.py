@@ -48,7 +48,8 @@ def loss_plot(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:
     if not important:
         raise InputError("no losses to draw: the metrics hold none yet")
 
-    margin = 0.06 * (max(important) - min(important)) or 0.1
+    spread = max(important) - min(important)
+    margin = 0.06 * spread if spread > 0 else 0.1
     axes.set_ylim(min(important) - margin, max(important) + margin)
     axes.set_xlim(left=0)
     axes.set_title(title, loc="left")

@@ -21,6 +21,7 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from blockdiff import checks
 from blockdiff.errors import InputError
 from blockdiff.sampling.generate import Step
 
@@ -64,7 +65,8 @@ def watch(
     seconds to wait after each step, not counted in the speed shown. Raises `InputError` when there
     are no steps.
     """
-    console = console or Console()
+    checks.numbers(delay=delay)
+    console = Console() if console is None else console
     view = _View(tokenizer, prompt_lengths, mask_token_id, block_size, console)
     if not console.is_terminal or console.is_dumb_terminal:
         for step in steps:

@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from blockdiff.checks import LARGEST_VOCABULARY, whole_number
 from blockdiff.data.corpora import looks_like_path
 from blockdiff.data.files import first_line
 from blockdiff.errors import InputError
@@ -37,11 +38,10 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedToke
     Raises:
         InputError: `vocab_size` has no room for all bytes and the special tokens.
     """
-    if vocab_size < _SMALLEST_VOCABULARY:
-        raise InputError(
-            f"vocab_size is {vocab_size}: 256 bytes and 2 special tokens need at least "
-            f"{_SMALLEST_VOCABULARY}"
-        )
+    whole_number(
+        "vocab_size", vocab_size, _SMALLEST_VOCABULARY, LARGEST_VOCABULARY,
+        " (256 bytes and 2 special tokens come first)",
+    )  # fmt: skip
     backend = tokenizers.Tokenizer(BPE())
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = ByteLevelDecoder()
@@ -108,7 +108,7 @@ def add_mask_token(
         return tokenizer
     if mask_token in tokenizer.get_vocab():
         raise InputError(
-            f"the tokenizer already uses {mask_token!r} as a token: choose another mask_token"
+            f"the tokenizer already uses {mask_token!r} as a token: choose another `mask_token`"
         )
     tokenizer.add_special_tokens({"mask_token": mask_token})
     return tokenizer

@@ -13,14 +13,14 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from blockdiff import checks
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
 from blockdiff.data.loading import load
 from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
-from blockdiff.errors import InputError
-from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.evaluation.likelihood import check_estimator, likelihood
 from blockdiff.models.dit import DiT
 from blockdiff.models.precision import convert, resolve_precision
 
@@ -39,8 +39,8 @@ def open_documents(
     detokenizer: str = "none",
 ) -> Iterable[str]:
     """The documents of a corpus, or of the part of it that training saw or held out."""
-    if part not in PARTS:
-        raise InputError(f"no part {part!r}; choose one of {', '.join(PARTS)}")
+    checks.one_of("part", part, PARTS)
+    checks.numbers(validation_fraction=validation_fraction, split_seed=split_seed)
     documents = detokenized(
         load_corpus(data, split=split, text_column=text_column, subset=subset), detokenizer
     )
@@ -66,8 +66,7 @@ def open_sequences(
     The sequences are x_0 int64 [B, L], and documents [B, L] where windows are padded, on the
     network's device.
     """
-    if windows < 0:
-        raise InputError(f"--windows is {windows}; it must not be negative (0 is all)")
+    checks.numbers(windows=windows, length=length)
     packed = pack(
         open_documents(data, **corpus),
         words,
@@ -106,6 +105,13 @@ def evaluate_corpus(
 
     Returns `measure_sequences`'s record. Raises `InputError` on bad input.
     """
+    checks.one_of("part", part, PARTS)
+    checks.numbers(
+        validation_fraction=validation_fraction, split_seed=split_seed, length=length,
+        block_size=block_size, draws=draws, timesteps=timesteps, windows=windows,
+        batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    check_estimator(estimator)
     network, words = load(model, tokenizer=tokenizer, device=choose_device())
     precision = resolve_precision(precision, network.device)
     convert(network, precision, network.device)

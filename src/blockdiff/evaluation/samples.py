@@ -29,11 +29,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from blockdiff import checks
 from blockdiff.data.corpora import load_corpus
 from blockdiff.data.tokenizers import load_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import open_documents
-from blockdiff.evaluation.judge import Judge, load_judge
+from blockdiff.evaluation.judge import Judge, check_window, load_judge
 from blockdiff.evaluation.likelihood import perplexity_of
 
 HALVES = 50
@@ -243,7 +244,12 @@ def measure_samples(
     `InputError` on bad input.
     """
     if judge is None and tokenizer is None:
-        raise InputError("name a --judge, or a --tokenizer whose tokens are counted")
+        raise InputError("name a `judge`, or a `tokenizer` whose tokens are counted")
+    check_window(window)
+    checks.numbers(
+        words=words, seed=seed, split_seed=corpus.get("split_seed"),
+        validation_fraction=corpus.get("validation_fraction"),
+    )  # fmt: skip
     texts, cost = read_samples(samples)
     critic = None if judge is None else load_judge(judge, window)
     if tokenizer is None:
@@ -264,7 +270,7 @@ def measure_samples(
     if not real or not rest:
         raise InputError(
             f"{reference} gives {len(pieces)} pieces of {words} words: less than the samples and "
-            "something to compare them with; lower --words or give more text"
+            "something to compare them with; lower `words` or give more text"
         )
     return {
         "samples": measure(texts, cost=cost, reference=rest),
@@ -275,8 +281,6 @@ def measure_samples(
 
 def _cut(words: list[str], size: int) -> list[list[str]]:
     """Whole pieces of `size` words."""
-    if size < 1:
-        raise InputError(f"--words is {size}; it must be at least 1")
     return [words[i : i + size] for i in range(0, len(words) - size + 1, size)]
 
 

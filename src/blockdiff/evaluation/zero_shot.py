@@ -14,12 +14,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from blockdiff import checks
 from blockdiff.data.corpora import looks_like_path
 from blockdiff.data.detokenizers import DETOKENIZERS
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import measure_sequences, open_sequences
+from blockdiff.evaluation.likelihood import check_estimator
 from blockdiff.models.precision import convert, resolve_precision
 
 _PARQUET = "@refs/convert/parquet"
@@ -99,6 +101,8 @@ def zero_shot(
     Every text is opened before the first is measured, so a wrong name costs no time. Raises
     `InputError` on bad input.
     """
+    checks.numbers(length=length, windows=windows, draws=draws, seed=seed)
+    check_estimator(estimator)
     sets = find_text_sets(texts)
     network, words = load(model, tokenizer=tokenizer, device=choose_device())
     precision = resolve_precision(precision, network.device)

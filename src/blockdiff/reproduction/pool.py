@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from blockdiff import checks
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
@@ -134,10 +135,10 @@ def reproduce(out: str, data: str, workers: int | None, smoke: bool, overwrite: 
 
     Raises `InputError` on bad input, or when a job failed.
     """
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers is {workers}; it must be at least 1")
+    checks.numbers(workers=workers)
     scale = SMOKE if smoke else Scale()
     folder = Path(out)
     prepare(folder, data, scale, overwrite)
-    run(folder, scale, workers or os.cpu_count() or 1)
+    cores = os.cpu_count()
+    run(folder, scale, workers if workers is not None else cores if cores is not None else 1)
     print(write_report(folder, scale, data))
