@@ -23,6 +23,7 @@ FLOORS = [
         "folders",
         "layout",
         "outputs",
+        "printing",
         "progress",
         "schedules",
         "starter",

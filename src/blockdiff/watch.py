@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blockdiff import checks
 from blockdiff.errors import InputError
+from blockdiff.printing import plain_console, printable
 from blockdiff.sampling.generate import Step
 
 _STYLES = {
@@ -35,15 +36,6 @@ _STYLES = {
 _BOX = "░"
 _FRAME_SECONDS = 1 / 30
 _PANEL_LINES = 2  # what a panel adds to its text
-
-# A model that writes bytes can write an escape sequence; shown as pictures they do nothing.
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_CONTROLS |= {127: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
-
-def printable(text: str) -> str:
-    """The text with control characters, which a terminal would obey, as pictures."""
-    return text.translate(_CONTROLS)
 
 
 def watch(
@@ -66,7 +58,7 @@ def watch(
     are no steps.
     """
     checks.numbers(delay=delay)
-    console = Console() if console is None else console
+    console = plain_console() if console is None else console
     view = _View(tokenizer, prompt_lengths, mask_token_id, block_size, console)
     if not console.is_terminal or console.is_dumb_terminal:
         for step in steps:

@@ -15,10 +15,11 @@ from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.precision import convert, resolve_precision
 from blockdiff.outputs import new_file, to_json
+from blockdiff.printing import printable
 from blockdiff.replay import Recorder, write_page
 from blockdiff.sampling.generate import collect, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
-from blockdiff.watch import printable, watch
+from blockdiff.watch import watch
 
 
 def write_texts(source: str, wish: Any, options: SamplingOptions) -> None:

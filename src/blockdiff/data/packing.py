@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,6 +19,7 @@ from blockdiff.data.encoding import encode_documents, utf8
 from blockdiff.data.tokenizers import eos_id, fingerprint
 from blockdiff.data.windows import Windows, build_windows, open_windows
 from blockdiff.errors import InputError
+from blockdiff.progress import track
 
 __all__ = ["StreamedWindows", "Windows", "pack", "stream_windows"]
 
@@ -51,7 +51,7 @@ def pack(
         across_documents: True cuts the concatenated documents and drops the tail that fills no
             window; False begins each document in a new window and pads its last one.
         cache_dir: where entries are kept; by default $BLOCKDIFF_CACHE, else ~/.cache/blockdiff.
-        progress: show a progress bar on stderr.
+        progress: tell on stderr how far it is.
 
     Raises:
         InputError: `length` below 1; a BOS, EOS or padding token is needed and missing; the
@@ -61,9 +61,11 @@ def pack(
     _require_length(length)
     if iter(documents) is documents:
         documents = list(documents)
-    size, count, text_hash = _measure(documents)
+    size, count, text_hash = _measure(_tracked(documents, "Reading", None, progress))
     # Before the key, so that what cannot be packed is refused whether cached or not.
-    encoded = encode_documents(_tracked(documents, count, progress), tokenizer, bos=bos, eos=eos)
+    encoded = encode_documents(
+        _tracked(documents, "Tokenising", count, progress), tokenizer, bos=bos, eos=eos
+    )
     padding = None if across_documents else _padding_id(tokenizer)
     settings = {
         "format": _FORMAT_VERSION,
@@ -193,14 +195,10 @@ def _measure(documents: Iterable[str]) -> tuple[int, int, str]:
     return size, count, digest.hexdigest()
 
 
-def _tracked(documents: Iterable[str], count: int, progress: bool) -> Iterable[str]:
-    if not progress:
-        return documents
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(file=sys.stderr)
-    return track(documents, "Tokenising", total=count, console=console, transient=True)
+def _tracked(
+    documents: Iterable[str], doing: str, count: int | None, progress: bool
+) -> Iterable[str]:
+    return track(documents, doing, count) if progress else documents
 
 
 def _default_cache() -> Path:

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +21,8 @@ from blockdiff.device import choose_device
 from blockdiff.evaluation.likelihood import check_estimator, likelihood
 from blockdiff.models.dit import DiT
 from blockdiff.models.precision import convert, resolve_precision
+from blockdiff.printing import table_text
+from blockdiff.progress import advance
 
 PARTS = ("all", "train", "validation")
 
@@ -73,6 +73,7 @@ def open_sequences(
         length=network.config.length if length is None else length,
         bos=bos,
         across_documents=across_documents,
+        progress=True,
     )
     return packed, {name: x.to(network.device) for name, x in stack(packed, windows).items()}
 
@@ -146,8 +147,7 @@ def measure_sequences(
     Returns `Likelihood.record()` with the model, the data and the same figures per UTF-8 byte:
     nats per token times tokens per byte of the whole corpus.
     """
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{network.config.kind} on {data}", total=len(sequences["x_0"]))
+    with advance(f"{network.config.kind} on {data}", len(sequences["x_0"]), "sequences") as done:
         result = likelihood(
             network,
             sequences["x_0"],
@@ -158,7 +158,7 @@ def measure_sequences(
             documents=sequences.get("documents"),
             timesteps=timesteps,
             batch_size=batch_size,
-            progress=lambda done: bar.advance(task, done),
+            progress=done,
         )
     per_byte = packed.corpus_tokens / packed.bytes
     return {
@@ -199,7 +199,4 @@ def summary_table(record: dict[str, object]) -> str:
         f"{record['kind']}, L' = {record['block_size']}, {record['sequences']} sequences of "
         f"{record['length']} tokens; estimator {record['estimator']}, noise of the masks: {noise}"
     )
-    console = Console(width=88, no_color=True)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    return table_text(table, 88)

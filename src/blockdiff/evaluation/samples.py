@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from blockdiff import checks
@@ -36,6 +35,8 @@ from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import open_documents
 from blockdiff.evaluation.judge import Judge, check_window, load_judge
 from blockdiff.evaluation.likelihood import perplexity_of
+from blockdiff.printing import table_text
+from blockdiff.progress import advance
 
 HALVES = 50
 ORDERS = (1, 2, 3, 4)
@@ -119,7 +120,8 @@ def sample_quality(
     rows = [list(encode(text)) for text in texts]
     perplexity = None
     if judge is not None:
-        nats, count = (x.numpy().astype(float) for x in judge.nats(texts))
+        with advance(f"{judge.name} reads {len(texts)} texts", None, "windows") as done:
+            nats, count = (x.numpy().astype(float) for x in judge.nats(texts, done))
         rate = nats.sum() / max(count.sum(), 1)
         residual = float(((nats - rate * count) ** 2).sum())
         n = len(texts)
@@ -296,10 +298,7 @@ def quality_table(found: Mapping[str, SampleQuality]) -> str:
             lines.setdefault(label, []).append(text)
     for label, texts in lines.items():
         table.add_row(label, *texts)
-    console = Console(width=110, no_color=True)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    return table_text(table, 110)
 
 
 def _lines(quality: SampleQuality) -> dict[str, str]:

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -36,6 +34,8 @@ from blockdiff.evaluation.corpus import open_sequences
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
 from blockdiff.noising import Estimator, Noise, make_estimator, stratified_noise
+from blockdiff.printing import table_text
+from blockdiff.progress import advance
 
 # The schedules of the paper's tables, and what is new.
 DEFAULT_ESTIMATORS = (
@@ -257,11 +257,10 @@ def measure_corpus(
     wanted = batches * batch_size
     _, sequences = open_sequences(network, words, data, windows=wanted, **corpus)
     found = []
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("draws", total=len(sizes) * len(names) * batches * draws)
+    total = len(sizes) * len(names) * batches * draws
+    with advance(f"{model} on {data}", total, "draws") as done:
         for size in sizes:
             for name in names:
-                bar.update(task, description=f"L' = {size}, {name}")
                 found.append(
                     variance(
                         network,
@@ -273,7 +272,7 @@ def measure_corpus(
                         gradient=gradient,
                         seed=seed,
                         documents=sequences.get("documents"),
-                        progress=lambda done: bar.advance(task, done),
+                        progress=done,
                     )
                 )
     return found
@@ -315,10 +314,7 @@ def variance_table(found: Sequence[EstimatorVariance]) -> str:
             name = x.estimator + ("" if x.unbiased else " (biased)")
             table.add_row(str(size), name, _cell(x.loss_mean, x.loss_stderr), *cells)
         table.add_section()
-    console = Console(width=120, no_color=True)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    return table_text(table, 120)
 
 
 def _cell(value: float, error: float) -> str:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from blockdiff import checks
@@ -23,6 +22,7 @@ from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import measure_sequences, open_sequences
 from blockdiff.evaluation.likelihood import check_estimator
 from blockdiff.models.precision import convert, resolve_precision
+from blockdiff.printing import table_text
 
 _PARQUET = "@refs/convert/parquet"
 
@@ -140,7 +140,4 @@ def zero_shot_table(records: Sequence[dict[str, Any]]) -> str:
         f"{first['kind']}, L' = {first['block_size']}, sequences of {first['length']} tokens; "
         f"estimator {first['estimator']}"
     )
-    console = Console(width=100, no_color=True)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    return table_text(table, 100)
