@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import font_manager, rcParams
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import (
     EngFormatter,
     FormatStrFormatter,
@@ -39,17 +39,14 @@ _FEWEST_TO_SMOOTH = 20
 Curve = Sequence[Mapping[str, float]]
 
 
-def save_figure(figure: Figure, path: Path | None) -> Figure:
-    """Writes a figure as a PNG, unless `path` is None; returns it.
+# Draws the words of what it decorates as they are: a `$` begins no formula, and where this machine
+# has a font with Chinese, Japanese or Korean characters they are not boxes.
+_FAMILIES = [*rcParams["font.family"], *(x for x in _WIDE_FONTS if x in set(get_font_names()))]
+words_as_written = rc_context({"text.parse_math": False, "font.family": _FAMILIES})
 
-    Its words are drawn as they are: a `$` begins no formula, and where this machine has a font
-    with Chinese, Japanese or Korean characters they are not boxes.
-    """
-    there = set(font_manager.get_font_names())
-    families = [*rcParams["font.family"], *(name for name in _WIDE_FONTS if name in there)]
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # type: ignore[attr-defined]
-        text.set_fontfamily(families)  # type: ignore[attr-defined]
+
+def save_figure(figure: Figure, path: Path | None) -> Figure:
+    """Writes a figure as a PNG, unless `path` is None; returns it."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
@@ -58,6 +55,7 @@ def save_figure(figure: Figure, path: Path | None) -> Figure:
     return figure
 
 
+@words_as_written
 def loss_plot(curves: Mapping[str, Curve], path: Path | None = None, *, title: str = "") -> Figure:
     """Draws losses in nats per token over tokens seen, as a PNG; perplexity on the right.
 
@@ -159,6 +157,7 @@ def _perplexity_axis(axes: Axes) -> None:
     right.spines["right"].set_alpha(0.4)
 
 
+@words_as_written
 def variance_plot(
     records: Sequence[Mapping[str, Any]], path: Path | None = None, *, title: str = ""
 ) -> Figure:

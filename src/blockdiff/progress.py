@@ -109,8 +109,8 @@ class _Lines:
             if 0 < self.done < self.total:
                 seconds = (now - self.begin) * (self.total - self.done) / self.done
                 left = f", about {_duration(seconds)} left"
-        done = f"{self.done:,}{of}{self.unit} after {_duration(now - self.begin)}"
-        line = f"{self.description}: {done}{left}"
+        far = f"{self.done:,}{of}{self.unit} after {_duration(now - self.begin)}"
+        line = f"{self.description}: {far}{left}"
         print(line, file=sys.stderr, flush=True)
 
 
