@@ -1,6 +1,6 @@
 """Whether `mask_stderr` is the noise of the masks: each estimator measured over and over.
 
-    python benchmarks/coverage.py        writes benchmarks/results/coverage.json, a quarter of an hour on a core
+    python benchmarks/coverage.py    # 15 minutes on a core; benchmarks/results/coverage.json
 
 200 repeats that differ in the seed of the masks alone, of the starter on the Python documentation
 (16 windows of 16 tokens, 4 draws each), at L' = 4 against the enumerated bound and at L' = 16

@@ -15,6 +15,7 @@ SOURCE = Path(blockdiff.__file__).parent
 FLOORS = [
     [
         "allocator",
+        "auto",
         "categorical",
         "checks",
         "device",
@@ -22,6 +23,7 @@ FLOORS = [
         "folders",
         "layout",
         "outputs",
+        "printing",
         "progress",
         "schedules",
         "starter",

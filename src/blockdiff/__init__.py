@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from blockdiff.training.config import TrainConfig
     from blockdiff.training.run import train
 
+from blockdiff import auto
+
 __version__ = "0.1.0"
+
+auto.register()
 
 _HOMES = {
     "TextGeneration": "api",

@@ -6,30 +6,76 @@ blockdiff.generate(model, "The function returns", tokenizer=tokenizer).texts[0]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import html
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
+from typing import Any, TypeVar, Unpack
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from blockdiff.checks import numbers
 from blockdiff.data.loading import load
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.errors import InputError
 from blockdiff.models.dit import DiT
 from blockdiff.sampling.generate import Generation, Step, generate_tokens, stream_tokens
-from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.options import SamplingKeywords, SamplingOptions
 
 __all__ = ["TextGeneration", "encode_prompts", "generate", "load", "stream", "to_text"]
 
 Prompts = None | str | Sequence[str] | Sequence[Sequence[int]]
+Options = SamplingOptions | Mapping[str, Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class TextGeneration(Generation):
-    """Finished rows as text; `texts` without the prompts and special tokens."""
+    """Finished rows as text; `texts` without the prompts and special tokens.
+
+    A notebook shows the texts and what they cost.
+
+    Example:
+        >>> import blockdiff
+        >>> model, tokenizer = blockdiff.load("starter")
+        >>> done = blockdiff.generate(model, "Return", tokenizer=tokenizer, max_new_tokens=4)
+        >>> len(done.texts), done.finish, done.nfe
+        (1, ['length'], [4])
+    """
 
     texts: list[str]
 
+    def summary(self) -> str:
+        """Tokens, network evaluations, speed and what was given up, in a line."""
+        return (
+            f"{sum(map(len, self.tokens))} tokens, {sum(self.nfe)} network evaluations, "
+            f"{self.tokens_per_second:.1f} tokens/s, {self.rejection_rate:.0%} rejected"
+        )
 
+    def _repr_html_(self) -> str:
+        texts = "".join(
+            f'<pre style="white-space: pre-wrap">{html.escape(text)}</pre>' for text in self.texts
+        )
+        return f"<div>{texts}<small>{self.summary()}</small></div>"
+
+
+def _listed(function: Function) -> Function:
+    """Shows the fields of `SamplingOptions` as the keywords they are, in `help()` and editors."""
+    own = inspect.signature(function)
+    keywords = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type
+        )
+        for field in fields(SamplingOptions)
+    ]
+    others = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    function.__signature__ = own.replace(parameters=[*others, *keywords])  # type: ignore[attr-defined]
+    return function
+
+
+@_listed
 def stream(
     model: DiT,
     prompts: Prompts = None,
@@ -37,14 +83,25 @@ def stream(
     tokenizer: PreTrainedTokenizerBase | None = None,
     samples: int = 1,
     rows: Sequence[int] | None = None,
-    options: SamplingOptions | None = None,
-    **changes: object,
+    options: Options | None = None,
+    **changes: Unpack[SamplingKeywords],
 ) -> Iterator[Step]:
-    """Yields a `Step` after every network evaluation; takes what `generate` takes."""
+    """Yields a `Step` after every network evaluation; takes what `generate` takes.
+
+    Example:
+        >>> import blockdiff
+        >>> model, tokenizer = blockdiff.load("starter")
+        >>> for step in blockdiff.stream(model, "Return", tokenizer=tokenizer, max_new_tokens=3):
+        ...     print(step.nfe.item(), step.done.item())
+        1 False
+        2 False
+        3 True
+    """
     ids = encode_prompts(model, prompts, tokenizer, samples)
-    return stream_tokens(model, ids, options or SamplingOptions(**changes), rows)  # type: ignore[arg-type]
+    return stream_tokens(model, ids, merge_options(options, **changes), rows)
 
 
+@_listed
 def generate(
     model: DiT,
     prompts: Prompts = None,
@@ -52,19 +109,47 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     samples: int = 1,
     rows: Sequence[int] | None = None,
-    options: SamplingOptions | None = None,
-    **changes: object,
+    options: Options | None = None,
+    **changes: Unpack[SamplingKeywords],
 ) -> TextGeneration:
     """Prompt in, text out.
 
     `prompts`: a text, several, rows of token ids, or nothing to start at the beginning of a text;
-    any lengths. `samples`: rows per prompt. The fields of `SamplingOptions` may be given as
-    keywords (max_new_tokens=64, top_p=0.9, seed=1, …). A row's text depends on the seed and its
-    number only: `rows=[3]` gives the fourth row of a batch alone. Raises `InputError` on bad input.
+    any lengths. `samples`: rows per prompt. The fields of `SamplingOptions` are given as keywords
+    (max_new_tokens=64, top_p=0.9, seed=1, …), in `options` (a `SamplingOptions` or a mapping), or
+    both: keywords come first. A row's text depends on the seed and its number only: `rows=[3]`
+    gives the fourth row of a batch alone. Raises `InputError` on bad input.
+
+    Example:
+        >>> import blockdiff
+        >>> model, tokenizer = blockdiff.load("starter")
+        >>> done = blockdiff.generate(
+        ...     model, ["Return the", "This"], tokenizer=tokenizer, max_new_tokens=8, seed=1
+        ... )
+        >>> [len(tokens) for tokens in done.tokens]
+        [8, 8]
     """
     ids = encode_prompts(model, prompts, tokenizer, samples)
-    options = options or SamplingOptions(**changes)  # type: ignore[arg-type]
-    return to_text(generate_tokens(model, ids, options, rows), ids, tokenizer)
+    wish = merge_options(options, **changes)
+    return to_text(generate_tokens(model, ids, wish, rows), ids, tokenizer)
+
+
+def merge_options(
+    options: Options | None = None, **changes: Unpack[SamplingKeywords]
+) -> SamplingOptions:
+    """`options` with the keywords' changes; raises `InputError` for what is no option."""
+    if isinstance(options, SamplingOptions):
+        options = vars(options)
+    elif options is not None and not isinstance(options, Mapping):
+        raise InputError(
+            f"`options` is {type(options).__name__}; it must be a SamplingOptions or a mapping of "
+            "its fields"
+        )
+    wish: dict[str, Any] = {**({} if options is None else options), **changes}
+    known = [field.name for field in fields(SamplingOptions)]
+    for name in wish.keys() - known:
+        raise InputError(f"there is no sampling option {name!r}; there are {', '.join(known)}")
+    return SamplingOptions(**wish)
 
 
 def to_text(
@@ -109,28 +194,57 @@ def encode_prompts(
     """Token ids of every row, `samples` rows a prompt.
 
     Texts start with the tokenizer's beginning-of-text token (its end-of-text token where it has
-    none: what follows one is the beginning of a text). Rows of ids are taken as they are.
+    none: what follows one is the beginning of a text). Rows of ids are taken as they are. Raises
+    `InputError` for what is neither.
     """
-    if samples < 1:
-        raise InputError(f"samples is {samples}; it must be at least 1")
+    if not isinstance(model, nn.Module):
+        hint = "; load gives the model and its tokenizer" if isinstance(model, tuple) else ""
+        raise InputError(f"`model` is {type(model).__name__}; it must be an opened model{hint}")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise InputError(
+            f"`tokenizer` is {type(tokenizer).__name__}; it must be the opened tokenizer"
+        )
+    numbers(samples=samples)
     if prompts is None:
         prompts = ""
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    rows = [_encode(model, prompt, tokenizer) for prompt in prompts]
+    given = [prompts] if isinstance(prompts, str) else _listing(prompts)
+    if given and all(isinstance(prompt, Integral) for prompt in given):
+        raise InputError(
+            "`prompts` is a list of ids; it must be a text, several, or rows of ids: put the ids "
+            "of a row in a list of their own, [[1, 2, 3]]"
+        )
+    rows = [_encode(model, prompt, tokenizer) for prompt in given]
     return [row for row in rows for _ in range(samples)]
+
+
+def _listing(values: Any) -> list[Any]:
+    """What is in a list, tuple, tensor or array of prompts or ids, as Python's own."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if isinstance(values, bytes | Mapping | set) or not isinstance(values, Iterable):
+        raise InputError(
+            f"`prompts` holds {type(values).__name__}; it must be a text, several, or rows of ids"
+            + (": give its input_ids" if isinstance(values, Mapping) else "")
+        )
+    return list(values)
 
 
 def _encode(
     model: DiT, prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[int]:
-    if isinstance(prompt, str):
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise InputError("the prompt is not valid UTF-8; save or type it as UTF-8") from None
-    else:
-        return [int(token) for token in prompt]
+    if not isinstance(prompt, str):
+        ids = _listing(prompt)
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, Integral):
+                raise InputError(
+                    f"`prompts` holds a row with {token!r}; it must be a text, or a row of ids, "
+                    "which are whole numbers"
+                )
+        return [int(token) for token in ids]
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not valid UTF-8; save or type it as UTF-8") from None
     first = bos_id(tokenizer) if tokenizer is not None else model.config.bos_token_id
     start = [] if first is None else [first]
     if not prompt:

@@ -2,8 +2,9 @@
 
 Randomness is addressed, not streamed: the number used at (seed, row, position, step) is a hash of
 that address. A row therefore has the same numbers alone or in a batch (and in float32 the same
-text: docs/precision.md), and nothing depends on how many were drawn before. One uniform per token through the inverse distribution function
-replaces the V Gumbel variables of a Gumbel-max draw: the same distribution, V times fewer numbers.
+text: docs/precision.md), and nothing depends on how many were drawn before. One uniform per token
+through the inverse distribution function replaces the V Gumbel variables of a Gumbel-max draw: the
+same distribution, V times fewer numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blockdiff.checks import one_of, real_number, whole_number
+from blockdiff import checks
 
 # SplitMix64's odd constants, as the signed 64-bit integers torch has.
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
@@ -81,7 +82,7 @@ def warp(
     as the paper's public code does: it drops the token that crosses p. Temperature 0 keeps the
     most likely token only. Raises `InputError` on values outside their range.
     """
-    check_warp(temperature, top_k, top_p, top_p_rule)
+    checks.warp(temperature, top_k, top_p, top_p_rule)
     if temperature < torch.finfo(torch.float32).tiny:  # greedy; dividing by it would overflow
         best = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, best, 0.0)
@@ -103,16 +104,6 @@ def warp(
         ordered = ordered.masked_fill(drop, -torch.inf)
         logits = torch.empty_like(logits).scatter(-1, index, ordered)
     return logits
-
-
-def check_warp(temperature: float, top_k: int | None, top_p: float | None, top_p_rule: str) -> None:
-    """Raises `InputError` when a value is out of its range; see `warp`."""
-    real_number("temperature", temperature, meaning=" (0 is greedy)")
-    if top_k is not None:
-        whole_number("top_k", top_k, meaning="; leave it out to keep every token")
-    if top_p is not None:
-        real_number("top_p", top_p, 0, 1, above=True)
-    one_of("top_p_rule", top_p_rule, ("nucleus", "paper"))
 
 
 def sample(logits: Tensor, u: Tensor) -> Tensor:
@@ -174,7 +165,7 @@ def draw(
     probable ones, and otherwise drawn anew. `uniforms(rows, attempt)`: independent numbers [m] for
     the rows (indices) of that attempt. Raises `InputError` as `warp` does.
     """
-    check_warp(temperature, top_k, top_p, top_p_rule)
+    checks.warp(temperature, top_k, top_p, top_p_rule)
     everyone = torch.arange(len(logits), device=logits.device)
     logits = warp(logits, temperature=temperature, top_k=top_k)
     if top_p is None or top_p == 1:

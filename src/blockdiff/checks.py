@@ -9,14 +9,58 @@ Imports nothing heavy, for the command line's sake.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import fields
 from numbers import Integral, Real
+from typing import Any
 
 from blockdiff.errors import InputError
 
 # What a 64-bit integer holds, and numpy's and torch's generators take between them.
 LARGEST_SIZE = 2**31 - 1
 SEEDS = (0, 2**32 - 1)
+# The BPE trainer makes room for all of a vocabulary at once, and ends the process without it.
+LARGEST_VOCABULARY = 2**21
+# Tokens of a text, steps, texts: more is a slip of the finger, refused before memory is asked for.
+LARGEST_TEXT = 10**7
+# Below this a rate is no longer one in float32 arithmetic: as good as 0, and not said to be.
+SMALLEST = 1e-12
+TOP_P_RULES = ("nucleus", "paper")
+
+# option → the least and the most it can be, both included
+Whole = Mapping[str, tuple[int, int]]
+# option → the ends of its range, and whether each end itself is left out
+Reals = Mapping[str, tuple[float, float, bool, bool]]
+
+# What the functions and commands that measure can be told, the same wherever the name is used.
+WHOLE_NUMBERS: Whole = {
+    "batch_size": (1, LARGEST_SIZE),
+    "batches": (2, LARGEST_SIZE),
+    "block_size": (1, LARGEST_SIZE),
+    "draws": (1, LARGEST_TEXT),
+    "length": (1, LARGEST_SIZE),
+    "samples": (1, LARGEST_TEXT),
+    "seed": SEEDS,
+    "split_seed": SEEDS,
+    "timesteps": (1, LARGEST_SIZE),
+    "top_k": (1, LARGEST_SIZE),
+    "vocab_size": (1, LARGEST_VOCABULARY),
+    "windows": (0, LARGEST_SIZE),
+    "words": (1, LARGEST_SIZE),
+    "workers": (1, 1024),
+}
+REAL_NUMBERS: Reals = {
+    "delay": (0, 3600, False, False),
+    "minutes": (SMALLEST, 1e9, False, False),
+    "temperature": (0, 1e30, False, False),
+    "top_p": (0, 1, True, False),
+    "validation_fraction": (SMALLEST, 1, False, True),
+}
+MEANINGS = {
+    "temperature": " (0 is greedy)",
+    "top_k": "; leave it out to keep every token",
+    "windows": " (0 is all)",
+}
 
 
 def whole_number(
@@ -31,7 +75,7 @@ def whole_number(
     number = int(value)
     if not low <= number <= high:
         end = f"at least {low}" if number < low else f"at most {high}"
-        raise InputError(f"`{name}` is {number}; it must be {end}{meaning}")
+        raise InputError(f"`{name}` is {_shown(number)}; it must be {end}{meaning}")
     return number
 
 
@@ -56,7 +100,10 @@ def real_number(
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"`{name}` is {value!r}; it must be a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        raise InputError(f"`{name}` is {_shown(value)}; it must be a finite number") from None
     if not math.isfinite(number):
         raise InputError(f"`{name}` is {value}; it must be a finite number")
     if number < low or (above and number == low):
@@ -65,6 +112,11 @@ def real_number(
         end = f"below {high:g}" if below else f"at most {high:g}"
         raise InputError(f"`{name}` is {value}; it must be {end}{meaning}")
     return number
+
+
+def _shown(number: Any) -> str:
+    """A number as written; Python refuses to write out one of thousands of digits."""
+    return str(number) if abs(number) <= 10**30 else f"{'-' * (number < 0)}10^30 or more"
 
 
 def _low(low: float, above: bool) -> str:
@@ -76,3 +128,61 @@ def one_of(name: str, value: object, choices: Collection[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise InputError(f"`{name}` {value!r} is unknown; choose one of {', '.join(choices)}")
     return value
+
+
+def numbers(**given: object) -> None:
+    """Checks what `WHOLE_NUMBERS` and `REAL_NUMBERS` know by name; None is what was left out."""
+    for name, value in given.items():
+        if value is not None:
+            _number(name, value, WHOLE_NUMBERS, REAL_NUMBERS)
+
+
+def _number(name: str, value: object, whole: Whole, real: Reals) -> float:
+    if name in whole:
+        return whole_number(name, value, *whole[name], MEANINGS.get(name, ""))
+    low, high, above, below = real[name]
+    meaning = MEANINGS.get(name, "")
+    return real_number(name, value, low, high, above=above, below=below, meaning=meaning)
+
+
+def options(
+    given: Any,
+    choices: Mapping[str, Collection[str]],
+    whole: Whole,
+    real: Reals,
+    *,
+    smallest: float = 0.0,
+) -> None:
+    """Checks every field of a frozen dataclass; its numbers become Python's own (numpy's, say).
+
+    `whole` and `real` come before the tables here; what is neither a number nor one of `choices` is
+    a truth value or text. A number above 0 and under `smallest` is refused. None is good where the
+    field's type says so. Raises `InputError`.
+    """
+    whole, real = {**WHOLE_NUMBERS, **whole}, {**REAL_NUMBERS, **real}
+    for field in fields(given):
+        name, value, kind = field.name, getattr(given, field.name), str(field.type)
+        if value is None and "None" in kind:
+            continue
+        if name in choices:
+            one_of(name, value, choices[name])
+        elif name in whole or name in real:
+            number = _number(name, value, whole, real)
+            if 0 < number < smallest:
+                raise InputError(f"`{name}` is {value}; it must be at least {smallest:g}")
+            object.__setattr__(given, name, number)
+        elif kind == "bool":
+            if not isinstance(value, bool):
+                raise InputError(f"`{name}` is {value!r}; it must be true or false")
+        elif "list" in kind and isinstance(value, list | tuple):
+            if not (value and all(isinstance(one, str) for one in value)):
+                raise InputError(f"`{name}` is {value!r}; it must be text, or a list of texts")
+            object.__setattr__(given, name, list(value))
+        elif not isinstance(value, str):
+            raise InputError(f"`{name}` is {value!r}; it must be text")
+
+
+def warp(temperature: object, top_k: object, top_p: object, top_p_rule: object) -> None:
+    """Raises `InputError` when a value is out of its range; see `categorical.warp`."""
+    numbers(temperature=temperature, top_k=top_k, top_p=top_p)
+    one_of("top_p_rule", top_p_rule, TOP_P_RULES)

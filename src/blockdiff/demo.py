@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -28,15 +27,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from blockdiff import folders
+from blockdiff import checks, folders
 from blockdiff.api import TextGeneration, encode_prompts, to_text
-from blockdiff.checks import real_number
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.evaluation.corpus import evaluate_corpus
 from blockdiff.models.dit import DiT
 from blockdiff.outputs import to_json, write_text
 from blockdiff.plots import loss_plot
+from blockdiff.printing import plain_console, printable
 from blockdiff.replay import Recorder, write_page
 from blockdiff.sampling.generate import collect, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
@@ -44,7 +43,6 @@ from blockdiff.training.callbacks import METRICS_FILE, read_metrics
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import Trained, train
 from blockdiff.training.trainer import BlockDiffusionTrainer
-from blockdiff.watch import printable
 
 Clock = Callable[[], float]
 
@@ -110,7 +108,7 @@ def demo(
     Raises `InputError` when `out` holds something already or cannot be written, or `minutes` is
     not positive. `overwrite` replaces a demo, or a run, that is there.
     """
-    real_number("minutes", minutes, above=True)
+    checks.numbers(minutes=minutes, seed=seed)
     recipe = replace(RECIPE, seed=seed, device=device)
     with folders.claim(out, overwrite=overwrite, kinds=("demo", "run", "reproduction")) as folder:
         folders.clear(folder)
@@ -120,7 +118,7 @@ def demo(
 def _demo(folder: Path, minutes: float, recipe: TrainConfig, clock: Clock) -> None:
     """The demo in a folder that is claimed and cleared."""
     begin = clock()
-    console = Console(highlight=False)
+    console = plain_console()
 
     def run(kind: str, share: float, config: TrainConfig) -> Trained:
         """Trains for a share of the time that is left, at least a tenth of all of it."""
@@ -132,23 +130,23 @@ def _demo(folder: Path, minutes: float, recipe: TrainConfig, clock: Clock) -> No
         return done
 
     ar_folder, bd_folder = folder / "ar", folder / "bd3lm"
-    console.print("[bold]1[/] AR, on the Python documentation of this machine")
+    console.print("1 AR, on the Python documentation of this machine", style="bold")
     ar = run("ar", AR_SHARE, replace(recipe, objective="ar", out=str(ar_folder)))
-    console.print("[bold]2[/] BD3-LM, L' = 4, from the AR weights")
+    console.print("2 BD3-LM, L' = 4, from the AR weights", style="bold")
     bd = run("bd3lm", 1.0, replace(recipe, out=str(bd_folder), init_from=str(ar_folder)))
-    console.print("[bold]3[/] Perplexity of documents neither has seen")
+    console.print("3 Perplexity of documents neither has seen", style="bold")
     results = [
         _Result("AR", ar, _measure(ar_folder, recipe)),
         _Result("BD3-LM L' = 4", bd, _measure(bd_folder, recipe), ar.tokens_seen),
     ]
     console.print(_table(results))
-    console.print("[bold]4[/] Three passages, block by block")
+    console.print("4 Three passages, block by block", style="bold")
     model, tokenizer = load(bd_folder, device=choose_device(recipe.device))
     texts = _write(model, tokenizer, folder / "denoising.html")
     for prompt, text in zip(PROMPTS, texts.texts, strict=True):
         console.print()
-        console.print(prompt, style="bold", end="", markup=False)
-        console.print(printable(text), markup=False)
+        console.print(prompt, style="bold", end="")
+        console.print(printable(text))
     _gather_metrics(folder, results)
     seconds = clock() - begin
     write_text(folder / "report.md", _report(results, texts, seconds, recipe.seed))

@@ -6,6 +6,14 @@ class InputError(ValueError):
 
     Library callers catch it as a `ValueError`; the command line prints its message as one line
     and exits with code 2.
+
+    Example:
+        >>> import blockdiff
+        >>> try:
+        ...     blockdiff.SamplingOptions(max_new_tokens=0)
+        ... except blockdiff.InputError as error:
+        ...     print(error)
+        `max_new_tokens` is 0; it must be at least 1
     """
 
 

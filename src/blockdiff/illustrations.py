@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 
 from blockdiff.layout import BlockLayout
 from blockdiff.noising import make_estimator, stratified_noise
-from blockdiff.plots import COLOURS
+from blockdiff.plots import COLOURS, save_figure
 from blockdiff.schedules import SCHEDULES
 
 
@@ -38,7 +38,7 @@ def _bare(axes: Axes, title: str) -> None:
     axes.grid(alpha=0.25, linewidth=0.6)
 
 
-def two_stream_mask(path: Path, length: int = 12, block_size: int = 4) -> None:
+def two_stream_mask(path: Path, length: int = 12, block_size: int = 4) -> Figure:
     """Which of the 2L tokens x_0 ⊕ x_t may attend to which, by the predicates of `layout`."""
     layout = BlockLayout(length, block_size)
     query, key = torch.arange(length)[:, None], torch.arange(length)[None]
@@ -69,10 +69,10 @@ def two_stream_mask(path: Path, length: int = 12, block_size: int = 4) -> None:
         loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=1, frameon=False, fontsize=8,
     )  # fmt: skip
     axes.set_title(f"L = {length}, L' = {block_size}", loc="left", fontsize=10)
-    figure.savefig(path, format="png")
+    return save_figure(figure, path)
 
 
-def schedules(path: Path) -> None:
+def schedules(path: Path) -> Figure:
     """Mask rate and NELBO weight over time."""
     figure = Figure(figsize=(9, 3.6), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -86,7 +86,7 @@ def schedules(path: Path) -> None:
     for axes in (left, right):
         axes.set_xlabel("t")
     left.legend(frameon=False, fontsize=8)
-    figure.savefig(path, format="png")
+    return save_figure(figure, path)
 
 
 def block_weights(
@@ -101,7 +101,7 @@ def block_weights(
     return np.asarray(draw.weight.sum(-1) / size)
 
 
-def total_weights(path: Path, size: int = 4) -> None:
+def total_weights(path: Path, size: int = 4) -> Figure:
     """The total weight of a block under three estimators: where Bernoulli's variance comes from."""
     figure = Figure(figsize=(7.5, 3.6), dpi=130, layout="constrained")
     axes = figure.add_subplot()
@@ -119,7 +119,7 @@ def total_weights(path: Path, size: int = 4) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("density")
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, format="png")
+    return save_figure(figure, path)
 
 
 def weight_of_k(beta: float, omega: float, size: int) -> np.ndarray:
@@ -135,7 +135,7 @@ def weight_of_k(beta: float, omega: float, size: int) -> np.ndarray:
     return np.asarray((mass * k / (size * rate)).mean(-1))
 
 
-def clip_bias(path: Path, size: int = 8) -> None:
+def clip_bias(path: Path, size: int = 8) -> Figure:
     """Why a clipped draw bounds nothing: it leaves out the cases the bound counts equally."""
     figure = Figure(figsize=(7.5, 3.6), dpi=130, layout="constrained")
     axes = figure.add_subplot()
@@ -150,7 +150,7 @@ def clip_bias(path: Path, size: int = 8) -> None:
     axes.set_ylim(0, 0.5)
     axes.annotate("all masked: 1 at k = 8", (size, 0.5), ha="right", va="top", fontsize=8)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, format="png")
+    return save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockdiff import checks
+from blockdiff.checks import whole_number
 from blockdiff.device import cached
 from blockdiff.errors import InputError
 
@@ -30,6 +32,11 @@ class BlockLayout:
 
     `window`: a query sees its own block and the clean tokens of the `window / block_size − 1`
     blocks before it; None means all. Raises `InputError` when the sizes do not fit each other.
+
+    Example:
+        >>> import blockdiff
+        >>> blockdiff.BlockLayout(length=12, block_size=4).blocks
+        3
     """
 
     length: int
@@ -37,16 +44,13 @@ class BlockLayout:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        if self.length < 1 or self.block_size < 1:
-            raise InputError(
-                f"length {self.length} and block size {self.block_size} must both be at least 1"
-            )
+        checks.numbers(length=self.length, block_size=self.block_size)
         if self.length % self.block_size:
             raise InputError(
                 f"block size {self.block_size} does not divide length {self.length}; "
                 f"choose a divisor, for example {self._nearest_divisor()}"
             )
-        if self.window is not None and (self.window < 1 or self.window % self.block_size):
+        if self.window is not None and whole_number("window", self.window) % self.block_size:
             raise InputError(
                 f"window {self.window} is not a positive multiple of the block size "
                 f"{self.block_size}"

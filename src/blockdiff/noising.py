@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from blockdiff.categorical import real_dtype, uniform
+from blockdiff.checks import numbers
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.schedules import Schedule, get_schedule
@@ -265,8 +266,6 @@ def d3pm(
     −log p(x) ≤ T · E_i[ (α_s − α_t)/(1 − α_t) Σ_{ℓ masked at t} CE_ℓ ], t = i/T, s = t − 1/T: a
     looser bound, which falls to that of `bernoulli` as T grows.
     """
-    if timesteps < 1:
-        raise InputError(f"timesteps is {timesteps}; it must be at least 1")
     draws = noise.token.shape[0] // x_0.shape[0]
     t = ((noise.block * timesteps).floor() + 1).clamp(max=timesteps) / timesteps
     rate, before = schedule.mask_rate(t), schedule.mask_rate((t - 1 / timesteps).clamp(min=0))
@@ -404,6 +403,7 @@ def make_estimator(
     if name == "bernoulli":
         return partial(bernoulli, schedule=get_schedule(schedule))
     if name == "d3pm":
+        numbers(timesteps=timesteps)
         return partial(d3pm, schedule=get_schedule(schedule), timesteps=timesteps)
     if name in ("clipped", "clipped_redraw"):
         if clip is None:

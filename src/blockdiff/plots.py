@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import (
     EngFormatter,
     FormatStrFormatter,
@@ -23,19 +26,44 @@ from blockdiff.errors import InputError
 
 # Okabe and Ito's colours, distinct to colour-blind eyes too, darkest first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# What common systems draw Chinese, Japanese and Korean with.
+_WIDE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans", "PingFang SC",
+    "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "Arial Unicode MS",
+    "Last Resort High-Efficiency",
+)  # fmt: skip
 _SMOOTHING = 1 / 25  # width of the moving average, as a share of the curve
 _FEWEST_TO_SMOOTH = 20
 
 Curve = Sequence[Mapping[str, float]]
 
 
-def loss_plot(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:
+# Draws the words of what it decorates as they are: a `$` begins no formula, and where this machine
+# has a font with Chinese, Japanese or Korean characters they are not boxes.
+_FAMILIES = [*rcParams["font.family"], *(x for x in _WIDE_FONTS if x in set(get_font_names()))]
+words_as_written = rc_context({"text.parse_math": False, "font.family": _FAMILIES})
+
+
+def save_figure(figure: Figure, path: Path | None) -> Figure:
+    """Writes a figure as a PNG, unless `path` is None; returns it."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure.savefig(path, format="png")
+    return figure
+
+
+@words_as_written
+def loss_plot(curves: Mapping[str, Curve], path: Path | None = None, *, title: str = "") -> Figure:
     """Draws losses in nats per token over tokens seen, as a PNG; perplexity on the right.
 
     `curves`: a name → the lines of its metrics.jsonl, each with `tokens` and `loss` (training) or
     `eval_nats_per_token` with `eval_stderr` (validation); others are passed over. Training losses
     are drawn raw and faint beneath their moving average, validation as points ± 1 standard error.
-    With a single curve its name is left to the title. Raises `InputError` if no line has a loss.
+    With a single curve its name is left to the title. Returns the figure, and writes no file where
+    `path` is None. Raises `InputError` if no line has a loss.
     """
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -48,7 +76,8 @@ def loss_plot(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:
     if not important:
         raise InputError("no losses to draw: the metrics hold none yet")
 
-    margin = 0.06 * (max(important) - min(important)) or 0.1
+    spread = max(important) - min(important)
+    margin = 0.06 * spread if spread > 0 else 0.1
     axes.set_ylim(min(important) - margin, max(important) + margin)
     axes.set_xlim(left=0)
     axes.set_title(title, loc="left")
@@ -59,8 +88,7 @@ def loss_plot(curves: Mapping[str, Curve], path: Path, *, title: str) -> None:
     axes.spines["top"].set_visible(False)
     axes.legend(frameon=False)
     _perplexity_axis(axes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    return save_figure(figure, path)
 
 
 def _having(lines: Curve, key: str) -> Curve:
@@ -129,11 +157,15 @@ def _perplexity_axis(axes: Axes) -> None:
     right.spines["right"].set_alpha(0.4)
 
 
-def variance_plot(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+@words_as_written
+def variance_plot(
+    records: Sequence[Mapping[str, Any]], path: Path | None = None, *, title: str = ""
+) -> Figure:
     """Draws the masks' variance of loss and gradient at equal passes, as a PNG.
 
     `records`: those of `EstimatorVariance`; a panel for each block size, estimators from the
     noisiest to the quietest, ± 1.96 standard errors. What is 0 but for rounding is written as such.
+    Returns the figure, and writes no file where `path` is None.
     """
     sizes = list(dict.fromkeys(record["block_size"] for record in records))
     kinds = [kind for kind in ("loss", "gradient") if records[0].get(kind) is not None]
@@ -155,8 +187,7 @@ def variance_plot(records: Sequence[Mapping[str, Any]], path: Path, *, title: st
     panels[-1][0].set_xlabel(f"{unit}, nats² per token²")
     if len(kinds) > 1:
         panels[-1][1].set_xlabel(f"{unit}, trace of the covariance")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    return save_figure(figure, path)
 
 
 def _estimator_label(record: Mapping[str, Any]) -> str:

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
 def track(
-    items: Iterable[Item], description: str, total: int | None = None, *, every: float = 30.0
+    items: Iterable[Item],
+    description: str,
+    total: int | None = None,
+    *,
+    every: float = 30.0,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Item]:
     """Passes `items` on and tells on stderr how many are done.
 
@@ -26,50 +32,86 @@ def track(
         description: what the work is, for the bar or line: "Tokenising".
         total: how many items there are; by default `len(items)` where that is known.
         every: seconds between two lines.
+        clock: seconds, for tests.
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
+    with advance(description, total, every=every, clock=clock) as done:
+        for item in items:
+            yield item
+            done(1)
+
+
+@contextmanager
+def advance(
+    description: str,
+    total: int | None = None,
+    unit: str = "",
+    *,
+    every: float = 30.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Callable[[int], None]]:
+    """Like `track`, for work that reports itself: gives what is called with how much more is done.
+
+    `unit`: what is counted, for the line: "sequences".
+    """
     if sys.stderr.isatty():
-        yield from _bar(items, description, total)
+        with _bar(description, total) as done:
+            yield done
     else:
-        yield from _lines(items, description, total, every)
+        yield _Lines(description, total, unit, every, clock).more
 
 
-def _bar(items: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
+@contextmanager
+def _bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.errors import LiveError
-    from rich.markup import escape
-    from rich.progress import track as bar
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(file=sys.stderr)
-    done = 0
-    source = iter(items)
-    shown = bar(source, escape(description), total=total, console=console, transient=True)
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(),
+        TextColumn("{task.completed:,.0f}", markup=False), TimeRemainingColumn(),
+    )  # fmt: skip
+    bar = Progress(*columns, console=Console(file=sys.stderr), transient=True)
     try:
-        for item in shown:
-            done += 1
-            yield item
+        bar.start()
     except LiveError:  # rich shows one live display at a time; the work goes on without a second
-        if done:
-            raise
-        yield from source
+        yield lambda more: None
+        return
+    task = bar.add_task(description.translate({10: " ", 13: " "}), total=total)
+    try:
+        yield lambda more: bar.advance(task, more)
+    finally:
+        bar.stop()
 
 
-def _lines(
-    items: Iterable[Item], description: str, total: int | None, every: float
-) -> Iterator[Item]:
-    start = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - last >= every:
-            last = now
-            of = f" of {total:,}" if total else ""
-            left = ""
-            if total and done < total:
-                left = f", about {_duration((now - start) * (total - done) / done)} left"
-            line = f"{description}: {done:,}{of} after {_duration(now - start)}{left}"
-            print(line, file=sys.stderr, flush=True)
+class _Lines:
+    """A line now and then."""
+
+    def __init__(
+        self, description: str, total: int | None, unit: str, every: float,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self.description, self.total, self.every, self.clock = description, total, every, clock
+        self.unit = f" {unit}" if unit else ""
+        self.begin = self.last = clock()
+        self.done = 0
+
+    def more(self, done: int) -> None:
+        self.done += done
+        now = self.clock()
+        if now - self.last < self.every:
+            return
+        self.last = now
+        of = left = ""
+        if self.total is not None:
+            of = f" of {self.total:,}"
+            if 0 < self.done < self.total:
+                seconds = (now - self.begin) * (self.total - self.done) / self.done
+                left = f", about {_duration(seconds)} left"
+        far = f"{self.done:,}{of}{self.unit} after {_duration(now - self.begin)}"
+        line = f"{self.description}: {far}{left}"
+        print(line, file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

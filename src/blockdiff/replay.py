@@ -11,7 +11,6 @@ The page is one HTML file: no network, no fonts or scripts from elsewhere.
 from __future__ import annotations
 
 import html
-import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from blockdiff.errors import InputError
+from blockdiff.outputs import to_json, write_text
 from blockdiff.sampling.generate import Step
 
 _PARTIAL = "\ufffd"  # what a decoder writes for bytes that are no whole character (yet)
@@ -69,6 +69,29 @@ class Recording:
     @property
     def tokens_per_second(self) -> float:
         return (self.length - self.prompt_length) / max(self.seconds, 1e-9)
+
+    def page(self, title: str = "", subtitle: str = "") -> str:
+        """The page that replays it, as HTML; `title` and `subtitle` are plain text."""
+        # Inside <script> nothing but "<" could end the element, or open a comment that hides its
+        # end.
+        data = to_json(asdict(self)).replace("<", "\\u003c")
+        values = {
+            "title": html.escape(title),
+            "subtitle": html.escape(subtitle),
+            "text": html.escape(self.text),
+            "recording": data,
+        }
+        template = (files("blockdiff") / "templates" / "denoising.html").read_text("utf-8")
+        # One pass, so that text which happens to look like a placeholder stays as it is.
+        page = re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
+        return page.encode(errors="replace").decode()
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.page("A text, step by step"))
+        return (
+            f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="Denoising" '
+            'style="width: 100%; height: 36rem; border: 0"></iframe>'
+        )
 
 
 class Recorder:
@@ -178,16 +201,5 @@ def write_page(recording: Recording, path: Path, *, title: str, subtitle: str = 
     `title` and `subtitle` are plain text. `#step=12` after the page's address opens it paused
     after the twelfth event, `#step=0` before the first.
     """
-    # Inside <script> nothing but "<" could end the element, or open a comment that hides its end.
-    data = json.dumps(asdict(recording)).replace("<", "\\u003c")
-    values = {
-        "title": html.escape(title),
-        "subtitle": html.escape(subtitle),
-        "text": html.escape(recording.text),
-        "recording": data,
-    }
-    template = (files("blockdiff") / "templates" / "denoising.html").read_text(encoding="utf-8")
-    # One pass, so that text which happens to look like a placeholder stays as it is.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, recording.page(title, subtitle))

@@ -11,7 +11,7 @@ A masked position is one box; what lies behind the block being denoised is not d
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -21,13 +21,16 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from blockdiff import checks
 from blockdiff.errors import InputError
+from blockdiff.printing import plain_console, printable
 from blockdiff.sampling.generate import Step
 
 _STYLES = {
     "prompt": "bold",
     "fixed": "",
     "fresh": "black on yellow",
+    "fresh without colour": "reverse",
     "masked": "dim",
     "special": "dim",
 }
@@ -35,14 +38,25 @@ _BOX = "░"
 _FRAME_SECONDS = 1 / 30
 _PANEL_LINES = 2  # what a panel adds to its text
 
-# A model that writes bytes can write an escape sequence; shown as pictures they do nothing.
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_CONTROLS |= {127: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
+class Timed:
+    """Passes steps on; `seconds` their making took so far, `last` the last of them."""
 
-def printable(text: str) -> str:
-    """The text with control characters, which a terminal would obey, as pictures."""
-    return text.translate(_CONTROLS)
+    def __init__(self, steps: Iterable[Step]) -> None:
+        self.steps = steps
+        self.seconds = 0.0
+        self.last: Step | None = None
+
+    def __iter__(self) -> Iterator[Step]:
+        steps = iter(self.steps)
+        while True:
+            begin = time.perf_counter()
+            step = next(steps, None)
+            self.seconds += time.perf_counter() - begin
+            if step is None:
+                return
+            self.last = step
+            yield step
 
 
 def watch(
@@ -64,28 +78,31 @@ def watch(
     seconds to wait after each step, not counted in the speed shown. Raises `InputError` when there
     are no steps.
     """
-    console = console or Console()
-    view = _View(tokenizer, prompt_lengths, mask_token_id, block_size, console)
+    checks.numbers(delay=delay)
+    console = plain_console() if console is None else console
+    steps = steps if isinstance(steps, Timed) else Timed(steps)
+    view = _View(tokenizer, prompt_lengths, mask_token_id, block_size, console, steps)
     if not console.is_terminal or console.is_dumb_terminal:
         for step in steps:
             view.see(step)
         view.print_texts()
         return view.last
-    begin = time.perf_counter()
     drawn = -_FRAME_SECONDS
     # The frames vanish and the whole of the final one is printed, however tall it is.
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-        for step in steps:
-            now = time.perf_counter()
-            view.see(step, now - begin)
-            if delay or now - drawn >= _FRAME_SECONDS:
-                live.update(view.frame(console.height), refresh=True)
-                view.drawn()
-                drawn = now
-            time.sleep(delay)
-            begin = time.perf_counter()
-    view.drawn()
-    console.print(view.frame())
+    try:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            for step in steps:
+                now = time.perf_counter()
+                view.see(step)
+                if delay or now - drawn >= _FRAME_SECONDS:
+                    live.update(view.frame(console.height), refresh=True)
+                    view.drawn()
+                    drawn = now
+                time.sleep(delay)
+    finally:  # stopped before the end, too
+        if steps.last is not None:
+            view.drawn()
+            console.print(view.frame())
     return view.last
 
 
@@ -99,14 +116,14 @@ class _View:
         mask_token_id: int,
         block_size: int,
         console: Console,
+        timed: Timed,
     ) -> None:
         self.tokenizer, self.prompt_lengths = tokenizer, prompt_lengths
         self.mask_token_id, self.block_size = mask_token_id, block_size
-        self.console = console
+        self.console, self.timed = console, timed
         self.special_ids = set(tokenizer.all_special_ids)
         self._last: Step | None = None
         self._fresh: torch.Tensor | None = None  # positions fixed since the last frame
-        self._seconds = 0.0
 
     @property
     def last(self) -> Step:
@@ -114,11 +131,10 @@ class _View:
             raise InputError("there are no steps to watch")
         return self._last
 
-    def see(self, step: Step, seconds: float = 0.0) -> None:
-        """Takes in the next step, which took so long to compute."""
+    def see(self, step: Step) -> None:
+        """Takes in the next step."""
         self._last = step
         self._fresh = step.fixed if self._fresh is None else self._fresh | step.fixed
-        self._seconds += seconds
 
     def drawn(self) -> None:
         """Ends the highlight of what the last frame showed as new."""
@@ -171,7 +187,7 @@ class _View:
         nfe = int(self.last.nfe.sum())
         return Text(
             f"{nfe} evaluations · {count} tokens · "
-            f"{count / max(self._seconds, 1e-9):.0f} tokens/s · "
+            f"{count / max(self.timed.seconds, 1e-9):.1f} tokens/s · "
             f"{count / max(nfe, 1):.2f} tokens per evaluation",
             style="dim",
             no_wrap=True,
@@ -190,6 +206,8 @@ class _View:
                 text.append(_BOX * (stop - start), style=_STYLES[kind])
             elif kind != "unshown":
                 piece = self._decode(ids[max(start - 1, 0) : start], ids[start:stop])
+                if kind == "fresh" and self.console.no_color:
+                    kind = "fresh without colour"
                 text.append(printable(piece), style=_STYLES[kind])
             start = stop
         if lines is None:

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import time
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
-from blockdiff.api import encode_prompts, to_text
+from blockdiff import checks
+from blockdiff.api import continuation, encode_prompts, to_text
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, RunStopped
 from blockdiff.models.precision import convert, resolve_precision
-from blockdiff.outputs import new_file, to_json
+from blockdiff.outputs import local_path, new_file, to_json
+from blockdiff.printing import plain_console, printable
+from blockdiff.progress import advance
 from blockdiff.replay import Recorder, write_page
-from blockdiff.sampling.generate import collect, stream_tokens
+from blockdiff.sampling.generate import Step, collect, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
-from blockdiff.watch import printable, watch
+from blockdiff.watch import Timed, watch
 
 
 def write_texts(
     source: str, wish: Any, options: SamplingOptions, device: str | None = None
 ) -> None:
-    """Generates as asked and prints; `wish` is the command line's `GenerateOptions`."""
-    prompts = _prompts(wish.prompt, wish.prompt_file)
+    """Generates as asked and prints; `wish` is the command line's `GenerateOptions`.
+
+    A single text is printed while it is written where standard output is a terminal. Raises
+    `RunStopped` on Ctrl-C or SIGTERM, with what was written until then printed.
+    """
+    checks.numbers(samples=wish.samples, delay=wish.delay)
+    prompts = read_prompts(wish.prompt, wish.prompt_file)
     if wish.page is not None:
         new_file("page", wish.page)
     model, tokenizer = load(source, tokenizer=wish.tokenizer, device=choose_device(device))
@@ -37,35 +50,44 @@ def write_texts(
     ids = encode_prompts(model, prompts, tokenizer, wish.samples)
     block_size = model.config.choose_block_size(options.block_size)
     recorder = Recorder(tokenizer, len(ids[0]), block_size)
-    begin = time.perf_counter()
+    given = [prompt for prompt in prompts for _ in range(wish.samples)]
 
-    steps = stream_tokens(model, ids, options)
-    if wish.page:
-        steps = recorder.follow(steps)
-    if wish.watch and not wish.json:
-        last = watch(
-            steps,
-            tokenizer,
-            [len(row) for row in ids],
-            model.config.mask_token_id,
-            block_size,
-            delay=wish.delay,
-        )
-    else:
-        for last in steps:  # noqa: B007 - the last step holds the result
-            pass
+    made: Iterable[Step] = stream_tokens(model, ids, options)
+    if wish.page is not None:
+        made = recorder.follow(made)
+    steps = Timed(made)
+    console = plain_console(soft_wrap=True)
+    view = _Written(console, tokenizer, given, ids, model.config.mask_token_id)
+    shown = not wish.json and not wish.watch
+    try:
+        with _stopped_by_signals():
+            if wish.watch and not wish.json:
+                lengths = [len(row) for row in ids]
+                mask = model.config.mask_token_id
+                watch(steps, tokenizer, lengths, mask, block_size, delay=wish.delay)
+            elif shown and console.is_terminal and len(ids) == 1:
+                for step in steps:
+                    view.show(step)
+            else:
+                _work(steps, ids, options.max_new_tokens, model.config.mask_token_id)
+    except _Stopped as stop:
+        if shown and steps.last is not None:
+            view.show(steps.last)
+            view.end()
+        raise stop.as_error(0 if steps.last is None else view.count(steps.last)) from None
+    assert steps.last is not None
     done = to_text(
-        collect(last, ids, model.config.eos_token_id, time.perf_counter() - begin), ids, tokenizer
+        collect(steps.last, ids, model.config.eos_token_id, steps.seconds), ids, tokenizer
     )
-    if wish.page:
-        write_page(recorder.recording(), Path(wish.page), title=f"{source} writes")
+    if wish.page is not None:
+        write_page(recorder.recording(), local_path("page", wish.page), title=f"{source} writes")
     if wish.json:
         record = {
             "model": source,
             "options": asdict(options),
             "precision": precision,
             "device": str(model.device),
-            "prompts": [prompt for prompt in prompts for _ in range(wish.samples)],
+            "prompts": given,
             "texts": done.texts,
             "tokens": [len(row) for row in done.tokens],
             "finish": done.finish,
@@ -77,34 +99,147 @@ def write_texts(
         }
         print(to_json(record, indent=2))
         return
-    if not wish.watch:
-        _print_texts(prompts, wish.samples, done.texts)
-    Console(stderr=True, highlight=False).print(
-        f"{sum(map(len, done.tokens))} tokens, {sum(done.nfe)} network evaluations, "
-        f"{done.tokens_per_second:.1f} tokens/s, {done.rejection_rate:.0%} rejected",
-        style="dim",
-    )
+    if shown:
+        view.show(steps.last)
+        view.end()
+    plain_console(stderr=True).print(done.summary(), style="dim")
 
 
-def _prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
-    if prompt is not None and prompt_file is not None:
-        raise InputError("--prompt and --prompt-file exclude each other; give one")
-    if prompt_file is None:
-        return [prompt or ""]
+def _work(steps: Iterable[Step], ids: Sequence[Sequence[int]], new: int, mask: int) -> None:
+    """Runs the steps to their end, telling on stderr how far they are."""
+    what = "1 text" if len(ids) == 1 else f"{len(ids)} texts"
+    with advance(f"Writing {what}", len(ids) * new, "tokens") as done:
+        before = 0
+        for step in steps:
+            tokens = _fixed(step, ids, mask)
+            done(tokens - before)
+            before = tokens
+
+
+def _fixed(step: Step, ids: Sequence[Sequence[int]], mask: int) -> int:
+    """How many new tokens there are, those past the end of a finished row not counted."""
+    count = 0
+    for row, (prompt, length) in enumerate(zip(ids, step.lengths.tolist(), strict=True)):
+        start = len(prompt)
+        if length >= 0:
+            count += length - start
+        else:
+            count += int((step.tokens[row, start:] != mask).sum())
+    return count
+
+
+class _Written:
+    """Prints the texts, prompts before them, each as far as it is written."""
+
+    def __init__(
+        self,
+        console: Console,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        ids: Sequence[Sequence[int]],
+        mask_token_id: int,
+    ) -> None:
+        self.console, self.tokenizer, self.mask_token_id = console, tokenizer, mask_token_id
+        self.prompts, self.ids = prompts, ids
+        self.row = -1  # the last one begun
+        self.printed: list[int] = []  # of its tokens
+
+    def count(self, step: Step) -> int:
+        return _fixed(step, self.ids, self.mask_token_id)
+
+    def show(self, step: Step) -> None:
+        """Prints what there is more of each row; of several rows, in their order."""
+        for row in range(max(self.row, 0), len(self.ids)):
+            if row > self.row:
+                self._begin(row)
+            known = self._known(step, row)
+            new = known[len(self.printed) :]
+            text = continuation(self.tokenizer, [*self.ids[row], *self.printed], new)
+            # Bytes that are no whole character yet wait for the rest of it.
+            if new and (bool(step.done[row]) or not text.endswith("\ufffd")):
+                self.console.out(printable(text), end="", highlight=False)
+                self.console.file.flush()
+                self.printed = known
+
+    def _begin(self, row: int) -> None:
+        if row:
+            self.end()
+        if len(self.ids) > 1:
+            self.console.rule(f"text {row + 1}", style="dim")
+        self.console.out(printable(self.prompts[row]), style="bold", end="", highlight=False)
+        self.row, self.printed = row, []
+
+    def end(self) -> None:
+        self.console.out("", highlight=False)
+
+    def _known(self, step: Step, row: int) -> list[int]:
+        """The row's new tokens before its end or its first mask."""
+        start, length = len(self.ids[row]), int(step.lengths[row])
+        new = step.tokens[row, start : length if length >= 0 else None].tolist()
+        return new[: new.index(self.mask_token_id)] if self.mask_token_id in new else new
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    def as_error(self, tokens: int) -> RunStopped:
+        name = "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
+        return RunStopped(f"stopped by {name} after {tokens} tokens", 128 + self.number)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Raises `_Stopped` where Ctrl-C or SIGTERM comes; only the main thread can catch them."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    former: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        former = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        lines = Path(prompt_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the prompts in {prompt_file}: {error}") from None
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"{prompt_file} holds no prompt")
-    return prompts
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
-def _print_texts(prompts: list[str], samples: int, texts: list[str]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    for index, text in enumerate(texts):
-        if len(texts) > 1:
-            console.rule(f"text {index + 1}", style="dim")
-        console.print(prompts[index // samples], style="bold", end="", markup=False)
-        console.print(printable(text), markup=False)
+def read_prompts(prompt: str | None, prompt_file: str | None = None) -> list[str]:
+    """The prompts of the two options: one text, standard input for "-", or a file's lines.
+
+    Lines end at LF or CRLF, empty ones are passed over. Of standard input, which is read to its end
+    and only for "-", the last line's end is left out. Raises `InputError` for what is no UTF-8.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise InputError("`prompt` and `prompt_file` exclude each other; give one")
+    if prompt_file is not None:
+        path = local_path("prompt_file", prompt_file)
+        try:
+            text = _decoded(path.read_bytes(), str(path))
+        except OSError as error:
+            reason = error.strerror if error.strerror is not None else error
+            raise InputError(f"cannot read the prompts in {path}: {reason}") from None
+        lines = [line.removesuffix("\r") for line in text.split("\n")]
+        prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            raise InputError(f"{path} holds no prompt")
+        return prompts
+    if prompt == "-":
+        if sys.stdin is None or sys.stdin.closed:
+            raise InputError("`prompt` is -, but there is no standard input to read")
+        text = _decoded(sys.stdin.buffer.read(), "standard input")
+        return [text.removesuffix("\n").removesuffix("\r")]
+    return ["" if prompt is None else prompt]
+
+
+def _decoded(content: bytes, place: str) -> str:
+    """UTF-8, a byte order mark dropped."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{place}, line {line}: not valid UTF-8; save it as UTF-8") from None

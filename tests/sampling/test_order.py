@@ -5,13 +5,9 @@ import torch
 
 from blockdiff.categorical import uniform
 from blockdiff.errors import InputError
+from blockdiff.sampling.options import stopping_rules
 from blockdiff.sampling.order import events, next_positions
-from blockdiff.sampling.stopping import (
-    finished_length,
-    is_dull,
-    stopping_rules,
-    token_entropy,
-)
+from blockdiff.sampling.stopping import finished_length, is_dull, token_entropy
 from blockdiff.schedules import SCHEDULES, get_schedule
 
 PAST = torch.iinfo(torch.int64).max

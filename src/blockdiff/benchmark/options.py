@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from blockdiff import checks
 from blockdiff.errors import InputError
 from blockdiff.training.config import CHOICES, Backend, Precision, Preset
 
 Work = Literal["train", "sample", "attention", "evaluate"]
 WORKS = get_args(Work)
+WHOLE_NUMBERS = {
+    "vocab_size": (2, checks.LARGEST_VOCABULARY),
+    "tokens": (1, checks.LARGEST_TEXT),
+    "repeats": (1, checks.LARGEST_SIZE),
+}
+REAL_NUMBERS = {"dropout": (0.0, 1.0, False, True)}
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,10 @@ class BenchmarkOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        """Raises `InputError` for sizes below 1 and unknown names."""
-        for name in ("vocab_size", "length", "block_size", "batch_size", "tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("preset", "precision", "backend"):
-            if getattr(self, name) not in CHOICES[name]:
-                raise InputError(
-                    f"no {name} {getattr(self, name)!r}; choose one of {', '.join(CHOICES[name])}"
-                )
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"--dropout is {self.dropout}; it must be in [0, 1)")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
+        """Raises `InputError` for sizes and names that cannot be meant."""
+        checks.options(self, CHOICES, WHOLE_NUMBERS, REAL_NUMBERS, smallest=checks.SMALLEST)
+        if self.length % self.block_size:
+            raise InputError(
+                f"`block_size` {self.block_size} does not divide `length` {self.length}; "
+                "choose a divisor"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,10 +20,11 @@ from blockdiff.benchmark.compare import (
     ratio,
 )
 from blockdiff.benchmark.options import WORKS, BenchmarkOptions
+from blockdiff.checks import one_of
 from blockdiff.device import choose_device
-from blockdiff.errors import InputError
 from blockdiff.models.config import PRESETS
 from blockdiff.models.precision import resolve_precision
+from blockdiff.training.config import Precision
 
 # work → (what builds an alternative, its alternatives, the ratios that answer its question)
 _COMPARISONS: dict[str, tuple[Callable[..., Run], tuple[str, ...], tuple[tuple[str, str], ...]]] = {
@@ -51,11 +52,10 @@ def benchmark(work: str, options: BenchmarkOptions) -> dict[str, Any]:
     alternative's seconds, tokens per second and peak memory, the ratios per token, pair by pair,
     and the shares of the machine's own rates. Raises `InputError` for an unknown work.
     """
-    if work not in WORKS:
-        raise InputError(f"no benchmark {work!r}; choose one of {', '.join(WORKS)}")
+    one_of("work", work, WORKS)
     device = choose_device(options.device)
-    precision: Any = resolve_precision(options.precision, device)
-    options = replace(options, precision=precision)
+    precision = resolve_precision(options.precision, device)
+    options = replace(options, precision=cast(Precision, precision))
     machine = measure_machine(device)
     make, kinds, pairs = _COMPARISONS[work]
     if work == "attention" and device.type == "cuda":

@@ -79,7 +79,8 @@ def training_step(options: BenchmarkOptions, device: str, kind: str) -> Run:
 
 def new_tokens(options: BenchmarkOptions) -> int:
     """As many as asked for, made to end a block behind a prompt of one token."""
-    return -(-options.tokens // options.block_size) * options.block_size - 1 or options.block_size
+    new = -(-options.tokens // options.block_size) * options.block_size - 1
+    return new if new > 0 else options.block_size
 
 
 def sampling(options: BenchmarkOptions, device: str, kind: str) -> Run:

@@ -25,6 +25,12 @@ def load(
 
     `tokenizer` names another place for the tokenizer: released checkpoints come without one (the
     OpenWebText models use GPT-2's). Raises `InputError` when either is missing or they do not fit.
+
+    Example:
+        >>> import blockdiff
+        >>> model, tokenizer = blockdiff.load("starter")
+        >>> tokenizer.mask_token
+        '<|mask|>'
     """
     folder = resolve(source)
     model = load_model(folder, dtype=dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from blockdiff.checks import whole_number
 from blockdiff.data.corpora import CHANGED, Corpus
 from blockdiff.data.encoding import encode_documents, utf8
 from blockdiff.data.tokenizers import eos_id, fingerprint
@@ -175,8 +176,7 @@ def stream_windows(
 
 
 def _require_length(length: int) -> None:
-    if length < 1:
-        raise InputError(f"`length` is {length}; it must be at least 1")
+    whole_number("length", length)
 
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

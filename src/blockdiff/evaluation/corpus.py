@@ -7,22 +7,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from blockdiff import checks
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
 from blockdiff.data.loading import load
 from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
-from blockdiff.errors import InputError
-from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.evaluation.likelihood import check_estimator, likelihood
 from blockdiff.models.dit import DiT
 from blockdiff.models.precision import convert, resolve_precision
+from blockdiff.printing import table_text
+from blockdiff.progress import advance
 
 PARTS = ("all", "train", "validation")
 
@@ -39,8 +39,8 @@ def open_documents(
     detokenizer: str = "none",
 ) -> Iterable[str]:
     """The documents of a corpus, or of the part of it that training saw or held out."""
-    if part not in PARTS:
-        raise InputError(f"no part {part!r}; choose one of {', '.join(PARTS)}")
+    checks.one_of("part", part, PARTS)
+    checks.numbers(validation_fraction=validation_fraction, split_seed=split_seed)
     documents = detokenized(
         load_corpus(data, split=split, text_column=text_column, subset=subset), detokenizer
     )
@@ -66,8 +66,7 @@ def open_sequences(
     The sequences are x_0 int64 [B, L], and documents [B, L] where windows are padded, on the
     network's device.
     """
-    if windows < 0:
-        raise InputError(f"--windows is {windows}; it must not be negative (0 is all)")
+    checks.numbers(windows=windows, length=length)
     packed = pack(
         open_documents(data, **corpus),
         words,
@@ -109,6 +108,13 @@ def evaluate_corpus(
 
     Returns `measure_sequences`'s record. Raises `InputError` on bad input.
     """
+    checks.one_of("part", part, PARTS)
+    checks.numbers(
+        validation_fraction=validation_fraction, split_seed=split_seed, length=length,
+        block_size=block_size, draws=draws, timesteps=timesteps, windows=windows,
+        batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    check_estimator(estimator)
     network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
     precision = resolve_precision(precision, network.device)
     convert(network, precision, network.device)
@@ -143,8 +149,7 @@ def measure_sequences(
     Returns `Likelihood.record()` with the model, the data and the same figures per UTF-8 byte:
     nats per token times tokens per byte of the whole corpus.
     """
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{network.config.kind} on {data}", total=len(sequences["x_0"]))
+    with advance(f"{network.config.kind} on {data}", len(sequences["x_0"]), "sequences") as done:
         result = likelihood(
             network,
             sequences["x_0"],
@@ -155,7 +160,7 @@ def measure_sequences(
             documents=sequences.get("documents"),
             timesteps=timesteps,
             batch_size=batch_size,
-            progress=lambda done: bar.advance(task, done),
+            progress=done,
         )
     per_byte = packed.corpus_tokens / packed.bytes
     return {
@@ -198,7 +203,4 @@ def summary_table(record: dict[str, object]) -> str:
         f"{record['kind']}, L' = {record['block_size']}, {record['sequences']} sequences of "
         f"{record['length']} tokens; estimator {record['estimator']}, noise of the masks: {noise}"
     )
-    console = Console(width=88, no_color=True)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    return table_text(table, 88)

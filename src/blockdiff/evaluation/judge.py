@@ -94,14 +94,19 @@ def windows(tokens: int, window: int) -> list[tuple[int, int]]:
     return found
 
 
+def check_window(window: int | None) -> None:
+    """Raises `InputError` unless a judge can read `window` tokens at once; None leaves it open."""
+    if window is not None:
+        whole_number("window", window, 2, meaning=": of one token nothing is predicted")
+
+
 def load_judge(source: str | Path, window: int | None = None, device: str | None = None) -> Judge:
     """A judge from a folder or hub id: any causal LM of `transformers`, or an AR model of ours.
 
     `window`: tokens it reads at once, at most (and by default) 1,024 or what it was made for.
     Raises `InputError` when there is no such model.
     """
-    if window is not None:
-        whole_number("window", window, 2, meaning=": of one token nothing is predicted")
+    check_window(window)
     reach = WINDOW if window is None else window
     try:
         config = AutoConfig.from_pretrained(str(source))
@@ -122,7 +127,8 @@ def load_judge(source: str | Path, window: int | None = None, device: str | None
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot open a judge in {source}: {reason}") from None
     network.eval().to(where)
-    longest = getattr(config, "max_position_embeddings", None) or WINDOW
+    longest = getattr(config, "max_position_embeddings", None)
+    longest = WINDOW if longest is None else longest
     return Judge(str(source), tokenizer, _score_of(network), min(reach, longest))
 
 

@@ -18,18 +18,19 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from blockdiff import objectives
-from blockdiff.checks import whole_number
+from blockdiff import checks, objectives
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
 from blockdiff.noising import (
+    ESTIMATORS,
     Estimator,
     Noise,
     addressed_noise,
     independent_groups,
     make_estimator,
 )
+from blockdiff.schedules import SCHEDULES
 
 # Enumerated by default up to here: 15 noised passes.
 AUTO_ENUMERATE = 4
@@ -56,6 +57,13 @@ class Likelihood:
     `noising.independent_groups`), whose variance is unbiased. It has one degree of freedom a
     sequence: of a handful of sequences it is itself uncertain, and under `bernoulli` and `d3pm`,
     whose rare masks weigh most, mostly too small (benchmarks/coverage.py).
+
+    Example:
+        >>> import torch, blockdiff
+        >>> found = blockdiff.Likelihood(torch.tensor([6.0]), torch.tensor([3]), 2.0, float("nan"),
+        ...                              0.0, "enumerate", 1, True)
+        >>> round(found.perplexity, 3)  # e²
+        7.389
     """
 
     nats: Tensor
@@ -119,8 +127,19 @@ def likelihood(
     `keep_first` defaults to the model's own setting; `progress` is called with the number of
     sequences done. `processes` share the sequences, and each gets the result of all. Raises
     `InputError` for biased draws, sizes below 1, or tokens outside the vocabulary.
+
+    Example:
+        >>> import torch, blockdiff
+        >>> model, tokenizer = blockdiff.load("starter")
+        >>> x_0 = torch.tensor([tokenizer.encode("The function returns a new list.")[:4]])
+        >>> found = blockdiff.likelihood(model, x_0)
+        >>> found.estimator, found.exact, found.perplexity > 1
+        ('enumerate', True, True)
     """
-    _check(model, x_0, draws, batch_size)
+    checks.one_of("schedule", schedule, SCHEDULES)
+    checks.numbers(draws=draws, seed=seed, timesteps=timesteps, batch_size=batch_size)
+    check_estimator(estimator)
+    _check(model, x_0)
     layout = BlockLayout(x_0.shape[1], model.config.choose_block_size(block_size, x_0.shape[1]))
     if keep_first is None:
         keep_first = model.config.keep_first
@@ -131,8 +150,6 @@ def likelihood(
     elif estimator == "auto":
         small = layout.block_size <= AUTO_ENUMERATE and not model.config.time_conditioning
         estimator = "enumerate" if small else "exact_k"
-    if "clipped" in estimator or estimator == "bell":
-        raise InputError(_BIASED.format(estimator))
     if estimator == "enumerate" and model.config.time_conditioning:
         raise InputError(
             "enumerate leaves no time to condition on, and this model is conditioned on it: "
@@ -141,7 +158,7 @@ def likelihood(
     if estimator in ("ar", "enumerate"):
         draws = 1
     tokens = tokens_per_pass(model)
-    rows = batch_size or max(1, tokens // (2 * x_0.shape[1]))
+    rows = max(1, tokens // (2 * x_0.shape[1])) if batch_size is None else batch_size
     was_training = model.training
     model.eval()
     per_draw = []
@@ -171,6 +188,13 @@ def likelihood(
     return _summary(torch.cat(per_draw, dim=1), maskable.sum(-1).cpu(), estimator, exact)
 
 
+def check_estimator(estimator: str) -> None:
+    """Raises `InputError` unless it is one whose draws bound the likelihood, or auto."""
+    checks.one_of("estimator", estimator, ("auto", *ESTIMATORS))
+    if "clipped" in estimator or estimator == "bell":
+        raise InputError(_BIASED.format(estimator))
+
+
 def tokens_per_pass(model: DiT) -> int:
     """`TOKENS_PER_PASS`, or as many as a quarter of the free memory holds."""
     config, device = model.config, model.device
@@ -183,14 +207,14 @@ def tokens_per_pass(model: DiT) -> int:
     return min(TOKENS_PER_PASS, free // 4 // bytes_per_token)
 
 
-def _check(model: DiT, x_0: Tensor, draws: int, batch_size: int | None) -> None:
+def _check(model: DiT, x_0: Tensor) -> None:
+    if not isinstance(x_0, Tensor) or x_0.dtype != torch.int64:
+        kind = x_0.dtype if isinstance(x_0, Tensor) else type(x_0).__name__
+        raise InputError(f"x_0 must be a [B, L] tensor of token ids, int64, not {kind}")
     if x_0.dim() != 2 or x_0.numel() == 0:
         raise InputError(
             f"x_0 must be a non-empty [B, L] tensor of token ids, not {list(x_0.shape)}"
         )
-    whole_number("draws", draws)
-    if batch_size is not None:
-        whole_number("batch_size", batch_size)
     low, high = int(x_0.min()), int(x_0.max())
     if low < 0 or high >= model.config.vocab_size:
         raise InputError(

@@ -26,15 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from blockdiff import checks
 from blockdiff.data.corpora import load_corpus
 from blockdiff.data.tokenizers import load_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import open_documents
-from blockdiff.evaluation.judge import Judge, load_judge
+from blockdiff.evaluation.judge import Judge, check_window, load_judge
 from blockdiff.evaluation.likelihood import perplexity_of
+from blockdiff.printing import table_text
+from blockdiff.progress import advance
 
 HALVES = 50
 ORDERS = (1, 2, 3, 4)
@@ -118,7 +120,8 @@ def sample_quality(
     rows = [list(encode(text)) for text in texts]
     perplexity = None
     if judge is not None:
-        nats, count = (x.numpy().astype(float) for x in judge.nats(texts))
+        with advance(f"{judge.name} reads {len(texts)} texts", None, "windows") as done:
+            nats, count = (x.numpy().astype(float) for x in judge.nats(texts, done))
         rate = nats.sum() / max(count.sum(), 1)
         residual = float(((nats - rate * count) ** 2).sum())
         n = len(texts)
@@ -245,6 +248,11 @@ def measure_samples(
     """
     if judge is None and tokenizer is None:
         raise InputError("name a `judge`, or a `tokenizer` whose tokens are counted")
+    check_window(window)
+    checks.numbers(
+        words=words, seed=seed, split_seed=corpus.get("split_seed"),
+        validation_fraction=corpus.get("validation_fraction"),
+    )  # fmt: skip
     texts, cost = read_samples(samples)
     critic = None if judge is None else load_judge(judge, window, device)
     if tokenizer is None:
@@ -276,8 +284,6 @@ def measure_samples(
 
 def _cut(words: list[str], size: int) -> list[list[str]]:
     """Whole pieces of `size` words."""
-    if size < 1:
-        raise InputError(f"`words` is {size}; it must be at least 1")
     return [words[i : i + size] for i in range(0, len(words) - size + 1, size)]
 
 
@@ -293,10 +299,7 @@ def quality_table(found: Mapping[str, SampleQuality]) -> str:
             lines.setdefault(label, []).append(text)
     for label, texts in lines.items():
         table.add_row(label, *texts)
-    console = Console(width=110, no_color=True)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    return table_text(table, 110)
 
 
 def _lines(quality: SampleQuality) -> dict[str, str]:

@@ -15,19 +15,18 @@ at equal compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from blockdiff import objectives
+from blockdiff import checks, objectives
 from blockdiff.categorical import fold_seed, real_dtype
+from blockdiff.checks import whole_number
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
@@ -35,6 +34,8 @@ from blockdiff.evaluation.corpus import open_sequences
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
 from blockdiff.noising import Estimator, Noise, make_estimator, stratified_noise
+from blockdiff.printing import table_text
+from blockdiff.progress import advance
 
 # The schedules of the paper's tables, and what is new.
 DEFAULT_ESTIMATORS = (
@@ -131,8 +132,9 @@ def variance(
     `batch_size` B sequences make a batch; what is left over is not used. `progress` is called
     after each draw. Raises `InputError` for fewer than two batches or draws, or an AR model.
     """
+    checks.numbers(batch_size=batch_size, draws=draws, seed=seed)
     make, stratified = parse_estimator(estimator)
-    batches = len(x_0) // batch_size if batch_size > 0 else 0
+    batches = len(x_0) // batch_size
     if batches < 2 or draws < 2:
         raise InputError(
             f"{len(x_0)} sequences in batches of {batch_size} and {draws} draws: a variance needs "
@@ -243,24 +245,23 @@ def measure_corpus(
     `DEFAULT_ESTIMATORS` when left out. Everything is measured on the same windows. `corpus`: see
     `open_sequences`. Raises `InputError` on bad input.
     """
-    network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
-    try:
-        sizes = [int(x) for x in (block_sizes or str(network.config.block_size)).split(",")]
-    except ValueError:
-        raise InputError(f"--block-sizes {block_sizes!r} is no list like 1,4,16") from None
-    names = estimators.split(",") if estimators else list(DEFAULT_ESTIMATORS)
+    checks.numbers(
+        batch_size=batch_size, batches=batches, draws=draws, seed=seed, **_numbers_of(corpus)
+    )
+    whole_number("draws", draws, 2, meaning=": a variance is one of several")
+    sizes = None if block_sizes is None else parse_sizes(block_sizes)
+    names = list(DEFAULT_ESTIMATORS) if estimators is None else estimators.split(",")
     for name in names:
         parse_estimator(name)
-    if batches < 2:
-        raise InputError(f"--batches is {batches}; a variance needs at least 2")
+    network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
+    sizes = [network.config.block_size] if sizes is None else sizes
     wanted = batches * batch_size
     _, sequences = open_sequences(network, words, data, windows=wanted, **corpus)
     found = []
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("draws", total=len(sizes) * len(names) * batches * draws)
+    total = len(sizes) * len(names) * batches * draws
+    with advance(f"{model} on {data}", total, "draws") as done:
         for size in sizes:
             for name in names:
-                bar.update(task, description=f"L' = {size}, {name}")
                 found.append(
                     variance(
                         network,
@@ -272,10 +273,27 @@ def measure_corpus(
                         gradient=gradient,
                         seed=seed,
                         documents=sequences.get("documents"),
-                        progress=lambda done: bar.advance(task, done),
+                        progress=done,
                     )
                 )
     return found
+
+
+def parse_sizes(block_sizes: str) -> list[int]:
+    """The block sizes of a list like 1,4,16; raises `InputError` for what is none."""
+    try:
+        sizes = [int(size) for size in block_sizes.split(",")]
+    except ValueError:
+        raise InputError(f"`block_sizes` {block_sizes!r} is no list like 1,4,16") from None
+    for size in sizes:
+        whole_number("block_sizes", size)
+    return sizes
+
+
+def _numbers_of(corpus: Mapping[str, Any]) -> dict[str, Any]:
+    """What is a number of the options that say which text is read."""
+    names = ("length", "split_seed", "validation_fraction")
+    return {name: corpus[name] for name in names if name in corpus}
 
 
 def variance_table(found: Sequence[EstimatorVariance]) -> str:
@@ -297,10 +315,7 @@ def variance_table(found: Sequence[EstimatorVariance]) -> str:
             name = x.estimator + ("" if x.unbiased else " (biased)")
             table.add_row(str(size), name, _cell(x.loss_mean, x.loss_stderr), *cells)
         table.add_section()
-    console = Console(width=120, no_color=True)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    return table_text(table, 120)
 
 
 def _cell(value: float, error: float) -> str:

@@ -11,16 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from blockdiff import checks
 from blockdiff.data.corpora import looks_like_path
 from blockdiff.data.detokenizers import DETOKENIZERS
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import measure_sequences, open_sequences
+from blockdiff.evaluation.likelihood import check_estimator
 from blockdiff.models.precision import convert, resolve_precision
+from blockdiff.printing import table_text
 
 _PARQUET = "@refs/convert/parquet"
 
@@ -100,6 +102,8 @@ def zero_shot(
     Every text is opened before the first is measured, so a wrong name costs no time. Raises
     `InputError` on bad input.
     """
+    checks.numbers(length=length, windows=windows, draws=draws, seed=seed)
+    check_estimator(estimator)
     sets = find_text_sets(texts)
     network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
     precision = resolve_precision(precision, network.device)
@@ -137,7 +141,4 @@ def zero_shot_table(records: Sequence[dict[str, Any]]) -> str:
         f"{first['kind']}, L' = {first['block_size']}, sequences of {first['length']} tokens; "
         f"estimator {first['estimator']}"
     )
-    console = Console(width=100, no_color=True)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    return table_text(table, 100)

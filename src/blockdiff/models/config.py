@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
@@ -37,6 +37,11 @@ class DiTConfig(PreTrainedConfig):
     last trained with, for information. `initial_shift`: standard deviation of the adaLN shifts at
     initialisation. `initial_gate`: the adaLN gates there; 0 makes every layer start as the
     identity, 1 as a plain transformer layer.
+
+    Example:
+        >>> import blockdiff
+        >>> blockdiff.DiTConfig(vocab_size=300, length=32, block_size=4).kind
+        'bd3lm'
     """
 
     model_type = "blockdiff"
@@ -142,3 +147,6 @@ def _check_sizes(config: DiTConfig) -> None:
         )
     if config.time_conditioning and not config.adaln:
         raise InputError("time_conditioning needs adaln: it is adaLN that reads the time")
+
+
+AutoConfig.register(DiTConfig.model_type, DiTConfig, exist_ok=True)

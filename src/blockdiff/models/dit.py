@@ -28,7 +28,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -90,7 +90,20 @@ def _rope_table(length: int, head_dim: int, device: torch.device) -> tuple[Tenso
 
 
 class DiT(PreTrainedModel):
-    """The denoiser; see the module's text for its three uses."""
+    """The denoiser; see the module's text for its three uses.
+
+    Example:
+        >>> import torch, blockdiff
+        >>> config = blockdiff.DiTConfig(
+        ...     vocab_size=9, length=8, block_size=4, hidden_size=16, num_hidden_layers=1,
+        ...     num_attention_heads=2, cond_size=8
+        ... )
+        >>> model = blockdiff.DiT(config)
+        >>> x_0 = torch.zeros(1, 8, dtype=torch.int64)
+        >>> x_t = torch.full_like(x_0, config.mask_token_id)
+        >>> model(x_t, x_0=x_0).logits.shape
+        torch.Size([1, 8, 9])
+    """
 
     config_class = DiTConfig
     base_model_prefix = "dit"
@@ -377,3 +390,6 @@ class DiT(PreTrainedModel):
 def _repeat(x: Tensor, rows: int) -> Tensor:
     """B rows → R·B rows, draw-major: row r·B + i is a copy of row i."""
     return x if x.shape[0] == rows else x.repeat(rows // x.shape[0], *[1] * (x.dim() - 1))
+
+
+AutoModel.register(DiTConfig, DiT, exist_ok=True)

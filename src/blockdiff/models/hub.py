@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
@@ -60,6 +60,11 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> DiT
     Opens what `save_model` and `Trainer` wrote and the released BD3-LM layout (BD3-LM, MDLM,
     SEDD-backbone and AR kinds). Raises `InputError` when there is no such folder, no weights, only
     pickled weights, or weights that are truncated, not finite or do not fit the configuration.
+
+    Example:
+        >>> import blockdiff
+        >>> blockdiff.load_model("starter").config.block_size
+        4
     """
     folder = resolve(source)
     raw = _read_config(folder)
@@ -304,6 +309,13 @@ def save_model(
 
     Each file is finished in a temporary folder beside it first and then renamed, so an
     interruption or a full disk leaves the earlier files whole. Other files there are kept.
+
+    Example:
+        >>> import blockdiff
+        >>> model, tokenizer = blockdiff.load("starter")
+        >>> blockdiff.save_model(model, "copy", tokenizer)
+        >>> blockdiff.load("copy")[0].config.length == model.config.length
+        True
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -333,7 +345,3 @@ class staging:
                 sync_folder(self.folder)
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)
-
-
-AutoConfig.register(DiTConfig.model_type, DiTConfig, exist_ok=True)
-AutoModel.register(DiTConfig, DiT, exist_ok=True)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullFormatter
 
-from blockdiff.plots import COLOURS
+from blockdiff.plots import COLOURS, save_figure
 from blockdiff.reproduction.plan import BLOCK_SIZES, COMPARED
 from blockdiff.reproduction.results import Results
 
@@ -27,7 +27,7 @@ def _figure(width: float = 7.5, height: float = 4.6) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def perplexity_by_block_size(results: Results, path: Path) -> None:
+def perplexity_by_block_size(results: Results, path: Path) -> Figure:
     """Each model's perplexity over L', a point for every seed, AR and SEDD as lines."""
     figure, axes = _figure()
     sizes = [*BLOCK_SIZES, results.scale.length]
@@ -58,10 +58,10 @@ def perplexity_by_block_size(results: Results, path: Path) -> None:
     axes.set_ylabel("test perplexity (bound), 95% interval; dashes: seeds")
     axes.set_title("Perplexity at equal training tokens", loc="left")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, format="png")
+    return save_figure(figure, path)
 
 
-def clip_course(results: Results, path: Path) -> None:
+def clip_course(results: Results, path: Path) -> Figure:
     """β and ω of the searched clip over training."""
     figure, axes = _figure()
     for i, size in enumerate(COMPARED):
@@ -78,10 +78,10 @@ def clip_course(results: Results, path: Path) -> None:
     axes.set_ylabel("mask rates drawn from: β to ω")
     axes.set_title("The clip of least variance", loc="left")
     axes.legend(frameon=False)
-    figure.savefig(path, format="png")
+    return save_figure(figure, path)
 
 
-def quality_by_nfe(results: Results, path: Path) -> None:
+def quality_by_nfe(results: Results, path: Path) -> Figure:
     """Generative perplexity and divergence of the samples over network evaluations."""
     figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -121,7 +121,7 @@ def quality_by_nfe(results: Results, path: Path) -> None:
         fontsize=8,
     )  # fmt: skip
     figure.suptitle(f"Samples of {results.scale.length} tokens", x=0.01, ha="left")
-    figure.savefig(path, format="png")
+    return save_figure(figure, path)
 
 
 def _figure_of(quality: dict[str, Any], key: str) -> dict[str, float]:
@@ -129,7 +129,7 @@ def _figure_of(quality: dict[str, Any], key: str) -> dict[str, float]:
     return found
 
 
-def length_histogram(results: Results, path: Path) -> None:
+def length_histogram(results: Results, path: Path) -> Figure:
     """How long texts are that end by themselves, beside real passages."""
     figure, axes = _figure()
     longest = results.scale.long_tokens
@@ -150,4 +150,4 @@ def length_histogram(results: Results, path: Path) -> None:
     axes.set_ylabel("density")
     axes.set_title("Generated lengths", loc="left")
     axes.legend(frameon=False)
-    figure.savefig(path, format="png")
+    return save_figure(figure, path)

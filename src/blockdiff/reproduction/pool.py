@@ -20,8 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from blockdiff import folders
-from blockdiff.checks import whole_number
+from blockdiff import checks, folders
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
@@ -153,9 +152,9 @@ def reproduce(out: str, data: str, workers: int | None, smoke: bool, overwrite: 
 
     Raises `InputError` on bad input, or when a job failed.
     """
+    checks.numbers(workers=workers)
     cores = os.cpu_count() or 1
-    count = cores if workers is None else whole_number("workers", workers, high=MOST_WORKERS)
     scale = SMOKE if smoke else Scale()
     with prepared(out, data, scale, overwrite) as folder:
-        run(folder, scale, count)
+        run(folder, scale, cores if workers is None else workers)
         print(write_report(folder, scale, data))

@@ -194,7 +194,7 @@ def _head(results: Summary) -> str:
     record, scale, machine = results.record, results.scale, results.record["machine"]
     tokens = scale.steps * scale.batch_size * scale.length
     seconds = sum(results[name]["processor_seconds"] for name in results.jobs)
-    cores = machine["cores"] or 1
+    cores = 1 if machine["cores"] is None else machine["cores"]
     commits = ", ".join(f"{name[:12]} ({count} jobs)" for name, count in record["commits"].items())
     notes = "".join(f"\n\n{note}" for note in record["notes"])
     return f"""# The paper in miniature

@@ -29,24 +29,29 @@ def analytic(
     model: DiT, canvas: Tensor, starts: Tensor, row_ids: Tensor, options: SamplingOptions
 ) -> Iterator[Step]:
     """T = `options.steps` evaluations of the whole canvas [B, L]; the last fixes what is left."""
-    assert options.steps is not None
+    steps = options.steps
+    assert steps is not None
     config, schedule = model.config, get_schedule(options.schedule)
     progress = Progress(model, canvas, starts, row_ids, options)
-    time = torch.arange(options.steps, -1, -1, device=canvas.device) / options.steps
-    rate = schedule.mask_rate(time.double())
-    for step in range(options.steps):
+
+    def rate_at(step: int) -> Tensor:
+        time = torch.tensor((steps - step) / steps, dtype=torch.float64)
+        return schedule.mask_rate(time.to(canvas.device))
+
+    for step in range(steps):
         rows = progress.active()
         if not len(rows):
             return
         x = canvas[rows]
         masked = x == config.mask_token_id
-        sigma = total_noise(rate[step]).float().expand(len(rows))
+        rate, later = rate_at(step), rate_at(step + 1)
+        sigma = total_noise(rate).float().expand(len(rows))
         logits = model(x, sigma=sigma, at=masked).logits
         assert logits is not None
         at_row, position = masked.nonzero(as_tuple=True)
-        share = float((rate[step] - rate[step + 1]) / rate[step])
+        share = float((rate - later) / rate)
         unmask = unmask_probability(logits, share, config.mask_token_id)
-        if step == options.steps - 1:
+        if step == steps - 1:
             unmask = torch.ones_like(unmask)
         chosen = uniform(options.seed, row_ids[rows[at_row]], position, ORDER, step) < unmask
         fixed_rows, fixed_positions = rows[at_row[chosen]], position[chosen]

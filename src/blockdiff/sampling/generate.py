@@ -14,23 +14,23 @@ Shapes: B rows, n rows still active, S canvas length, K block size.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from blockdiff.cache import BlockCache
-from blockdiff.categorical import check_warp, real_dtype, uniform
+from blockdiff.categorical import real_dtype, uniform
+from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
 from blockdiff.noising import total_noise
 from blockdiff.sampling.analytic import analytic
 from blockdiff.sampling.options import SamplingOptions
-from blockdiff.sampling.order import arrival_rate, check_sampler, events, next_positions
+from blockdiff.sampling.order import arrival_rate, events, next_positions
 from blockdiff.sampling.progress import ORDER, Progress, Step
-from blockdiff.sampling.stopping import stopping_rules
 
 
 def stream_tokens(
@@ -43,10 +43,28 @@ def stream_tokens(
 
     `prompts`: token ids of each row, none empty, of any lengths. `rows`: each row's number in the
     address of its random numbers, 0, 1, … by default; give a row's number to get it alone.
-    Raises `InputError` for options out of range, an empty prompt, or one with the mask token.
+    Raises `InputError` at once for an empty prompt, one with the mask token, or other ids than the
+    model's, and for `rows` that are not as many.
     """
     _check(model, prompts, options)
-    row_ids = torch.tensor(rows if rows is not None else range(len(prompts)), device=model.device)
+    numbers = range(len(prompts)) if rows is None else _row_numbers(rows, len(prompts))
+    return _stream(model, prompts, options, torch.tensor(numbers, device=model.device))
+
+
+def _row_numbers(rows: Sequence[int], wanted: int) -> list[int]:
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise InputError(f"`rows` is {type(rows).__name__}; it must be a list of row numbers")
+    numbers = [whole_number("rows", row, 0) for row in rows]
+    if len(numbers) != wanted:
+        raise InputError(
+            f"`rows` numbers {len(numbers)} rows, but there are {wanted}; give one number for each"
+        )
+    return numbers
+
+
+def _stream(
+    model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOptions, row_ids: Tensor
+) -> Iterator[Step]:
     canvas, starts = _canvas(model, prompts, options)
     walk = _autoregressive if model.config.causal else _blocks
     if options.sampler == "analytic":
@@ -67,17 +85,12 @@ def stream_tokens(
 
 
 def _check(model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> None:
-    check_warp(options.temperature, options.top_k, options.top_p, options.top_p_rule)
-    check_sampler(options.sampler, options.steps)
     config = model.config
-    stopping_rules(options.stop)
     if options.sampler == "analytic" and config.kind != "sedd":
         raise InputError(
             f"the analytic sampler reads the scores of SEDD, and this is {config.kind}: use "
             "first_hitting or ancestral"
         )
-    if options.max_new_tokens < 1:
-        raise InputError(f"max_new_tokens {options.max_new_tokens} must be at least 1")
     if not prompts:
         raise InputError("no prompt; give at least one row")
     for prompt in prompts:
@@ -96,7 +109,7 @@ def _check(model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOption
         if longest > config.length or options.block_size not in (None, config.length):
             raise InputError(
                 f"SEDD writes within its context of {config.length} tokens, in one block; prompt "
-                f"and new tokens come to {longest}: lower --max-new-tokens"
+                f"and new tokens come to {longest}: lower `max_new_tokens`"
             )
 
 

@@ -16,10 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blockdiff.errors import InputError
+from blockdiff.sampling.options import check_sampler
 from blockdiff.schedules import get_schedule
-
-SAMPLERS = ("first_hitting", "ancestral", "analytic")
 
 
 def events(u: Tensor, masked: Tensor, sampler: str, steps: int | None, schedule: str) -> Tensor:
@@ -50,18 +48,6 @@ def arrival_rate(
     assert steps is not None
     time = 1 - event.clamp(max=steps - 1).to(u.dtype) / steps
     return get_schedule(schedule).mask_rate(time)
-
-
-def check_sampler(sampler: str, steps: int | None) -> None:
-    """Raises `InputError` unless the sampler exists and its steps make sense."""
-    if sampler not in SAMPLERS:
-        raise InputError(f"no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
-    if sampler in ("ancestral", "analytic") and (steps is None or steps < 1):
-        raise InputError(f"the {sampler} sampler needs a number of steps per block, at least 1")
-    if sampler == "first_hitting" and steps is not None:
-        raise InputError(
-            "first_hitting takes one step per token: leave steps out or use the ancestral sampler"
-        )
 
 
 def next_positions(event: Tensor, masked: Tensor) -> Tensor:

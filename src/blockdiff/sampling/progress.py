@@ -13,8 +13,8 @@ from torch import Tensor
 from blockdiff.cache import BlockCache
 from blockdiff.categorical import draw, uniform
 from blockdiff.models.dit import DiT
-from blockdiff.sampling.options import SamplingOptions
-from blockdiff.sampling.stopping import finished_length, is_dull, stopping_rules
+from blockdiff.sampling.options import SamplingOptions, stopping_rules
+from blockdiff.sampling.stopping import finished_length, is_dull
 
 # What a random number is for, the last part of its address; a token drawn anew counts on.
 ORDER, TOKEN = 0, 1
@@ -28,6 +28,13 @@ class Step:
     `fixed` bool [B, S]: the positions this step fixed. `nfe` int64 [B]: network evaluations of each
     row so far, the prompt's included. `lengths` int64 [B]: final length of a finished row (prompt
     and EOS included), −1 while it goes on. `rejected` bool [B]: rows ended by the low-entropy rule.
+
+    Example:
+        >>> import blockdiff
+        >>> model, tokenizer = blockdiff.load("starter")
+        >>> *_, last = blockdiff.stream(model, [[1, 2]], max_new_tokens=2, stop="none")
+        >>> isinstance(last, blockdiff.Step), last.lengths.tolist()
+        (True, [4])
     """
 
     tokens: Tensor

@@ -10,24 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blockdiff.errors import InputError
-
-RULES = ("eos", "second_eos", "low_entropy")
 # The paper's rule: entropy in nats, over so many tokens.
 DULL_NATS, DULL_TOKENS = 4.0, 256
-
-
-def stopping_rules(stop: str) -> frozenset[str]:
-    """The rules a text names; raises `InputError` for one there is not."""
-    names = {"none": "", "paper": "second_eos,low_entropy"}.get(stop, stop)
-    rules = frozenset(name for name in names.split(",") if name)
-    for name in sorted(rules - set(RULES)):
-        raise InputError(
-            f"no stopping rule {name!r}; choose among {', '.join(RULES)}, or paper, or none"
-        )
-    if {"eos", "second_eos"} <= rules:
-        raise InputError("stopping rules eos and second_eos exclude each other; choose one")
-    return rules
 
 
 def finished_length(

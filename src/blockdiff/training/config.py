@@ -41,7 +41,7 @@ REPORTERS = ("tensorboard", "wandb", "none")
 
 # option → the least and the most it can be, both included
 WHOLE_NUMBERS: dict[str, tuple[int, int]] = {
-    "vocab_size": (1, checks.LARGEST_SIZE),
+    "vocab_size": (1, checks.LARGEST_VOCABULARY),
     "length": (1, checks.LARGEST_SIZE),
     "block_size": (1, checks.LARGEST_SIZE),
     "timesteps": (1, checks.LARGEST_SIZE),
@@ -68,8 +68,6 @@ REAL_NUMBERS: dict[str, tuple[float, float, bool, bool]] = {
     "dropout": (0, 1, False, True),
     "ema": (0, 1, False, True),
 }
-# Below this a number is no longer one in float32 arithmetic: as good as 0, and not said to be.
-SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
@@ -134,6 +132,11 @@ class TrainConfig:
         report_to: Where metrics go beside metrics.jsonl: tensorboard, wandb, or none.
         resume: Continue the run in out from its last checkpoint.
         overwrite: Replace the run in out.
+
+    Example:
+        >>> import blockdiff
+        >>> blockdiff.TrainConfig(data="notes.txt", steps=200, block_size=8).effective_block_size
+        8
     """
 
     out: str = "runs/train"
@@ -192,17 +195,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises `InputError` for sizes and names that cannot be meant."""
-        self._check_types()
-        for name, (low, high) in WHOLE_NUMBERS.items():
-            self._set(name, checks.whole_number(name, getattr(self, name), low, high))
-        for name, (least, most, above, below) in REAL_NUMBERS.items():
-            value = getattr(self, name)
-            number = checks.real_number(name, value, least, most, above=above, below=below)
-            if 0 < number < SMALLEST:
-                raise InputError(f"`{name}` is {value}; it must be at least {SMALLEST:g}")
-            self._set(name, number)
-        for name, choices in CHOICES.items():
-            checks.one_of(name, getattr(self, name), choices)
+        checks.options(self, CHOICES, WHOLE_NUMBERS, REAL_NUMBERS, smallest=checks.SMALLEST)
         for reporter in self.report_to.split(","):
             checks.one_of("report_to", reporter, REPORTERS)
         if not (self.tokenizer or self.init_from) and self.vocab_size < 258:
@@ -230,25 +223,6 @@ class TrainConfig:
             )
         if self.time_conditioning and not self.adaln:
             raise InputError("`time_conditioning` needs `adaln`: it is adaLN that reads the time")
-
-    def _check_types(self) -> None:
-        """Raises `InputError` for what is neither text nor a truth value where one is needed."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "bool" and not isinstance(value, bool):
-                raise InputError(f"`{field.name}` is {value!r}; it must be true or false")
-            if str(field.type).startswith("str") and not isinstance(value, str):
-                if value is None and "None" in str(field.type):
-                    continue
-                if "list" in str(field.type) and isinstance(value, list | tuple):
-                    texts = list(value)
-                    if texts and all(isinstance(text, str) for text in texts):
-                        object.__setattr__(self, field.name, texts)
-                        continue
-                raise InputError(f"`{field.name}` is {value!r}; it must be text")
-
-    def _set(self, name: str, value: float) -> None:
-        object.__setattr__(self, name, value)  # a numpy number, say, as Python's own
 
     @property
     def searches_clip(self) -> bool:

@@ -97,6 +97,18 @@ def train(
     (see `merge_resumed`). `device` goes before the configuration's.
 
     Raises `InputError` for bad input, before anything that was in the folder is touched.
+
+    Example:
+        >>> import blockdiff
+        >>> from pathlib import Path
+        >>> _ = Path("notes.txt").write_text("The law of the land is the law. " * 200)
+        >>> config = blockdiff.TrainConfig(
+        ...     data="notes.txt", out="run", vocab_size=270, length=16, steps=2, batch_size=2,
+        ...     eval_windows=2, report_to="none"
+        ... )
+        >>> done = blockdiff.train(config, progress=False)
+        >>> done.steps, (done.folder / "model.safetensors").is_file()
+        (2, True)
     """
     if config.resume:
         load_config(folders.local_path("out", config.out))  # a run that is none is not made one
