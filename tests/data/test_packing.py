@@ -192,9 +192,9 @@ def test_a_tokenizer_that_would_notice_a_cut_gets_the_whole_document(monkeypatch
 
 @pytest.mark.parametrize("length", [0, -3])
 def test_a_window_needs_a_token(tokenizer, tmp_path, length):
-    with pytest.raises(InputError, match=f"length is {length}"):
+    with pytest.raises(InputError, match=f"`length` is {length}"):
         pack(DOCUMENTS, tokenizer, length=length, cache_dir=tmp_path)
-    with pytest.raises(InputError, match=f"length is {length}"):
+    with pytest.raises(InputError, match=f"`length` is {length}"):
         stream_windows(DOCUMENTS, tokenizer, length=length)
 
 
