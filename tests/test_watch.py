@@ -134,7 +134,7 @@ def test_frames_fit_the_terminal(tokenizer, rows):
     assert "evaluations" in frame
     assert frame.count("\n") < 12
     assert ("and 2 more" in frame) == (rows == 5)
-    assert shown.count("the cat sat on the mat") >= 40 * rows
+    assert shown.count("the cat sat on the mat") >= 39 * rows  # the prompt is bold in one
 
 
 def test_an_ar_prompt_may_hold_the_mask_s_id(tokenizer):

@@ -87,7 +87,9 @@ def test_one_text_streams_on_a_terminal(
     shown = []
     original = writing._Written.show
     monkeypatch.setattr(
-        writing._Written, "show", lambda self, step: (shown.append(step), original(self, step))
+        writing._Written,
+        "show",
+        lambda self, step, **more: (shown.append(step), original(self, step)),
     )
     monkeypatch.setattr(sys, "stdout", file := stream())
     options = SamplingOptions(max_new_tokens=8, stop="none")
@@ -121,7 +123,9 @@ def test_a_signal_keeps_what_is_written(
         assert file.getvalue() == ""
     elif not (shown.get("watch") and stream is io.StringIO):
         text = file.getvalue()
-        assert "law" in text and text.endswith("\n") and len(text) > len("The law\n")
+        assert "law" in text and text.endswith("\n") and len(text) > len("The law\n"), (
+            "its tokens too"
+        )
 
 
 def test_many_texts_tell_how_far_they_are(

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
+from blockdiff.printing import printable
+
 Item = TypeVar("Item")
 
 
@@ -55,6 +57,7 @@ def advance(
 
     `unit`: what is counted, for the line: "sequences".
     """
+    description = printable(description).replace("\n", "␊")  # one line, whatever a name holds
     if sys.stderr.isatty():
         with _bar(description, total) as done:
             yield done
@@ -78,7 +81,7 @@ def _bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]
     except LiveError:  # rich shows one live display at a time; the work goes on without a second
         yield lambda more: None
         return
-    task = bar.add_task(description.translate({10: " ", 13: " "}), total=total)
+    task = bar.add_task(description, total=total)
     try:
         yield lambda more: bar.advance(task, more)
     finally:

@@ -72,7 +72,7 @@ def write_texts(
                 _work(steps, ids, options.max_new_tokens, model.config.mask_token_id)
     except _Stopped as stop:
         if shown and steps.last is not None:
-            view.show(steps.last)
+            view.show(steps.last, stopped=True)
             view.end()
         raise stop.as_error(0 if steps.last is None else view.count(steps.last)) from None
     assert steps.last is not None
@@ -147,7 +147,7 @@ class _Written:
     def count(self, step: Step) -> int:
         return _fixed(step, self.ids, self.mask_token_id)
 
-    def show(self, step: Step) -> None:
+    def show(self, step: Step, stopped: bool = False) -> None:
         """Prints what there is more of each row; of several rows, in their order."""
         for row in range(max(self.row, 0), len(self.ids)):
             if row > self.row:
@@ -156,7 +156,7 @@ class _Written:
             new = known[len(self.printed) :]
             text = continuation(self.tokenizer, [*self.ids[row], *self.printed], new)
             # Bytes that are no whole character yet wait for the rest of it.
-            if new and (bool(step.done[row]) or not text.endswith("\ufffd")):
+            if new and (stopped or bool(step.done[row]) or not text.endswith("\ufffd")):
                 self.console.out(printable(text), end="", highlight=False)
                 self.console.file.flush()
                 self.printed = known

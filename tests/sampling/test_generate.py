@@ -3,16 +3,20 @@
 That it samples from the right distribution is in test_distribution.py.
 """
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.nn.functional import pad
 
-from blockdiff.categorical import sample, uniform
+from blockdiff.categorical import sample, uniform, warp
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models import dit
 from blockdiff.sampling.generate import generate_tokens, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.progress import Progress
 from helpers import random_tokens, sampling_steps, tiny_model
 
 KINDS = {
@@ -88,10 +92,12 @@ def test_mdlm_past_its_context_moves_a_window(length, new, monkeypatch):
     calls = decoded(model, monkeypatch)
     prompts = prompts_of(2, 14)
     steps = sampling_steps(model, prompts, max_new_tokens=new)
-    before = padded(prompts, steps[0].tokens.shape[1])
+    before, places = padded(prompts, steps[0].tokens.shape[1]), ([], [])
     ends = torch.tensor([2 + new, 14 + new])
     for step, (rows, positions, at, logits) in zip(steps, calls, strict=True):
         start = positions[:, :1]
+        for row, place in zip(rows.tolist(), start.flatten().tolist(), strict=True):
+            places[row].append(place)
         assert torch.equal(positions, start + torch.arange(length)), "whole windows"
         window = pad(before, (0, length), value=8)[rows[:, None], positions]
         with torch.no_grad():
@@ -104,6 +110,9 @@ def test_mdlm_past_its_context_moves_a_window(length, new, monkeypatch):
         assert torch.equal(at.nonzero()[:, 1], first), "one a row, in descending order of u"
         before = step.tokens
     assert torch.equal(steps[-1].lengths, ends)
+    for own in places:
+        moves = {b - a for a, b in pairwise(dict.fromkeys(own))}
+        assert moves == {length // 2}, "by half of itself, and no less"
 
 
 @EVERY_KIND
@@ -264,7 +273,7 @@ def test_bad_input(kind):
     for options in ({"max_new_tokens": 0}, {"temperature": -1}, {"steps": 3}, {"top_k": 0}):
         with pytest.raises(InputError):
             sampling_steps(model, [[1]], **options)
-    with pytest.raises(InputError, match="stopping rule"):
+    with pytest.raises(InputError, match="`stop`"):
         sampling_steps(model, [[1]], stop="first")
 
 
@@ -306,6 +315,37 @@ def test_the_papers_stopping_rules():
     dull = generate_tokens(model, prompts, SamplingOptions(400, stop="low_entropy"))
     assert dull.finish == ["low_entropy"] * 2 and dull.rejection_rate == 1
     assert [256 <= len(p) + len(t) < 272 for p, t in zip(prompts, dull.tokens, strict=True)]
+
+
+@pytest.mark.parametrize("held", [0, 1, 2, 3])
+def test_however_many_ends_a_prompt_holds_one_more_ends_the_row(held):
+    """Two in all, and at least one new one."""
+    model = tiny_model(vocab_size=9, eos_token_id=7)
+    with torch.no_grad():
+        model.output.linear.bias[7] += 4
+    done = generate_tokens(
+        model, [[7] * held + [1]], SamplingOptions(200, stop="second_eos", seed=1)
+    )
+    assert done.finish == ["eos"] and done.tokens[0][-1] == 7
+    assert done.tokens[0].count(7) == max(2 - held, 1)
+
+
+@pytest.mark.parametrize("rule", ["nucleus", "paper"])
+@pytest.mark.parametrize("top_p", [0.3, 0.6])
+def test_tokens_of_a_cut_have_their_probabilities(top_p, rule):
+    """A token drawn outside of the cut is drawn anew with numbers of its own."""
+    model, count = tiny_model(vocab_size=9), 20_000
+    logits = torch.tensor([0.5, 1.0, 0.0, 0.7, 0.2, 0.9, 0.4, 0.1, 3.0])
+    starts = torch.zeros(count, dtype=torch.int64)
+    options = SamplingOptions(max_new_tokens=1, top_p=top_p, top_p_rule=rule)
+    canvas = torch.full((count, 1), 8)
+    progress = Progress(model, canvas, starts, torch.arange(count), options)
+    rows = torch.arange(count)
+    drawn = progress.draw(logits.expand(count, -1).clone(), rows, starts)
+    cut = warp(logits[:8], top_p=top_p, top_p_rule=rule).softmax(-1)
+    share = torch.bincount(drawn, minlength=9)[:8] / count
+    assert (share - cut).abs().max() < 5 * math.sqrt(0.25 / count)
+    assert share[cut == 0].sum() == 0
 
 
 def test_sedd_keeps_within_its_context():

@@ -140,6 +140,23 @@ def test_entropy_and_dull_rows():
     assert known.tolist() == [290, 290, 200, 270]
 
 
+@pytest.mark.parametrize(("different", "dull"), [(53, True), (54, True), (56, False), (57, False)])
+def test_four_nats_are_the_limit(different, dull):
+    tokens = torch.arange(256) % different
+    assert abs(token_entropy(tokens) - 4) < 0.05
+    found, _ = is_dull(tokens[None], torch.tensor([0]), torch.tensor([256]), 999)
+    assert found.tolist() == [dull]
+
+
+@pytest.mark.parametrize("dull", [True, False])
+def test_the_last_256_tokens_decide(dull):
+    """Whatever came before them, and whatever the prompt was."""
+    halves = (torch.arange(256), torch.arange(256) % 4)
+    tokens = torch.cat(halves if dull else halves[::-1])[None]
+    found, _ = is_dull(tokens, torch.tensor([300]), torch.tensor([512]), 999)
+    assert found.tolist() == [dull]
+
+
 def test_names_of_stopping_rules():
     assert stopping_rules("paper") == {"second_eos", "low_entropy"}
     assert stopping_rules("none") == frozenset() and stopping_rules("eos") == {"eos"}

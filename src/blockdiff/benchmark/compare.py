@@ -24,6 +24,7 @@ import torch
 
 from blockdiff.allocator import keep_freed_memory
 from blockdiff.errors import InputError
+from blockdiff.progress import advance
 
 # Seconds a repeat lasts at least.
 SHORTEST = 0.5
@@ -131,16 +132,19 @@ def alternate(
             there.close()
             workers[name] = (process, here)
             _answer(here, name)  # built
-        for name, (_, pipe) in workers.items():
-            for _ in range(warm_ups):
-                _ask(pipe, name)
         seconds: dict[str, list[float]] = {name: [] for name in works}
         peaks: dict[str, int | None] = {}
         counts: dict[str, dict[str, float]] = {}
-        for _ in range(repeats):
+        with advance("Timing", (warm_ups + repeats) * len(works), "runs") as done:
             for name, (_, pipe) in workers.items():
-                taken, peaks[name], counts[name] = _ask(pipe, name)
-                seconds[name].append(taken)
+                for _ in range(warm_ups):
+                    _ask(pipe, name)
+                    done(1)
+            for _ in range(repeats):
+                for name, (_, pipe) in workers.items():
+                    taken, peaks[name], counts[name] = _ask(pipe, name)
+                    seconds[name].append(taken)
+                    done(1)
         return {name: Timing(name, seconds[name], peaks[name], counts[name]) for name in works}
     finally:
         for process, pipe in workers.values():
@@ -189,7 +193,9 @@ def _serve(pipe: Connection, work: Work, device_name: str) -> None:
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except Exception as error:
-        traceback.print_exc()
+        # What is too large for the machine needs no more than its line.
+        if not isinstance(error, RuntimeError | MemoryError | InputError):
+            traceback.print_exc()
         pipe.send((False, f"{type(error).__name__}: {error}"))
 
 

@@ -88,7 +88,7 @@ def check_sampler(sampler: str, steps: int | None) -> None:
                 "sampler"
             )
     elif steps is None:
-        raise InputError(f"the {sampler} sampler needs a number of `steps` per block, at least 1")
+        raise InputError(f"the {sampler} sampler needs a number of steps per block; give `steps`")
     else:
         checks.whole_number("steps", steps)
 
