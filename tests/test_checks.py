@@ -109,7 +109,7 @@ def nothing_opens(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"blockdiff.evaluation.{module}.load", begin)
     monkeypatch.setattr("blockdiff.evaluation.samples.read_samples", begin)
     monkeypatch.setattr("blockdiff.evaluation.judge.AutoConfig.from_pretrained", begin)
-    monkeypatch.setattr("blockdiff.reproduction.pool.prepare", begin)
+    monkeypatch.setattr("blockdiff.reproduction.pool.prepared", begin)
     monkeypatch.setattr("blockdiff.demo.plain_console", begin)
     monkeypatch.setattr("blockdiff.data.tokenizers.tokenizers.Tokenizer", begin)
 

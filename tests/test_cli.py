@@ -378,7 +378,7 @@ def test_bad_prompts_and_sampling(capsys: pytest.CaptureFixture[str], model_fold
     assert "mask token" in refused(capsys, "generate", model_folder, "--prompt", "a <|mask|>")
     assert "top-p" in refused(capsys, "generate", model_folder, "--top-p", 1.5)
     assert "at least 1" in refused(capsys, "generate", model_folder, "--max-new-tokens", 0)
-    assert "number of steps" in refused(capsys, "generate", model_folder, "--sampler", "ancestral")
+    assert "give --steps" in refused(capsys, "generate", model_folder, "--sampler", "ancestral")
     assert "choose one of" in refused(capsys, "generate", model_folder, "--sampler", "best")
 
 

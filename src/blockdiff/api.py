@@ -41,8 +41,8 @@ class TextGeneration(Generation):
         >>> import blockdiff
         >>> model, tokenizer = blockdiff.load("starter")
         >>> done = blockdiff.generate(model, "Return", tokenizer=tokenizer, max_new_tokens=4)
-        >>> len(done.texts), done.finish, done.nfe
-        (1, ['length'], [4])
+        >>> len(done.texts), done.finish, len(done.tokens[0])
+        (1, ['length'], 4)
     """
 
     texts: list[str]
@@ -92,10 +92,11 @@ def stream(
         >>> import blockdiff
         >>> model, tokenizer = blockdiff.load("starter")
         >>> for step in blockdiff.stream(model, "Return", tokenizer=tokenizer, max_new_tokens=3):
-        ...     print(step.nfe.item(), step.done.item())
-        1 False
-        2 False
-        3 True
+        ...     print(step.nfe.item(), int(step.fixed.sum()), step.done.item())
+        1 0 False
+        2 1 False
+        3 1 False
+        4 1 True
     """
     ids = encode_prompts(model, prompts, tokenizer, samples)
     return stream_tokens(model, ids, merge_options(options, **changes), rows)

@@ -153,8 +153,8 @@ def reproduce(out: str, data: str, workers: int | None, smoke: bool, overwrite: 
     Raises `InputError` on bad input, or when a job failed.
     """
     checks.numbers(workers=workers)
-    cores = os.cpu_count() or 1
+    cores = os.cpu_count() if workers is None else workers
     scale = SMOKE if smoke else Scale()
     with prepared(out, data, scale, overwrite) as folder:
-        run(folder, scale, cores if workers is None else workers)
+        run(folder, scale, 1 if cores is None else cores)
         print(write_report(folder, scale, data))
