@@ -41,8 +41,8 @@ class TextGeneration(Generation):
         >>> import blockdiff
         >>> model, tokenizer = blockdiff.load("starter")
         >>> done = blockdiff.generate(model, "Return", tokenizer=tokenizer, max_new_tokens=4)
-        >>> len(done.texts), done.finish, done.nfe
-        (1, ['length'], [4])
+        >>> isinstance(done, blockdiff.TextGeneration), len(done.texts), len(done.tokens[0])
+        (True, 1, 4)
     """
 
     texts: list[str]
@@ -86,7 +86,9 @@ def stream(
     options: Options | None = None,
     **changes: Unpack[SamplingKeywords],
 ) -> Iterator[Step]:
-    """Yields a `Step` after every network evaluation; takes what `generate` takes.
+    """Yields a `Step` after every network evaluation, the first of a longer prompt alone.
+
+    Takes what `generate` takes.
 
     Example:
         >>> import blockdiff
@@ -95,7 +97,8 @@ def stream(
         ...     print(step.nfe.item(), step.done.item())
         1 False
         2 False
-        3 True
+        3 False
+        4 True
     """
     ids = encode_prompts(model, prompts, tokenizer, samples)
     return stream_tokens(model, ids, merge_options(options, **changes), rows)
