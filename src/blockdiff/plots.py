@@ -50,7 +50,7 @@ def save_figure(figure: Figure, path: Path | None) -> Figure:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            warnings.filterwarnings("ignore", message="Glyph .* missing from|constrained_layout")
             figure.savefig(path, format="png")
     return figure
 
