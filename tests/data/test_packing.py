@@ -464,6 +464,23 @@ def test_progress_goes_to_stderr_only(tokenizer, tmp_path, capsys):
     assert stream_of(shown) == stream_of(windows)
 
 
+@pytest.mark.parametrize("documents", [["the cat sat\n" * 400], ["the cat sat\n" * 4] * 100])
+def test_progress_counts_text_not_documents(tokenizer, tmp_path, monkeypatch, documents):
+    """One document may be all the corpus."""
+    steps = []
+
+    def counted(batches, description, total):
+        for batch in batches:
+            steps.append(total)
+            yield batch
+
+    monkeypatch.setattr(encoding, "track", counted)
+    monkeypatch.setattr(encoding, "_LONGEST_PIECE", 100)
+    monkeypatch.setattr(encoding, "_BATCH", 500)
+    pack(documents, tokenizer, length=4, cache_dir=tmp_path, progress=True)
+    assert 5 <= len(steps) <= steps[0] <= len(steps) * 1.3
+
+
 # -- workers and streams --------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blockdiff.data.tokenizers import bos_id, eos_id
 from blockdiff.errors import InputError
+from blockdiff.progress import track
 
 # An encoding costs about 140 bytes a character while it is made, so a whole book is cut up.
 _BATCH = 2**20  # characters
@@ -18,7 +19,12 @@ _SEAM_CONTEXT = 256  # characters
 
 
 def encode_documents(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool, eos: bool
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    bos: bool,
+    eos: bool,
+    progress_to: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Encode documents one after the other.
 
@@ -30,6 +36,8 @@ def encode_documents(
         tokenizer: any tokenizer of transformers.
         bos: begin each document with `bos_id(tokenizer)`.
         eos: end each document with `eos_id(tokenizer)`.
+        progress_to: characters there are in all, documents counting as one more each, to tell on
+            stderr how far it is; None tells nothing.
 
     Returns:
         An iterator of int32 arrays, one for each document, shape [its tokens].
@@ -40,7 +48,10 @@ def encode_documents(
     """
     first = _special("BOS", bos_id(tokenizer)) if bos else []
     last = _special("EOS", eos_id(tokenizer)) if eos else []
-    return _encode(documents, tokenizer, first, last)
+    batches: Iterable[list[tuple[str, bool]]] = _batches(_pieces(documents, tokenizer))
+    if progress_to is not None:
+        batches = track(batches, "Tokenising, MiB of text", -(-progress_to // _BATCH))
+    return _encode(batches, tokenizer, first, last)
 
 
 def utf8(document: str) -> Iterator[bytes]:
@@ -66,13 +77,13 @@ def _special(kind: str, token: int | None) -> list[int]:
 
 
 def _encode(
-    documents: Iterable[str],
+    batches: Iterable[list[tuple[str, bool]]],
     tokenizer: PreTrainedTokenizerBase,
     first: list[int],
     last: list[int],
 ) -> Iterator[np.ndarray]:
     parts = [first]
-    for batch in _batches(_pieces(documents, tokenizer)):
+    for batch in batches:
         encoded = _ids_of([text for text, _ in batch], tokenizer)
         for (text, ends_document), ids in zip(batch, encoded, strict=True):
             if tokenizer.mask_token_id in ids:
