@@ -185,7 +185,7 @@ def test_a_long_document_is_learned_in_parts_as_in_one(monkeypatch):
     whole = train_tokenizer([text, "x"], 300)
     monkeypatch.setattr(own, "_LONGEST_PART", 100)
     parts = list(own._in_parts([text, "x"]))
-    assert "".join(parts) == text + "x" and 100 < max(map(len, parts)) < 200
+    assert "".join(parts) == text + "x" and max(map(len, parts)) < 200
     learned = train_tokenizer([text, "x"], 300)
     assert learned.get_vocab() == whole.get_vocab()
     assert learned.encode(text) == whole.encode(text)
