@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from blockdiff.data.corpora import CHANGED, Corpus
-from blockdiff.data.encoding import encode_documents, utf8
+from blockdiff.data.encoding import encode_documents, encode_pieces, utf8
 from blockdiff.data.tokenizers import eos_id, fingerprint
 from blockdiff.data.windows import Windows, build_windows, open_windows
 from blockdiff.errors import InputError
@@ -70,7 +70,7 @@ def pack(
     if text.bytes == 0:
         raise InputError(f"{name} is empty; give documents that are not empty")
     # Before the key, so that what cannot be packed is refused whether cached or not.
-    encoded = encode_documents(
+    encoded = encode_pieces(
         _same(documents, text), tokenizer, bos=bos, eos=eos,
         progress_to=text.characters if progress else None,
     )  # fmt: skip
