@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -65,8 +66,7 @@ def pack(
     if iter(documents) is documents:
         documents = list(documents)
     text = _Text(track(documents, "Reading documents") if progress else documents)
-    for _ in text:
-        pass
+    deque(text, maxlen=0)  # a loop's variable would keep the last document
     if text.bytes == 0:
         raise InputError(f"{name} is empty; give documents that are not empty")
     # Before the key, so that what cannot be packed is refused whether cached or not.
