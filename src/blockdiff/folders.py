@@ -101,6 +101,7 @@ def claim(
             if os.path.lexists(folder) and not folder.is_dir():
                 what = "a link to nothing" if folder.is_symlink() else "a file"
                 raise InputError(f"{folder} is {what}; choose another `out`")
+            _check_free(folder)
             if not go_on:  # a first look, so that a refused folder is not touched at all
                 _check_contents(folder, overwrite, can_resume, kinds)
             made = _make(folder)

@@ -155,7 +155,10 @@ _FAILURES = {
 }
 # torch's own writer reports a short write without the reason behind it.
 _TORCH = ("PytorchStreamWriter failed writing", "enforce fail at inline_container")
-_UNKNOWN = ("the disk took only a part of a file", "see to space, quota and file-size limit")
+_UNKNOWN = (
+    "the disk is full, or a quota or file-size limit is reached",
+    "free some space or raise the limit",
+)
 
 
 def write_failure(error: BaseException) -> str | None:

@@ -158,6 +158,24 @@ def test_a_text_that_still_gives_the_mask_is_refused(tmp_path):
     assert is_empty(tmp_path)
 
 
+@pytest.mark.parametrize("across_documents", [False, True])
+def test_a_document_in_pieces_fills_the_windows_of_one(
+    tokenizer, tmp_path, monkeypatch, across_documents
+):
+    """Memory is that of a piece, however long the document."""
+    documents = ["the cat sat\non the mat,\nand the dog\n" * 30, "x", "the end\n" * 40]
+    options = {"length": 16, "across_documents": across_documents, "bos": True}
+    whole = pack(documents, tokenizer, cache_dir=tmp_path / "a", **options)
+    monkeypatch.setattr(encoding, "_LONGEST_PIECE", 50)
+    pieces = list(encoding.encode_pieces(documents, tokenizer, bos=True, eos=True))
+    assert max(len(ids) for ids, _ in pieces) < 200 and len(pieces) > 10
+    parts = pack(documents, tokenizer, cache_dir=tmp_path / "b", **options)
+    for name in ("ids.bin", "real.bin"):
+        one, other = (tmp_path / f / whole.key / name for f in "ab")
+        assert one.read_bytes() == other.read_bytes(), name
+    assert parts.corpus_tokens == whole.corpus_tokens
+
+
 def test_a_long_document_is_cut_up_without_changing_its_ids(tokenizer, monkeypatch, tmp_path):
     text = "the cat sat\n\n  on the mat,\nand  the \n dog\nzwölf 🙂\n" * 40
     whole = ids_of(text, tokenizer)
@@ -462,6 +480,23 @@ def test_progress_goes_to_stderr_only(tokenizer, tmp_path, capsys):
     shown = pack(DOCUMENTS, tokenizer, length=4, cache_dir=tmp_path / "b", progress=True)
     assert capsys.readouterr().out == ""
     assert stream_of(shown) == stream_of(windows)
+
+
+@pytest.mark.parametrize("documents", [["the cat sat\n" * 400], ["the cat sat\n" * 4] * 100])
+def test_progress_counts_text_not_documents(tokenizer, tmp_path, monkeypatch, documents):
+    """One document may be all the corpus."""
+    steps = []
+
+    def counted(batches, description, total):
+        for batch in batches:
+            steps.append(total)
+            yield batch
+
+    monkeypatch.setattr(encoding, "track", counted)
+    monkeypatch.setattr(encoding, "_LONGEST_PIECE", 100)
+    monkeypatch.setattr(encoding, "_BATCH", 500)
+    pack(documents, tokenizer, length=4, cache_dir=tmp_path, progress=True)
+    assert 5 <= len(steps) <= steps[0] <= len(steps) * 1.3
 
 
 # -- workers and streams --------------------------------------------------------------------------

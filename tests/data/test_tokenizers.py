@@ -9,6 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from blockdiff.data import tokenizers as own
 from blockdiff.data.tokenizers import (
     add_mask_token,
     bos_id,
@@ -177,3 +178,14 @@ def test_the_fingerprint_changes_with_all_that_changes_ids(trained, saved):
     changed.backend_tokenizer.pre_tokenizer = Whitespace()
     prints.append(fingerprint(changed))
     assert len(set(prints)) == len(prints)
+
+
+def test_a_long_document_is_learned_in_parts_as_in_one(monkeypatch):
+    text = "the cat sat\n\n  on the mat,\nand  the \n dog\nzwölf 🙂\n" * 30
+    whole = train_tokenizer([text, "x"], 300)
+    monkeypatch.setattr(own, "_LONGEST_PART", 100)
+    parts = list(own._in_parts([text, "x"]))
+    assert "".join(parts) == text + "x" and max(map(len, parts)) < 200
+    learned = train_tokenizer([text, "x"], 300)
+    assert learned.get_vocab() == whole.get_vocab()
+    assert learned.encode(text) == whole.encode(text)

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blockdiff.data.tokenizers import bos_id, eos_id
 from blockdiff.errors import InputError
+from blockdiff.progress import track
 
 # An encoding costs about 140 bytes a character while it is made, so a whole book is cut up.
 _BATCH = 2**20  # characters
@@ -17,10 +18,15 @@ _SEAM_TRIALS = 8
 _SEAM_CONTEXT = 256  # characters
 
 
-def encode_documents(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool, eos: bool
-) -> Iterator[np.ndarray]:
-    """Encode documents one after the other.
+def encode_pieces(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    bos: bool,
+    eos: bool,
+    progress_to: int | None = None,
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Encode documents one after the other, a long one in several pieces.
 
     The tokenizer adds no tokens of its own, and a special token spelt out in a text is encoded
     as the plain characters it is.
@@ -30,9 +36,11 @@ def encode_documents(
         tokenizer: any tokenizer of transformers.
         bos: begin each document with `bos_id(tokenizer)`.
         eos: end each document with `eos_id(tokenizer)`.
+        progress_to: characters there are in all, documents counting as one more each, to tell on
+            stderr how far it is; None tells nothing.
 
     Returns:
-        An iterator of int32 arrays, one for each document, shape [its tokens].
+        An iterator of (int32 array [tokens of a piece], whether its document ends there).
 
     Raises:
         InputError: the tokenizer has no such token, or a text is not Unicode or encodes to the
@@ -40,7 +48,26 @@ def encode_documents(
     """
     first = _special("BOS", bos_id(tokenizer)) if bos else []
     last = _special("EOS", eos_id(tokenizer)) if eos else []
-    return _encode(documents, tokenizer, first, last)
+    batches: Iterable[list[tuple[str, bool]]] = _batches(_pieces(documents, tokenizer))
+    if progress_to is not None:
+        batches = track(batches, "Tokenising, MiB of text", -(-progress_to // _BATCH))
+    return _encode(batches, tokenizer, first, last)
+
+
+def encode_documents(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool, eos: bool
+) -> Iterator[np.ndarray]:
+    """`encode_pieces` put together: int32 arrays, one for each document, shape [its tokens]."""
+    return _whole(encode_pieces(documents, tokenizer, bos=bos, eos=eos))
+
+
+def _whole(pieces: Iterable[tuple[np.ndarray, bool]]) -> Iterator[np.ndarray]:
+    parts = []
+    for ids, ends_document in pieces:
+        parts.append(ids)
+        if ends_document:
+            yield np.concatenate(parts)
+            parts = []
 
 
 def utf8(document: str) -> Iterator[bytes]:
@@ -66,13 +93,13 @@ def _special(kind: str, token: int | None) -> list[int]:
 
 
 def _encode(
-    documents: Iterable[str],
+    batches: Iterable[list[tuple[str, bool]]],
     tokenizer: PreTrainedTokenizerBase,
     first: list[int],
     last: list[int],
-) -> Iterator[np.ndarray]:
-    parts = [first]
-    for batch in _batches(_pieces(documents, tokenizer)):
+) -> Iterator[tuple[np.ndarray, bool]]:
+    before = first
+    for batch in batches:
         encoded = _ids_of([text for text, _ in batch], tokenizer)
         for (text, ends_document), ids in zip(batch, encoded, strict=True):
             if tokenizer.mask_token_id in ids:
@@ -80,10 +107,9 @@ def _encode(
                     f"the text {text[:40]!r}... encodes to the mask token "
                     f"{tokenizer.mask_token!r}: remove it from the text or choose another one"
                 )
-            parts.append(ids)
-            if ends_document:
-                yield np.concatenate([np.asarray(part, np.int32) for part in [*parts, last]])
-                parts = [first]
+            after = last if ends_document else []
+            yield np.array([*before, *ids, *after], np.int32), ends_document
+            before = first if ends_document else []
 
 
 def _ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

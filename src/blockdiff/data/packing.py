@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blockdiff.checks import whole_number
 from blockdiff.data.corpora import CHANGED, Corpus
-from blockdiff.data.encoding import encode_documents, utf8
+from blockdiff.data.encoding import encode_documents, encode_pieces, utf8
 from blockdiff.data.tokenizers import eos_id, fingerprint
 from blockdiff.data.windows import Windows, build_windows, open_windows
 from blockdiff.errors import InputError
@@ -62,17 +63,18 @@ def pack(
             text encodes to the mask token; the cache cannot be written.
     """
     _require_length(length)
-    cache = default_cache() if cache_dir is None else cache_dir
+    cache = _default_cache() if cache_dir is None else cache_dir
     if iter(documents) is documents:
         documents = list(documents)
-    text = _Text(documents, "Reading documents" if progress else None)
-    for _ in text:
-        pass
+    text = _Text(track(documents, "Reading documents") if progress else documents)
+    deque(text, maxlen=0)  # a loop's variable would keep the last document
     if text.bytes == 0:
         raise InputError(f"{name} is empty; give documents that are not empty")
     # Before the key, so that what cannot be packed is refused whether cached or not.
-    again = _same(documents, text, "Tokenising" if progress else None)
-    encoded = encode_documents(again, tokenizer, bos=bos, eos=eos)
+    encoded = encode_pieces(
+        _same(documents, text), tokenizer, bos=bos, eos=eos,
+        progress_to=text.characters if progress else None,
+    )  # fmt: skip
     padding = None if across_documents else _padding_id(tokenizer)
     settings = {
         "format": _FORMAT_VERSION,
@@ -194,16 +196,13 @@ class _Text:
 
     Attributes:
         bytes: UTF-8 bytes of the text.
-        documents: how many there were.
+        characters: of the text; each document counts as one more.
     """
 
-    def __init__(
-        self, documents: Iterable[str], progress: str | None, total: int | None = None
-    ) -> None:
-        """`progress`: what the work is called on stderr; None tells nothing."""
-        self._source = documents if progress is None else track(documents, progress, total)
+    def __init__(self, documents: Iterable[str]) -> None:
+        self._source = documents
         self._digest = hashlib.sha256()
-        self.bytes = self.documents = 0
+        self.bytes = self.characters = 0
 
     def __iter__(self) -> Iterator[str]:
         for document in self._source:
@@ -214,7 +213,7 @@ class _Text:
             # Behind the text, where it is known: read backwards it says where documents end.
             self._digest.update(size.to_bytes(8, "little"))
             self.bytes += size
-            self.documents += 1
+            self.characters += len(document) + 1
             yield document
 
     def hash(self) -> str:
@@ -222,19 +221,20 @@ class _Text:
         return self._digest.hexdigest()
 
 
-def _same(documents: Iterable[str], first: _Text, progress: str | None) -> Iterator[str]:
+def _same(documents: Iterable[str], first: _Text) -> Iterator[str]:
     """The documents read again; raises `InputError` at their end when they are others now."""
-    again = _Text(documents, progress, first.documents)
+    again = _Text(documents)
     yield from again
     if again.hash() != first.hash():
         raise InputError(CHANGED)
 
 
-def default_cache() -> Path:
-    """The folder packed corpora are kept in: $BLOCKDIFF_CACHE, else ~/.cache/blockdiff.
+def require_cache() -> None:
+    """Raises `InputError` where there is no place for packed corpora, before other work is done."""
+    _default_cache()
 
-    Raises `InputError` when the one cannot be a folder, or there is no home for the other.
-    """
+
+def _default_cache() -> Path:
     named = os.environ.get("BLOCKDIFF_CACHE")
     if named:
         return local_path("BLOCKDIFF_CACHE", named)

@@ -112,7 +112,7 @@ def _hash(path: Path) -> str:
 
 def build_windows(
     entry: Path,
-    encoded: Iterable[np.ndarray],
+    encoded: Iterable[tuple[np.ndarray, bool]],
     padding: int | None,
     meta: dict[str, Any],
     name: str = "the corpus",
@@ -121,7 +121,7 @@ def build_windows(
 
     Args:
         entry: its folder; the name is the key.
-        encoded: the ids of each document, int32 [its tokens].
+        encoded: the ids of documents, piece by piece (see `encode_pieces`).
         padding: id that fills each document's last window; None lets windows cross documents.
         meta: `key`, `length`, `dtype` and `bytes`, and what else `meta.json` shall tell.
         name: what the corpus is called in messages.
@@ -165,19 +165,27 @@ def _settle(draft: Path, entry: Path) -> Windows:
 
 
 def _write(
-    folder: Path, encoded: Iterable[np.ndarray], padding: int | None, length: int, dtype: str
+    folder: Path,
+    encoded: Iterable[tuple[np.ndarray, bool]],
+    padding: int | None,
+    length: int,
+    dtype: str,
 ) -> dict[str, Any]:
     """Stream the windows to disk; returns their counts for `meta.json`."""
-    written = corpus_tokens = 0
+    written = corpus_tokens = of_document = 0
     with (folder / _IDS).open("wb") as ids_file, (folder / _REAL).open("wb") as real_file:
-        for ids in encoded:
+        for ids, ends_document in encoded:
             corpus_tokens += len(ids)
-            if padding is not None:
-                windows = -(-len(ids) // length)
-                real = np.full(windows, length)
-                real[-1:] -= windows * length - len(ids)
-                real_file.write(real.astype("<u4").tobytes())
-                ids = np.pad(ids, (0, windows * length - len(ids)), constant_values=padding)
+            of_document += len(ids)
+            if ends_document:
+                if padding is not None:
+                    windows = -(-of_document // length)
+                    missing = windows * length - of_document
+                    real = np.full(windows, length)
+                    real[-1:] -= missing
+                    real_file.write(real.astype("<u4").tobytes())
+                    ids = np.pad(ids, (0, missing), constant_values=padding)
+                of_document = 0
             ids_file.write(ids.astype(dtype).tobytes())
             written += len(ids)
         windows = written // length

@@ -23,7 +23,7 @@ from blockdiff.attention import choose_backend
 from blockdiff.data.corpora import Corpus, load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
 from blockdiff.data.loading import check_tokenizer, require_own, settle_mask
-from blockdiff.data.packing import StreamedWindows, Windows, default_cache, pack, stream_windows
+from blockdiff.data.packing import StreamedWindows, Windows, pack, require_cache, stream_windows
 from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
@@ -344,7 +344,7 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
 
     `process` (number, count): whose share of a stream it is; the first tells how far it is.
     """
-    default_cache()  # refused before the work
+    require_cache()
     progress = process[0] == 0
     tokenizer = _known_tokenizer(config)
     held = "the text held out to validate on"
