@@ -2,8 +2,9 @@
 
 Randomness is addressed, not streamed: the number used at (seed, row, position, step) is a hash of
 that address. A row therefore has the same numbers alone or in a batch (and in float32 the same
-text: docs/precision.md), and nothing depends on how many were drawn before. One uniform per token through the inverse distribution function
-replaces the V Gumbel variables of a Gumbel-max draw: the same distribution, V times fewer numbers.
+text: docs/precision.md), and nothing depends on how many were drawn before. One uniform per token
+through the inverse distribution function replaces the V Gumbel variables of a Gumbel-max draw: the
+same distribution, V times fewer numbers.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from blockdiff.categorical import fold_seed, real_dtype
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.evaluation.corpus import open_sequences
+from blockdiff.evaluation.corpus import open_sequences, options_of_run
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
 from blockdiff.noising import Estimator, Noise, make_estimator, stratified_noise
@@ -239,9 +239,12 @@ def measure_corpus(
     """Measures every estimator at every block size on windows of a corpus.
 
     `block_sizes` and `estimators`: lists with commas; the model's own block size and
-    `DEFAULT_ESTIMATORS` when left out. Everything is measured on the same windows. `corpus`: see
-    `open_sequences`. Raises `InputError` on bad input.
+    `DEFAULT_ESTIMATORS` when left out. Everything is measured on the same windows. `corpus`:
+    `length` and the options of a text; what is None or left out is the run's own, as in
+    `evaluate_corpus`. Raises `InputError` on bad input.
     """
+    length = corpus.pop("length", None)
+    source, options, _ = options_of_run(model, data, corpus)
     network, words = load(model, tokenizer=tokenizer, device=choose_device())
     try:
         sizes = [int(x) for x in (block_sizes or str(network.config.block_size)).split(",")]
@@ -253,7 +256,7 @@ def measure_corpus(
     if batches < 2:
         raise InputError(f"--batches is {batches}; a variance needs at least 2")
     wanted = batches * batch_size
-    _, sequences = open_sequences(network, words, data, windows=wanted, **corpus)
+    _, sequences = open_sequences(network, words, source, length=length, windows=wanted, **options)
     found = []
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("draws", total=len(sizes) * len(names) * batches * draws)
