@@ -4,7 +4,7 @@
 
 200 repeats that differ in the seed of the masks alone, of a small network with drawn weights, so
 that what is masked matters, on 40 windows of 32 drawn tokens, 8 draws each: at L' = 4 against the
-enumerated bound, at L' = 16 against the mean of all repeats, as d3pm, which bounds by another number.
+enumerated bound, at L' = 16 against the mean of all repeats, as d3pm, whose bound is another.
 
 `ratio` is claimed over actual: the root mean square of `mask_stderr` over the repeats' standard
 deviation, which has 5% of error from 200 repeats. `coverage` is how often the measured value ± 1.96

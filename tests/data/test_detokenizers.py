@@ -53,3 +53,15 @@ def test_a_corpus_is_read_through_it_again_and_again(tmp_path: Path) -> None:
     assert detokenized(load_corpus(path), "none").readers
     with pytest.raises(InputError, match="choose one of none, wikitext"):
         detokenized(load_corpus(path), "wiki")
+
+
+HOSTILE = ['" ' + " " * 200_000 + "x", '"' * 200_000, '" ' * 100_000, "( " * 100_000,
+           " )x" * 70_000, " " * 200_000, "$ " * 100_000, " @" * 100_000, "= " * 100_000, '" a' + " b" * 100_000,
+           "' " * 100_000, "http : " * 30_000]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in DETOKENIZERS if name != "none"])
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:6]))
+def test_hostile_texts_of_200_000_characters_end(name, text):
+    """A rule that tried every start of a run of spaces would take hours, not tenths of a second."""
+    assert len(detokenize(text, name)) <= len(text)

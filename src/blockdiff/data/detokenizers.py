@@ -21,11 +21,13 @@ _CONTRACTIONS: Rules = (
     (r" (n't|'(?:s|re|ve|ll|d|m))\b", r"\1"),
     (r"(?<=s) '(?=\s|$)", "'"),
 )
-_QUOTES: Rules = ((r'(?<!\S)" +([^"]*?) +"(?!\w)', r'"\1"'),)
+# Each pattern reads a run of spaces from its beginning only, and a quotation from one mark to the
+# next: time is linear in the text, whatever the text.
+_QUOTES: Rules = ((r'(?<!\S)" +([^" ](?:[^"]*[^" ])?) +"(?!\w)', r'"\1"'),)
 _PUNCTUATION: Rules = (
     (r"([(\[{]) +", r"\1"),
-    (r" +([)\]}])", r"\1"),
-    (r" +([.,;:!?%])(?=[\s\"')\]]|$)", r"\1"),
+    (r"(?<! ) +([)\]}])", r"\1"),
+    (r"(?<! ) +([.,;:!?%])(?=[\s\"')\]]|$)", r"\1"),
 )
 _CURRENCY: Rules = ((r"([$£€#]) +(?=\d)", r"\1"),)
 
