@@ -56,8 +56,8 @@ def test_a_corpus_is_read_through_it_again_and_again(tmp_path: Path) -> None:
 
 
 HOSTILE = ['" ' + " " * 200_000 + "x", '"' * 200_000, '" ' * 100_000, "( " * 100_000,
-           " )x" * 70_000, " " * 200_000, "$ " * 100_000, " @" * 100_000, "= " * 100_000, '" a' + " b" * 100_000,
-           "' " * 100_000, "http : " * 30_000]  # fmt: skip
+           " )x" * 70_000, " " * 200_000, "$ " * 100_000, " @" * 100_000, "= " * 100_000,
+           '" a' + " b" * 100_000, "' " * 100_000, "http : " * 30_000]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in DETOKENIZERS if name != "none"])
