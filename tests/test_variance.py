@@ -8,6 +8,7 @@ import torch
 
 from blockdiff import objectives
 from blockdiff.errors import InputError
+from blockdiff.evaluation import variance as module
 from blockdiff.evaluation.variance import DEFAULT_ESTIMATORS, parse_estimator, variance
 from blockdiff.noising import Draw, exact_k
 from helpers import random_tokens, tiny_model
@@ -124,3 +125,13 @@ def test_bad_input(model):
             variance(model, x_0, "exact_k", **({"batch_size": 2} | options))
     with pytest.raises(InputError, match="AR"):
         variance(tiny_model(causal=True), random_tokens(model, 4, 4), "exact_k", batch_size=2)
+
+
+def test_the_datas_part_is_without_the_masks_share():
+    """Means of batches vary by masks / draws beside the text; by hand, few draws, known sums."""
+    y = torch.tensor([[1.0, 3.0], [4.0, 8.0], [2.0, 2.0]], dtype=torch.float64)  # [D, R]
+    found = module._analysis(y.mean(1)[:, None], y.square().sum(1), 2)
+    mask = (2 + 8 + 0) / 3
+    between = torch.tensor([2.0, 6.0, 2.0]).var().item()
+    assert found.mask == pytest.approx(mask)
+    assert found.data == pytest.approx(between - mask / 2)

@@ -17,9 +17,11 @@ class DataOptions:
     Attributes:
         data: Corpus: pydoc, files (txt, jsonl, parquet; .xz and .gz too), a folder, or a hub id;
             may be given several times.
-        part: all, or the train or validation documents of the split training made.
-        validation_fraction: Share of the text held out in that split.
-        split_seed: Seed of that split.
+        part: all, or the train or validation documents of the split training made; of the text
+            the model was trained on, what its run held out, else all. There, what is left out
+            below is as in that run, too.
+        validation_fraction: Share of the text held out in that split; else 0.05.
+        split_seed: Seed of that split; else 0.
         text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
         split: Split of a hub data set.
         subset: Subset of a hub data set.
@@ -31,14 +33,14 @@ class DataOptions:
     """
 
     data: str | list[str]
-    part: Part = "all"
-    validation_fraction: float = 0.05
-    split_seed: int = 0
-    text_column: str = "text"
-    split: str = "train"
+    part: Part | None = None
+    validation_fraction: float | None = None
+    split_seed: int | None = None
+    text_column: str | None = None
+    split: str | None = None
     subset: str | None = None
     tokenizer: str | None = None
     length: int | None = None
-    bos: bool = False
-    across_documents: bool = True
-    detokenizer: Detokenizer = "none"
+    bos: bool | None = None
+    across_documents: bool | None = None
+    detokenizer: Detokenizer | None = None

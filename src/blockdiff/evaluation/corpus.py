@@ -23,8 +23,68 @@ from blockdiff.models.dit import DiT
 from blockdiff.models.precision import convert, resolve_precision
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
+from blockdiff.starter import packaged
+from blockdiff.training.config import held_out
 
+Texts = str | Sequence[str]
 PARTS = ("all", "train", "validation")
+# How a text is opened and packed where neither the caller nor the model's own run says.
+DEFAULTS: dict[str, Any] = {
+    "part": "all", "validation_fraction": 0.05, "split_seed": 0, "text_column": "text",
+    "split": "train", "subset": None, "detokenizer": "none", "bos": False, "eos": True,
+    "across_documents": True,
+}  # fmt: skip
+
+
+def options_of_run(
+    model: str | Path, data: Texts, given: dict[str, Any]
+) -> tuple[Texts, dict[str, Any], str]:
+    """(the text to open, every option of `DEFAULTS`, the part that is measured) for `data`.
+
+    Of the text the run in the model's folder was trained on, what is None in `given` is what that
+    run did: the part it held out, by its seed and fraction or from its own validation text, its
+    column, subset, marks undone and packing. Of any other text it is `DEFAULTS`. Raises
+    `InputError` when the run's record is damaged, or for no such part.
+    """
+    told = {name: value for name, value in given.items() if value is not None}
+    checks.one_of("part", told.get("part", "all"), PARTS)
+    run = held_out(packaged(model)) or {}
+    trained = _same(data, run.get("data"))
+    settings = dict(DEFAULTS)
+    if not trained and not _same(data, run.get("validation_data")):
+        settings |= told
+        return data, settings, settings["part"]
+    packing = ("text_column", "detokenizer", "bos", "eos", "across_documents")
+    settings |= {name: run[name] for name in packing}
+    split = run["validation_split"] or "train"
+    if not trained:
+        settings |= {"split": split} | told
+        return data, settings, settings["part"]
+    settings |= {"split": run["split"], "subset": run["subset"], "part": "validation"}
+    settings |= {"validation_fraction": run["validation_fraction"], "split_seed": run["seed"]}
+    settings |= told
+    part = settings["part"]
+    cut_anew = not told.keys().isdisjoint(("validation_fraction", "split_seed", "split", "subset"))
+    if cut_anew or (run["validation_data"] is None and run["validation_split"] is None):
+        return data, settings, part
+    # The run validated on a text of its own and trained on all of this one.
+    settings["part"] = "all"
+    if part == "validation":
+        settings["split"] = split
+        if run["validation_data"] not in (None, run["data"]):
+            data, settings["subset"] = run["validation_data"], None
+    return data, settings, part
+
+
+def _same(data: Texts, other: Texts | None) -> bool:
+    """Whether two names are of the same text."""
+    if not (isinstance(data, str) and isinstance(other, str)) or data == other:
+        return data == other
+    paths = [Path(name).expanduser() for name in (data, other)]
+    try:
+        return all(path.exists() for path in paths) and paths[0].samefile(paths[1])
+    except OSError:  # a name too long for a path, for example
+        return False
 
 
 def open_documents(
@@ -57,6 +117,7 @@ def open_sequences(
     *,
     length: int | None = None,
     bos: bool = False,
+    eos: bool = True,
     across_documents: bool = True,
     windows: int = 0,
     **corpus: Any,
@@ -72,6 +133,7 @@ def open_sequences(
         words,
         length=network.config.length if length is None else length,
         bos=bos,
+        eos=eos,
         across_documents=across_documents,
         progress=True,
         name="the corpus" if corpus.get("part", "all") == "all" else f"its {corpus['part']} part",
@@ -83,18 +145,18 @@ def evaluate_corpus(
     model: str | Path,
     data: str | Sequence[str],
     *,
-    part: str = "all",
-    validation_fraction: float = 0.05,
-    split_seed: int = 0,
-    text_column: str = "text",
-    split: str = "train",
+    part: str | None = None,
+    validation_fraction: float | None = None,
+    split_seed: int | None = None,
+    text_column: str | None = None,
+    split: str | None = None,
     subset: str | None = None,
-    detokenizer: str = "none",
+    detokenizer: str | None = None,
     tokenizer: str | None = None,
     length: int | None = None,
     block_size: int | None = None,
-    bos: bool = False,
-    across_documents: bool = True,
+    bos: bool | None = None,
+    across_documents: bool | None = None,
     estimator: str = "auto",
     draws: int = 8,
     timesteps: int = 1000,
@@ -106,28 +168,32 @@ def evaluate_corpus(
 ) -> dict[str, object]:
     """Measures a corpus under the model in a folder or hub repository.
 
-    Returns `measure_sequences`'s record. Raises `InputError` on bad input.
+    What is None is the run's own where `data` is what the model in that folder was trained on
+    (then `part` is what it held out), else as in `DEFAULTS`. Returns `measure_sequences`'s record.
+    Raises `InputError` on bad input.
     """
-    checks.one_of("part", part, PARTS)
     checks.numbers(
         validation_fraction=validation_fraction, split_seed=split_seed, length=length,
         block_size=block_size, draws=draws, timesteps=timesteps, windows=windows,
         batch_size=batch_size, seed=seed,
     )  # fmt: skip
     check_estimator(estimator)
+    source, corpus, measured = options_of_run(model, data, {
+        "part": part, "validation_fraction": validation_fraction, "split_seed": split_seed,
+        "text_column": text_column, "split": split, "subset": subset, "detokenizer": detokenizer,
+        "bos": bos, "across_documents": across_documents,
+    })  # fmt: skip
     network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
     precision = resolve_precision(precision, network.device)
     convert(network, precision, network.device)
     packed, sequences = open_sequences(
-        network, words, data, part=part, validation_fraction=validation_fraction,
-        split_seed=split_seed, text_column=text_column, split=split, subset=subset, length=length,
-        bos=bos, across_documents=across_documents, windows=windows, detokenizer=detokenizer,
-    )  # fmt: skip
+        network, words, source, length=length, windows=windows, **corpus
+    )
     record = measure_sequences(
-        network, packed, sequences, model=str(model), data=data, block_size=block_size,
+        network, packed, sequences, model=str(model), data=source, block_size=block_size,
         estimator=estimator, draws=draws, timesteps=timesteps, batch_size=batch_size, seed=seed,
     )  # fmt: skip
-    return {**record, "part": part, "precision": precision}
+    return {**record, "part": measured, "precision": precision}
 
 
 def measure_sequences(

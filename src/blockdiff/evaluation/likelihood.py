@@ -55,8 +55,8 @@ class Likelihood:
     NaN for a single sequence. `mask_stderr`: the part due to the masks alone, 0 when there is none
     (`exact`) and NaN with a single draw; from the spread of independent groups of draws (see
     `noising.independent_groups`), whose variance is unbiased. It has one degree of freedom a
-    sequence: of a handful of sequences it is itself uncertain, and under `bernoulli` and `d3pm`,
-    whose rare masks weigh most, mostly too small (benchmarks/coverage.py).
+    sequence: of a handful of sequences it is itself uncertain. Under `bernoulli` and `d3pm`, whose
+    rare masks weigh most, ± 1.96 errors held the bound in 91 of 100 runs (benchmarks/coverage.py).
 
     Example:
         >>> import torch, blockdiff

@@ -30,7 +30,7 @@ from blockdiff.checks import whole_number
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.evaluation.corpus import open_sequences
+from blockdiff.evaluation.corpus import open_sequences, options_of_run
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
 from blockdiff.noising import Estimator, Noise, make_estimator, stratified_noise
@@ -242,8 +242,9 @@ def measure_corpus(
     """Measures every estimator at every block size on windows of a corpus.
 
     `block_sizes` and `estimators`: lists with commas; the model's own block size and
-    `DEFAULT_ESTIMATORS` when left out. Everything is measured on the same windows. `corpus`: see
-    `open_sequences`. Raises `InputError` on bad input.
+    `DEFAULT_ESTIMATORS` when left out. Everything is measured on the same windows. `corpus`:
+    `length` and the options of a text; what is None or left out is the run's own, as in
+    `evaluate_corpus`. Raises `InputError` on bad input.
     """
     checks.numbers(
         batch_size=batch_size, batches=batches, draws=draws, seed=seed, **_numbers_of(corpus)
@@ -253,10 +254,12 @@ def measure_corpus(
     names = list(DEFAULT_ESTIMATORS) if estimators is None else estimators.split(",")
     for name in names:
         parse_estimator(name)
+    length = corpus.pop("length", None)
+    source, options, _ = options_of_run(model, data, corpus)
     network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
     sizes = [network.config.block_size] if sizes is None else sizes
     wanted = batches * batch_size
-    _, sequences = open_sequences(network, words, data, windows=wanted, **corpus)
+    _, sequences = open_sequences(network, words, source, length=length, windows=wanted, **options)
     found = []
     total = len(sizes) * len(names) * batches * draws
     with advance(f"{model} on {data}", total, "draws") as done:
