@@ -208,7 +208,7 @@ def test_tuned_schedule_of_blocks_of_one_is_exact_k():
     assert torch.equal(tuned.x_t, by_k.x_t) and torch.equal(tuned.weight, by_k.weight)
 
 
-@pytest.mark.parametrize("clip", [(0.25, 0.75), (0.3, 0.8)])
+@pytest.mark.parametrize("clip", [(0.25, 0.75), (0.3, 0.8), (0.55, 1.0)])
 def test_redrawn_masks_are_what_rejection_leaves(clip):
     """Against the obvious loop: Bernoulli masks at the same rate, kept if their share fits."""
     rows = 40_000
@@ -231,7 +231,8 @@ def test_redrawn_masks_are_what_rejection_leaves(clip):
     assert set(np.flatnonzero(table[0])) == fitting
     assert stats.chi2_contingency(seen).pvalue > REJECT
     own = draw.masked[:, 4:8]
-    expected = (1 / -torch.expm1(-draw.sigma[:, 1:2])).expand(-1, 4)[own]
+    rates = -torch.expm1(-draw.sigma[:, 1:2])
+    expected = (torch.ones_like(rates) if clip[0] > 0.5 else 1 / rates).expand(-1, 4)[own]
     torch.testing.assert_close(draw.weight[:, 4:8][own], expected, rtol=1e-4, atol=0)
 
 

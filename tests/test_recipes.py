@@ -67,9 +67,10 @@ def test_a_recipe_has_the_papers_settings(path: Path) -> None:
         path.parent.name
     ]
     assert (config.length, config.tokenizer) == (length, tokenizer)
+    assert config.window_marks == (path.parent.name == "lm1b")
     if path.stem in PAPER and path.stem.startswith("bd3lm"):
         assert config.init_from == f"runs/{path.parent.name}/base"
-        assert config.steps == 150_000 and config.estimator == "clipped"
+        assert config.steps == 150_000 and config.estimator == "clipped_redraw"
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -219,8 +219,8 @@ def clipped_redraw(
     βL' ≤ k ≤ ωL', and the set a uniform k-subset. As there, the share is that of all L' positions,
     those that are never masked (padding, a kept first token) included; these are put back
     afterwards. A block of one token has no share to hold in a clip (the public code's loop would
-    not end there): it is drawn by `clipped`. Biased. Raises `InputError` where longer blocks have
-    no such k.
+    not end there): it is drawn by `clipped`. As there, too, the weight is 1/r for β ≤ 0.5 and 1
+    above. Biased. Raises `InputError` where longer blocks have no such k.
     """
     size = layout.block_size
     if size == 1:
@@ -247,7 +247,8 @@ def clipped_redraw(
     largest = noise.token.unflatten(-1, (layout.blocks, size)).amax(-1)
     k = (mass < largest.pow(size)[..., None]).sum(-1).clamp(max=int(allowed.nonzero()[-1]))
     masked, _ = _lowest_k(noise.token, k, torch.ones_like(noise.token, dtype=torch.bool), layout)
-    weight = _per_token(1 / rate.clamp(min=1e-6), layout) / draws
+    by_rate = torch.ones_like(rate) if beta > 0.5 else 1 / rate.clamp(min=1e-6)
+    weight = _per_token(by_rate, layout) / draws
     masked = masked & maskable.repeat(draws, 1)
     return _draw(x_0, masked, weight, rate, mask_token_id, unbiased=False)
 

@@ -109,6 +109,29 @@ def test_windows_of_single_documents_are_padded_and_marked(tokenizer, tmp_path):
     assert windows.tokens == sum(int((item["documents"] == 0).sum()) for item in windows)
 
 
+@pytest.mark.parametrize("eos", [False, True])
+def test_marked_windows_hold_the_text_between_their_marks(tmp_path, eos):
+    """[CLS], length − 2 tokens of the concatenation, [SEP]; the tail is dropped."""
+    words = word_level(cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
+    documents = ["a b c", "a", "", "c c b a b", "b"]
+    whole = [i for text in documents for i in [*ids_of(text, words), *([2] if eos else [])]]
+    settings = {"length": 5, "eos": eos, "window_marks": True}
+    windows = pack(documents, words, cache_dir=tmp_path, **settings)
+    assert len(windows) == len(whole) // 3
+    for i, window in enumerate(windows):
+        assert window["x_0"].tolist() == [1, *whole[3 * i : 3 * i + 3], 2]
+    streamed = stream_windows(documents, words, **settings)
+    assert stream_of(streamed) == stream_of(windows)
+    plain = pack(documents, words, length=5, eos=eos, cache_dir=tmp_path)
+    assert plain.key != windows.key
+    with pytest.raises(InputError, match="across_documents"):
+        pack(documents, words, cache_dir=tmp_path, across_documents=False, **settings)
+    with pytest.raises(InputError, match="at least 3"):
+        pack(documents, words, cache_dir=tmp_path, **settings | {"length": 2})
+    with pytest.raises(InputError, match=r"BOS|EOS"):
+        pack(documents, word_level(), cache_dir=tmp_path, length=5, eos=False, window_marks=True)
+
+
 def test_documents_without_tokens_take_no_window(tokenizer, tmp_path):
     options = {"eos": False, "across_documents": False, "cache_dir": tmp_path}
     assert len(pack(["", "ab", ""], tokenizer, length=4, **options)) == 1
@@ -295,6 +318,7 @@ def test_every_setting_has_its_own_key(tokenizer, tmp_path):
             (DOCUMENTS, tokenizer, {"bos": True}),
             (DOCUMENTS, tokenizer, {"eos": False}),
             (DOCUMENTS, tokenizer, {"across_documents": False}),
+            (DOCUMENTS, tokenizer, {"window_marks": True}),
         ]
     ]
     assert len(set(keys)) == len(keys) == len(list(tmp_path.iterdir()))

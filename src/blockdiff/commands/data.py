@@ -28,7 +28,10 @@ class DataOptions:
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
         length: Tokens per sequence; the model's own context when left out.
         bos: Put a beginning-of-text token before each document.
+        eos: Put an end-of-text token behind each document; else true.
         across_documents: Let windows run across documents; otherwise pad at each document's end.
+        window_marks: Begin every window with a beginning-of-text token and end it with an
+            end-of-text token.
         detokenizer: What undoes a benchmark's own marks.
     """
 
@@ -42,5 +45,7 @@ class DataOptions:
     tokenizer: str | None = None
     length: int | None = None
     bos: bool | None = None
+    eos: bool | None = None
     across_documents: bool | None = None
+    window_marks: bool | None = None
     detokenizer: Detokenizer | None = None

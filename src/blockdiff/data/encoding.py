@@ -54,6 +54,33 @@ def encode_pieces(
     return _encode(batches, tokenizer, first, last)
 
 
+def mark_windows(
+    pieces: Iterable[tuple[np.ndarray, bool]], tokenizer: PreTrainedTokenizerBase, length: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Whole windows of `length` tokens: BOS, length − 2 of the pieces' tokens, EOS.
+
+    As the paper's public code packs LM1B and the texts of its zero-shot table. What fills no window
+    at the end is dropped. Raises `InputError` when the tokenizer lacks one of the two (`bos_id`,
+    `eos_id`), or nothing fits between them.
+    """
+    first, last = _special("BOS", bos_id(tokenizer)), _special("EOS", eos_id(tokenizer))
+    if length < 3:
+        raise InputError(f"`length` is {length}; between a window's marks it must be at least 3")
+
+    def windows() -> Iterator[tuple[np.ndarray, bool]]:
+        carry = np.empty(0, np.int32)
+        for ids, ends_document in pieces:
+            tokens = np.concatenate([carry, ids])
+            full = len(tokens) // (length - 2) * (length - 2)
+            bodies = tokens[:full].reshape(-1, length - 2)
+            marked = np.pad(bodies, ((0, 0), (1, 1)))
+            marked[:, :1], marked[:, -1:] = first, last
+            carry = tokens[full:]
+            yield marked.ravel(), ends_document
+
+    return windows()
+
+
 def encode_documents(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool, eos: bool
 ) -> Iterator[np.ndarray]:

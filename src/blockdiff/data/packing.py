@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blockdiff.checks import whole_number
 from blockdiff.data.corpora import CHANGED, Corpus
-from blockdiff.data.encoding import encode_documents, encode_pieces, utf8
+from blockdiff.data.encoding import encode_documents, encode_pieces, mark_windows, utf8
 from blockdiff.data.tokenizers import eos_id, fingerprint
 from blockdiff.data.windows import Windows, build_windows, open_windows
 from blockdiff.errors import InputError
@@ -36,6 +36,7 @@ def pack(
     bos: bool = False,
     eos: bool = True,
     across_documents: bool = True,
+    window_marks: bool = False,
     cache_dir: Path | None = None,
     progress: bool = False,
     name: str = "the corpus",
@@ -53,6 +54,7 @@ def pack(
         eos: end each document with the tokenizer's EOS (or SEP).
         across_documents: True cuts the concatenated documents and drops the tail that fills no
             window; False begins each document in a new window and pads its last one.
+        window_marks: begin every window with BOS and end it with EOS, `length` − 2 tokens between.
         cache_dir: where entries are kept; by default $BLOCKDIFF_CACHE, else ~/.cache/blockdiff.
         progress: tell on stderr how far it is (see `blockdiff.progress.track`).
         name: what the corpus is called in messages.
@@ -75,6 +77,10 @@ def pack(
         _same(documents, text), tokenizer, bos=bos, eos=eos,
         progress_to=text.characters if progress else None,
     )  # fmt: skip
+    if window_marks:
+        if not across_documents:
+            raise InputError("`window_marks` needs `across_documents`: padded windows have none")
+        encoded = mark_windows(encoded, tokenizer, length)
     padding = None if across_documents else _padding_id(tokenizer)
     settings = {
         "format": _FORMAT_VERSION,
@@ -84,7 +90,7 @@ def pack(
         "bos": bos,
         "eos": eos,
         "across_documents": across_documents,
-    }
+    } | ({"window_marks": True} if window_marks else {})
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     entry = cache / key
     cached = open_windows(entry)
@@ -122,11 +128,15 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
         bos: bool,
         eos: bool,
         endless: bool = False,
+        window_marks: bool = False,
     ) -> None:
         _require_length(length)
         encode_documents((), tokenizer, bos=bos, eos=eos)  # a missing token is refused here
         self.length = length
         self.endless = endless
+        self.window_marks = window_marks
+        if window_marks:
+            mark_windows((), tokenizer, length)  # a missing token is refused here
         self._documents = documents
         self._tokenizer = tokenizer
         self._marks = {"bos": bos, "eos": eos}
@@ -140,7 +150,10 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
             if not (isinstance(documents, Corpus) and documents.shared):
                 documents = islice(documents, shard, None, shards)
             found = False
-            for ids in encode_documents(documents, self._tokenizer, **self._marks):
+            pieces = encode_pieces(documents, self._tokenizer, **self._marks)
+            if self.window_marks:
+                pieces = mark_windows(pieces, self._tokenizer, self.length)
+            for ids, _ in pieces:
                 tokens = np.concatenate([carry, ids])
                 full = len(tokens) // self.length * self.length
                 for window in tokens[:full].reshape(-1, self.length):
@@ -167,6 +180,7 @@ def stream_windows(
     bos: bool = False,
     eos: bool = True,
     endless: bool = False,
+    window_marks: bool = False,
 ) -> StreamedWindows:
     """Pack a corpus on the fly; arguments and windows are those of `pack` across documents.
 
@@ -174,7 +188,10 @@ def stream_windows(
         InputError: `length` below 1, or BOS or EOS asked of a tokenizer without; while iterating,
             a stream shorter than one window or a text that encodes to the mask token.
     """
-    return StreamedWindows(documents, tokenizer, length=length, bos=bos, eos=eos, endless=endless)
+    return StreamedWindows(
+        documents, tokenizer, length=length, bos=bos, eos=eos, endless=endless,
+        window_marks=window_marks,
+    )  # fmt: skip
 
 
 def _require_length(length: int) -> None:

@@ -32,7 +32,7 @@ PARTS = ("all", "train", "validation")
 DEFAULTS: dict[str, Any] = {
     "part": "all", "validation_fraction": 0.05, "split_seed": 0, "text_column": "text",
     "split": "train", "subset": None, "detokenizer": "none", "bos": False, "eos": True,
-    "across_documents": True,
+    "across_documents": True, "window_marks": False,
 }  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def options_of_run(
     if not trained and not _same(data, run.get("validation_data")):
         settings |= told
         return data, settings, settings["part"]
-    packing = ("text_column", "detokenizer", "bos", "eos", "across_documents")
+    packing = ("text_column", "detokenizer", "bos", "eos", "across_documents", "window_marks")
     settings |= {name: run[name] for name in packing}
     split = run["validation_split"] or "train"
     if not trained:
@@ -119,6 +119,7 @@ def open_sequences(
     bos: bool = False,
     eos: bool = True,
     across_documents: bool = True,
+    window_marks: bool = False,
     windows: int = 0,
     **corpus: Any,
 ) -> tuple[Windows, dict[str, Tensor]]:
@@ -135,6 +136,7 @@ def open_sequences(
         bos=bos,
         eos=eos,
         across_documents=across_documents,
+        window_marks=window_marks,
         progress=True,
         name="the corpus" if corpus.get("part", "all") == "all" else f"its {corpus['part']} part",
     )
@@ -156,7 +158,9 @@ def evaluate_corpus(
     length: int | None = None,
     block_size: int | None = None,
     bos: bool | None = None,
+    eos: bool | None = None,
     across_documents: bool | None = None,
+    window_marks: bool | None = None,
     estimator: str = "auto",
     draws: int = 8,
     timesteps: int = 1000,
@@ -181,7 +185,8 @@ def evaluate_corpus(
     source, corpus, measured = options_of_run(model, data, {
         "part": part, "validation_fraction": validation_fraction, "split_seed": split_seed,
         "text_column": text_column, "split": split, "subset": subset, "detokenizer": detokenizer,
-        "bos": bos, "across_documents": across_documents,
+        "bos": bos, "eos": eos, "across_documents": across_documents,
+        "window_marks": window_marks,
     })  # fmt: skip
     network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
     precision = resolve_precision(precision, network.device)

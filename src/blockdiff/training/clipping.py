@@ -18,7 +18,7 @@ from torch import Tensor
 from blockdiff import objectives
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
-from blockdiff.noising import addressed_noise, clipped
+from blockdiff.noising import addressed_noise, make_estimator
 
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
 STEP = 0.05
@@ -53,11 +53,16 @@ def clip_grid(block_size: int) -> list[tuple[float, float]]:
 
 @torch.no_grad()
 def clip_variances(
-    model: DiT, x_0: Tensor, seed: int, documents: Tensor | None = None
+    model: DiT,
+    x_0: Tensor,
+    seed: int,
+    documents: Tensor | None = None,
+    estimator: str = "clipped",
 ) -> list[ClipVariance]:
     """The variance of the per-block loss under every clip of the grid, on x_0 [B, L].
 
-    One noised pass a clip; all share the pass over the clean text.
+    `estimator`: clipped or clipped_redraw, whichever is trained with. One noised pass a clip; all
+    share the pass over the clean text.
     """
     config = model.config
     layout = BlockLayout(x_0.shape[1], config.block_size)
@@ -69,7 +74,8 @@ def clip_variances(
     context = model.encode(x_0, layout, documents=documents)
     found = []
     for beta, omega in clip_grid(layout.block_size):
-        draw = clipped(x_0, layout, noise, maskable, config.mask_token_id, beta, omega)
+        draws = make_estimator(estimator, clip=(beta, omega))
+        draw = draws(x_0, layout, noise, maskable, config.mask_token_id)
         nats = objectives.bd3lm(model, x_0, draw, documents, context)
         by_block = nats.unflatten(-1, (layout.blocks, layout.block_size)).sum(-1)
         per_token = (by_block / counted.clamp(min=1))[counted > 0]

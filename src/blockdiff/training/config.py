@@ -92,6 +92,8 @@ class TrainConfig:
         bos: Put a beginning-of-text token before each document.
         eos: Put an end-of-text token behind each document; false for a tokenizer that has none.
         across_documents: Let windows run across documents; otherwise pad at each document's end.
+        window_marks: Begin every window with the beginning-of-text token and end it with the
+            end-of-text token, as the paper does for LM1B.
         objective: What is trained; mdlm and sedd have one block of the whole length.
         length: Context L in tokens.
         block_size: Block size L' of bd3lm.
@@ -155,6 +157,7 @@ class TrainConfig:
     bos: bool = False
     eos: bool = True
     across_documents: bool = True
+    window_marks: bool = False
     objective: Objective = "bd3lm"
     length: int = 128
     block_size: int = 4
@@ -258,7 +261,7 @@ RESUMABLE = frozenset(
 # What decides which text a run never saw.
 HELD_OUT = ("data", "split", "subset", "text_column", "detokenizer", "validation_data",
             "validation_split", "validation_fraction", "seed", "bos", "eos",
-            "across_documents")  # fmt: skip
+            "across_documents", "window_marks")  # fmt: skip
 
 CONFIG_FILE = "run.json"
 # The key of what run.json tells beside the options: data, versions, commit, command, device, …

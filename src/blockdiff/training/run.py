@@ -365,7 +365,10 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
         if config.streaming:
             raise InputError("a streamed corpus needs a `tokenizer`")
         tokenizer = train_tokenizer(documents, config.vocab_size)
-    options: dict[str, Any] = {"length": config.length, "bos": config.bos, "eos": config.eos}
+    options: dict[str, Any] = {
+        "length": config.length, "bos": config.bos, "eos": config.eos,
+        "window_marks": config.window_marks,
+    }  # fmt: skip
     whole = {**options, "across_documents": config.across_documents, "progress": progress}
     windows: Windows | StreamedWindows
     if config.streaming:

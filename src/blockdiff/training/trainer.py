@@ -325,6 +325,7 @@ class BlockDiffusionTrainer(Trainer):
             windows["x_0"][:CLIP_WINDOWS],
             fold_seed(self.run.seed, self.state.global_step),
             None if documents is None else documents[:CLIP_WINDOWS],
+            self.run.estimator,
         )
         best = best_clip(found)
         self.use_clip((best.beta, best.omega))
