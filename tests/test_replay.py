@@ -1,5 +1,9 @@
+import html
 import json
 import re
+import shutil
+import subprocess
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from blockdiff.replay import Event, Recorder, Recording, record, text_pieces, wr
 from blockdiff.sampling.generate import Step, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
 
+CHROMIUM = shutil.which("chromium")
 BLOCK = 4
 NEVER = torch.zeros(1, dtype=torch.bool)
 
@@ -177,6 +182,45 @@ def test_page_asks_for_nothing_else(steps, tokenizer, prompts, tmp_path: Path):
     page = path.read_text(encoding="utf-8")
     assert "default-src 'none'" in page
     assert not re.search(r"https?://|@import|src=|url\(", page)
+
+
+MEASURE = """<script>
+const names = ["map", "slider", "play", "nfe", "fixed", "rate", "block", "speed", "text"];
+const found = {};
+for (const name of names) {
+  const r = document.getElementById(name).getBoundingClientRect();
+  found[name] = [r.left, r.top, r.right, r.bottom];
+}
+parent.postMessage(JSON.stringify({boxes: found, page: document.documentElement.scrollWidth}), "*");
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize("width", [380, 1200])
+def test_controls_do_not_overlap(steps, tokenizer, prompts, tmp_path: Path, width):
+    """As chromium lays it out, in a frame: its own windows are never as narrow as 380 pixels."""
+    path = tmp_path / "page.html"
+    write_page(record(steps, tokenizer, len(prompts[0]), BLOCK), path, title="A title of the page")
+    page = path.read_text(encoding="utf-8")
+    path.write_text(page.replace("</body>", MEASURE + "</body>"), encoding="utf-8")
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        "<title></title><script>onmessage = e => { document.title = e.data }</script>"
+        f'<iframe src="page.html" width="{width}" height="800" style="border: 0"></iframe>'
+    )
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,900",
+               "--virtual-time-budget=2000", frame.as_uri()]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom)[1]))
+    boxes = found["boxes"]
+    assert found["page"] <= width
+    for a, b in combinations(set(boxes) - {"map", "slider"}, 2):
+        (left, top, right, bottom), (x, y, x_end, y_end) = boxes[a], boxes[b]
+        apart = right <= x + 1 or x_end <= left + 1 or bottom <= y + 1 or y_end <= top + 1
+        assert apart, (a, b, boxes[a], boxes[b])
+    if width == 1200:
+        assert boxes["play"][1] < boxes["text"][3] and boxes["play"][0] >= boxes["text"][2] - 1
 
 
 def test_text_cannot_end_the_script(tmp_path: Path):

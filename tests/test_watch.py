@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 import torch
@@ -51,14 +52,14 @@ def a_step(tokenizer, text: str, masked: list[int], fresh: list[int], length: in
     )
 
 
-def show(steps, tokenizer, prompt_lengths, *, terminal: bool, **size: int) -> str:
+def show(steps, tokenizer, prompt_lengths, *, terminal: bool, env=None, **size: int) -> str:
     file = io.StringIO()
     size = {"width": 80, "height": 24} | size
     console = Console(
         file=file,
         force_terminal=terminal,
         color_system="standard" if terminal else None,
-        _environ={"TERM": "xterm"},
+        _environ={"TERM": "xterm"} | (env or {}),
         **size,
     )
     last = watch(steps, tokenizer, prompt_lengths, tokenizer.mask_token_id, BLOCK, console)
@@ -108,6 +109,14 @@ def test_terminal_draws_the_current_block(tokenizer):
     assert first.count("░") == 2
     assert "the cat sat on the mat the dog sat" in shown.replace("\x1b[1mthe\x1b[0m", "the")
     assert "7 evaluations · 8 tokens" in shown
+
+
+def test_without_colour_fresh_tokens_are_reversed(tokenizer):
+    step = a_step(tokenizer, "the cat sat on the mat the dog sat", [4, 6, 8], [5])
+    shown = show([step], tokenizer, [1], terminal=True, env={"NO_COLOR": "1"})
+    first = shown.split(" evaluations")[0]
+    assert "\x1b[7m mat\x1b[0m" in first
+    assert not re.search(r"\x1b\[(?:\d+;)*[34]\d", shown), "no colour"
 
 
 def test_end_of_text_tokens(tokenizer):
