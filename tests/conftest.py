@@ -1,3 +1,4 @@
+import huggingface_hub
 import pytest
 import torch
 
@@ -12,3 +13,9 @@ def fixed_seed_of_a_module():
 def fixed_seed():
     """Whatever a test draws without a generator of its own is the same in every run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """No test asks the Hugging Face hub, wherever it runs."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -7,7 +7,6 @@ command is known and its options are read.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import click
 from blockdiff.allocator import keep_freed_memory
 from blockdiff.commands import COMMANDS
 from blockdiff.commands.hints import hint_command
-from blockdiff.commands.options import Given, Parser
+from blockdiff.commands.options import Given, Parser, as_typed
 from blockdiff.errors import InputError, RunStopped
 from blockdiff.outputs import write_failure
 
@@ -62,19 +61,6 @@ def _help() -> click.Group:
     )
 
 
-def _as_typed(message: str, command: str) -> str:
-    """A message with its options, `names_in_backticks`, as the command's user types them."""
-    options = COMMANDS[command].options
-
-    def typed(found: re.Match[str]) -> str:
-        option = options.get(found[1])
-        if option is None or (option.by_place and option.is_required):
-            return found[1]
-        return option.flag
-
-    return re.sub(r"`(\w+)`", typed, message)
-
-
 def fail(message: str, code: int = 2) -> NoReturn:
     print(f"blockdiff: error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
@@ -96,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 COMMANDS[name].run(given)
         except InputError as error:
             code = error.exit_code if isinstance(error, RunStopped) else 2
-            fail(_as_typed(str(error), name), code)
+            fail(as_typed(str(error), COMMANDS[name]), code)
         except KeyboardInterrupt:
             fail("interrupted", 130)
         except BrokenPipeError:

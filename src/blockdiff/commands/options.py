@@ -6,6 +6,7 @@ dataclass itself. Imports nothing heavy, so that help and refusals come at once.
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -57,6 +58,18 @@ class Command:
     def __post_init__(self) -> None:
         found = {one.name: one for kind in self.kinds for one in options_of(kind, self.places)}
         object.__setattr__(self, "options", found)
+
+
+def as_typed(message: str, command: Command) -> str:
+    """A message with its options, `names_in_backticks`, as the command's user types them."""
+
+    def typed(found: re.Match[str]) -> str:
+        option = command.options.get(found[1])
+        if option is None or (option.by_place and option.is_required):
+            return found[1]
+        return option.flag
+
+    return re.sub(r"`(\w+)`", typed, message)
 
 
 class Option(click.Option):

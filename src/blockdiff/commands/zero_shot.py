@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from blockdiff.commands.evaluate import Precision
 from blockdiff.commands.model import ModelOptions
-from blockdiff.commands.options import Command, Given
+from blockdiff.commands.options import Command, Given, as_typed
 from blockdiff.outputs import to_json
+from blockdiff.printing import printable
 
 Bound = Literal["auto", "enumerate", "exact_k", "paired", "bernoulli"]
 
@@ -16,6 +18,8 @@ Bound = Literal["auto", "enumerate", "exact_k", "paired", "bernoulli"]
 @dataclass(frozen=True)
 class ZeroShotOptions:
     """Perplexity on texts the model was not trained on: the paper's, or any other, in one table.
+
+    A text that cannot be measured is named, and the others are measured.
 
     Attributes:
         texts: With commas: ptb, wikitext2, wikitext103, lm1b, lambada, ag_news, pubmed, arxiv (from
@@ -45,14 +49,23 @@ class ZeroShotOptions:
 
 
 def _run(given: Given) -> None:
-    from blockdiff.evaluation.zero_shot import zero_shot, zero_shot_table
+    from blockdiff.evaluation.zero_shot import measure_texts, zero_shot_table
 
     options = asdict(given.make(ZeroShotOptions))
     as_json, texts = options.pop("json"), options.pop("texts")
     model = given.make(ModelOptions)
     names = texts if isinstance(texts, str) else ",".join(texts)
-    records = zero_shot(model.model, names, device=model.device, **options)
-    print(to_json(records, indent=2) if as_json else zero_shot_table(records))
+    records: list[dict[str, Any]] = []
+    try:
+        for record in measure_texts(model.model, names, device=model.device, **options):
+            records.append(record)
+    finally:  # an interruption loses no text that was measured
+        if any("error" not in record for record in records):
+            print(to_json(records, indent=2) if as_json else zero_shot_table(records), flush=True)
+            for record in records:
+                if "error" in record:
+                    line = f"blockdiff: {record['data']} was not measured: {record['error']}"
+                    print(printable(as_typed(" ".join(line.split()), COMMAND)), file=sys.stderr)
 
 
 COMMAND = Command(

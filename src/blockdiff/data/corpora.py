@@ -23,6 +23,7 @@ from blockdiff.data.files import (
     require_column,
     text_of,
 )
+from blockdiff.data.hub_sets import HubUnreachable, hub_or_copies, quiet_libraries
 from blockdiff.data.pydoc import pydoc_documents
 from blockdiff.errors import InputError
 from blockdiff.outputs import local_path
@@ -104,7 +105,7 @@ def load_corpus(
     local_readers = to_share if streaming else readers
     read: set[object] = set()
     for one in sources:
-        local, kind = _kind_of(one)
+        local, kind = kind_of(one)
         if kind == "hub":
             stream = process if streaming else None
             readers.append(_hub_data_set(one, subset, split, stream, text_column))
@@ -146,8 +147,8 @@ def _names(source: str | os.PathLike[str] | Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _kind_of(source: str) -> tuple[Path, str]:
-    """(the path it would be, `pydoc`, `saved`, `file` or `hub`)."""
+def kind_of(source: str) -> tuple[Path, str]:
+    """(the path it would be, `pydoc`, `saved`, `file` or `hub`); `InputError` for a URL."""
     if source == "pydoc":
         return Path(source), "pydoc"
     local = local_path("data", source)
@@ -309,17 +310,20 @@ def _hub_data_set(
     where, _, revision = name.partition("@")
     # The hub's converted copies have no named subsets: each is a folder.
     folder = {"data_dir": subset} if revision == "refs/convert/parquet" and subset else {}
-    try:
-        data = datasets.load_dataset(
-            where, None if folder else subset, split=split, revision=revision or None,
-            streaming=stream is not None, **folder,
-        )  # fmt: skip
-    # The hub's clients raise everything from OSError to bare HTTP errors of their transport.
-    except Exception as error:
-        raise InputError(
-            f"{name!r} is no local file, and the Hugging Face hub did not give it (subset "
-            f"{subset!r}, split {split!r}): {first_line(error)}; check the name and the network"
-        ) from error
+    with quiet_libraries(), hub_or_copies(name) as fault:
+        try:
+            data = datasets.load_dataset(
+                where, None if folder else subset, split=split, revision=revision or None,
+                streaming=stream is not None, **folder,
+            )  # fmt: skip
+        # The hub's clients raise everything from OSError to bare HTTP errors of their transport.
+        except Exception as error:
+            if fault is not None and isinstance(error, ConnectionError):
+                raise HubUnreachable(name, subset, split, fault) from error
+            raise InputError(
+                f"{name!r} is no local file, and the Hugging Face hub did not give it (subset "
+                f"{subset!r}, split {split!r}): {first_line(error)}; check the name and the network"
+            ) from error
     if stream is not None:
         from datasets.distributed import split_dataset_by_node
 

@@ -128,9 +128,29 @@ def open_sequences(
     The sequences are x_0 int64 [B, L], and documents [B, L] where windows are padded, on the
     network's device.
     """
+    name = "the corpus" if corpus.get("part", "all") == "all" else f"its {corpus['part']} part"
+    return pack_documents(
+        network, words, open_documents(data, **corpus), length=length, bos=bos, eos=eos,
+        across_documents=across_documents, windows=windows, name=name,
+    )  # fmt: skip
+
+
+def pack_documents(
+    network: DiT,
+    words: PreTrainedTokenizerBase,
+    documents: Iterable[str],
+    *,
+    length: int | None = None,
+    bos: bool = False,
+    eos: bool = True,
+    across_documents: bool = True,
+    windows: int = 0,
+    name: str = "the corpus",
+) -> tuple[Windows, dict[str, Tensor]]:
+    """`open_sequences` of documents that are open; `name`: what messages call them."""
     checks.numbers(windows=windows, length=length)
     packed = pack(
-        open_documents(data, **corpus),
+        documents,
         words,
         length=network.config.length if length is None else length,
         bos=bos,
@@ -138,7 +158,7 @@ def open_sequences(
         across_documents=across_documents,
         window_marks=window_marks,
         progress=True,
-        name="the corpus" if corpus.get("part", "all") == "all" else f"its {corpus['part']} part",
+        name=name,
     )
     return packed, {name: x.to(network.device) for name, x in stack(packed, windows).items()}
 

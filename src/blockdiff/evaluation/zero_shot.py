@@ -6,7 +6,9 @@ loading scripts, which `datasets` no longer runs: they are read from the hub's o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,17 @@ from typing import Any
 from rich.table import Table
 
 from blockdiff import checks
-from blockdiff.data.corpora import looks_like_path
+from blockdiff.data.corpora import kind_of
 from blockdiff.data.detokenizers import DETOKENIZERS
+from blockdiff.data.encoding import encode_pieces
+from blockdiff.data.hub_sets import HubUnreachable, hub_or_copies
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.evaluation.corpus import measure_sequences, open_sequences
+from blockdiff.evaluation.corpus import measure_sequences, open_documents, pack_documents
 from blockdiff.evaluation.likelihood import check_estimator
 from blockdiff.models.precision import convert, resolve_precision
-from blockdiff.printing import table_text
+from blockdiff.printing import printable, table_text
 
 _PARQUET = "@refs/convert/parquet"
 
@@ -59,18 +63,23 @@ def find_text_sets(names: str) -> dict[str, TextSet]:
     """The sets of a list with commas: names of `TEXT_SETS`, files, or hub ids, `:detokenizer`
     after those that need one (moby.jsonl, ptb.txt:ptb).
 
-    Raises `InputError` for an empty list, or a name that is none of these.
+    Raises `InputError` for an empty list, a name that is none of these, or no such detokenizer.
     """
     found: dict[str, TextSet] = {}
     for given in filter(None, (part.strip() for part in names.split(","))):
         if given in TEXT_SETS:
             found.setdefault(given, TEXT_SETS[given])
             continue
-        source, _, detokenizer = given.rpartition(":")
-        if not source or detokenizer not in DETOKENIZERS:
-            source, detokenizer = given, "none"
-        known = Path(source).expanduser().exists() or looks_like_path(source) or "/" in source
-        if not known and source != "pydoc":
+        source, detokenizer = given, "none"
+        mark = re.fullmatch(r"(.+):([\w-]*)", given)
+        if mark and not kind_of(given)[0].exists():
+            source, detokenizer = mark.groups()
+            if detokenizer not in DETOKENIZERS:
+                raise InputError(
+                    f"no detokenizer {detokenizer!r} for {source}; choose one of "
+                    f"{', '.join(DETOKENIZERS)}"
+                )
+        if kind_of(source)[1] == "hub" and "/" not in source:
             raise InputError(
                 f"no text {given!r}; name a file, a hub id (owner/name), or one of "
                 f"{', '.join(TEXT_SETS)}"
@@ -97,39 +106,98 @@ def zero_shot(
     precision: str = "float32",
     device: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Measures the model on each of `texts` (see `find_text_sets`): records of `measure_sequences`.
+    """Measures the model on each of `texts` (see `find_text_sets`): what `measure_texts` gives.
 
-    Every text is opened before the first is measured, so a wrong name costs no time. Raises
-    `InputError` on bad input.
+    Example:
+        >>> import pathlib, tempfile
+        >>> from blockdiff.evaluation.zero_shot import zero_shot
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "notes.txt"
+        >>> _ = file.write_text("Returns the number of items in the list. " * 40)
+        >>> [record["data"] for record in zero_shot("starter", str(file), windows=1)]
+        ['notes']
+    """
+    return list(
+        measure_texts(
+            model, texts, tokenizer=tokenizer, length=length, bos=bos, windows=windows,
+            estimator=estimator, draws=draws, seed=seed, precision=precision, device=device,
+        )
+    )  # fmt: skip
+
+
+def measure_texts(
+    model: str | Path,
+    texts: str,
+    *,
+    tokenizer: str | None = None,
+    length: int | None = None,
+    bos: bool = False,
+    windows: int = 0,
+    estimator: str = "auto",
+    draws: int = 8,
+    seed: int = 0,
+    precision: str = "float32",
+    device: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A record for each text, as soon as it is measured.
+
+    What is on this machine is opened before the model is, so a wrong name costs no time. A text
+    that cannot be measured (a data set out of reach, fewer tokens than a sequence) has the record
+    {"data": its name, "error": the reason}, and the others go on; a hub that did not answer is not
+    asked again. Records are those of `measure_sequences`, with the source, detokenizer and
+    precision.
+
+    Raises `InputError` on bad input, and at the end when no text could be measured.
     """
     checks.numbers(length=length, windows=windows, draws=draws, seed=seed)
     check_estimator(estimator)
     sets = find_text_sets(texts)
+    opened = {
+        name: open_documents(**asdict(one))
+        for name, one in sets.items()
+        if kind_of(one.data)[1] != "hub"
+    }
     network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
     precision = resolve_precision(precision, network.device)
     convert(network, precision, network.device)
-    opened = {
-        name: open_sequences(network, words, length=length, bos=bos, windows=windows, **asdict(one))
-        for name, one in sets.items()
-    }
-    return [
-        measure_sequences(
-            network, *opened[name], model=str(model), data=name, estimator=estimator, draws=draws,
-            seed=seed,
-        )
-        | {"source": one.data, "detokenizer": one.detokenizer, "precision": precision}
-        for name, one in sets.items()
-    ]  # fmt: skip
+    # What would stop every text, before the first is downloaded.
+    network.config.choose_block_size(None, length)
+    encode_pieces([], words, bos=bos, eos=True)
+    unmeasured: dict[str, list[str]] = {}
+    with ExitStack() as hub:
+        for name, one in sets.items():
+            try:
+                if name not in opened:
+                    hub.enter_context(hub_or_copies(one.data))
+                    opened[name] = open_documents(**asdict(one))
+                packed, sequences = pack_documents(
+                    network, words, opened.pop(name), length=length, bos=bos, windows=windows
+                )
+                record = measure_sequences(
+                    network, packed, sequences, model=str(model), data=name, estimator=estimator,
+                    draws=draws, seed=seed,
+                )  # fmt: skip
+            except InputError as error:
+                reason = error.reason if isinstance(error, HubUnreachable) else str(error)
+                unmeasured.setdefault(reason, []).append(name)
+                yield {"data": name, "error": reason}
+                continue
+            yield record | {
+                "source": one.data, "detokenizer": one.detokenizer, "precision": precision
+            }  # fmt: skip
+    if sum(map(len, unmeasured.values())) == len(sets):
+        reasons = (f"{', '.join(names)}: {reason}" for reason, names in unmeasured.items())
+        raise InputError(f"no text could be measured; {'; '.join(reasons)}")
 
 
 def zero_shot_table(records: Sequence[dict[str, Any]]) -> str:
-    """The records for people, a row a text."""
-    first = records[0]
+    """The records for people, a row a text; at least one of them was measured."""
+    measured = [r for r in records if "error" not in r]
+    first = measured[0]
     bound = "" if first["estimator"] == "ar" else "≤ "
     table = Table(title=f"{first['model']} on texts it was not trained on")
     for heading in ("text", "perplexity ± s.e.", "nats per token", "bits per byte", "tokens"):
         table.add_column(heading, justify="left" if heading == "text" else "right")
-    for r in records:
+    for r in measured:
         table.add_row(
             r["data"],
             f"{bound}{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}",
@@ -141,4 +209,6 @@ def zero_shot_table(records: Sequence[dict[str, Any]]) -> str:
         f"{first['kind']}, L' = {first['block_size']}, sequences of {first['length']} tokens; "
         f"estimator {first['estimator']}"
     )
-    return table_text(table, 100)
+    text = table_text(table, 100)
+    missing = ", ".join(printable(r["data"]) for r in records if "error" in r)
+    return f"{text}\nnot measured: {missing}" if missing else text
