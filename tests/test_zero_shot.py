@@ -259,7 +259,12 @@ def test_a_hub_that_answers_is_left_to_its_client(
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--length", "30"], "30"), (["--bos"], "BOS"), (["--estimator", "clipped"], "clipped")],
+    [
+        (["--length", "30"], "30"),
+        (["--bos"], "BOS"),
+        (["--window-marks"], "BOS"),
+        (["--estimator", "clipped"], "clipped"),
+    ],
 )
 def test_what_stops_every_text_stops_before_the_first(
     options: list[str], words: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -274,6 +279,18 @@ def test_what_stops_every_text_stops_before_the_first(
     with pytest.raises(SystemExit) as stop:
         cli.main(["zero-shot", str(model), str(tmp_path / "news.jsonl"), *options])
     assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_marked_windows_as_the_papers(model: Path, tmp_path: Path) -> None:
+    """BOS, length − 2 tokens, EOS, and no EOS between documents."""
+    write(tmp_path / "news.jsonl", 6)
+    source = str(tmp_path / "news.jsonl")
+    plain, marked = (
+        module.zero_shot(model, source, eos=False, window_marks=marks)[0] for marks in (False, True)
+    )
+    length = int(plain["length"])
+    assert abs(marked["sequences"] - plain["sequences"] * length / (length - 2)) <= 2
+    assert marked["tokens_per_byte"] > plain["tokens_per_byte"]
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError])

@@ -28,6 +28,9 @@ class ZeroShotOptions:
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
         length: Tokens per sequence; the model's own context when left out.
         bos: Put a beginning-of-text token before each document.
+        eos: Put an end-of-text token behind each document.
+        window_marks: Begin every window with a beginning-of-text token and end it with an
+            end-of-text token; with --no-eos as the paper does.
         windows: Sequences measured of each text, evenly spread; 0 is all of them.
         estimator: What bounds the likelihood: auto is enumerate up to L' = 4, else exact_k.
         draws: Noised copies per sequence, where masks are not enumerated.
@@ -40,6 +43,8 @@ class ZeroShotOptions:
     tokenizer: str | None = None
     length: int | None = None
     bos: bool = False
+    eos: bool = True
+    window_marks: bool = False
     windows: int = 0
     estimator: Bound = "auto"
     draws: int = 8

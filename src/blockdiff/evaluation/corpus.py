@@ -131,7 +131,7 @@ def open_sequences(
     name = "the corpus" if corpus.get("part", "all") == "all" else f"its {corpus['part']} part"
     return pack_documents(
         network, words, open_documents(data, **corpus), length=length, bos=bos, eos=eos,
-        across_documents=across_documents, windows=windows, name=name,
+        across_documents=across_documents, window_marks=window_marks, windows=windows, name=name,
     )  # fmt: skip
 
 
@@ -144,6 +144,7 @@ def pack_documents(
     bos: bool = False,
     eos: bool = True,
     across_documents: bool = True,
+    window_marks: bool = False,
     windows: int = 0,
     name: str = "the corpus",
 ) -> tuple[Windows, dict[str, Tensor]]:

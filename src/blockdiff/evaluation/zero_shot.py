@@ -18,7 +18,7 @@ from rich.table import Table
 from blockdiff import checks
 from blockdiff.data.corpora import kind_of
 from blockdiff.data.detokenizers import DETOKENIZERS
-from blockdiff.data.encoding import encode_pieces
+from blockdiff.data.encoding import encode_pieces, mark_windows
 from blockdiff.data.hub_sets import HubUnreachable, hub_or_copies
 from blockdiff.data.loading import load
 from blockdiff.device import choose_device
@@ -99,6 +99,8 @@ def zero_shot(
     tokenizer: str | None = None,
     length: int | None = None,
     bos: bool = False,
+    eos: bool = True,
+    window_marks: bool = False,
     windows: int = 0,
     estimator: str = "auto",
     draws: int = 8,
@@ -118,7 +120,8 @@ def zero_shot(
     """
     return list(
         measure_texts(
-            model, texts, tokenizer=tokenizer, length=length, bos=bos, windows=windows,
+            model, texts, tokenizer=tokenizer, length=length, bos=bos, eos=eos,
+            window_marks=window_marks, windows=windows,
             estimator=estimator, draws=draws, seed=seed, precision=precision, device=device,
         )
     )  # fmt: skip
@@ -131,6 +134,8 @@ def measure_texts(
     tokenizer: str | None = None,
     length: int | None = None,
     bos: bool = False,
+    eos: bool = True,
+    window_marks: bool = False,
     windows: int = 0,
     estimator: str = "auto",
     draws: int = 8,
@@ -161,7 +166,9 @@ def measure_texts(
     convert(network, precision, network.device)
     # What would stop every text, before the first is downloaded.
     network.config.choose_block_size(None, length)
-    encode_pieces([], words, bos=bos, eos=True)
+    encode_pieces([], words, bos=bos, eos=eos)
+    if window_marks:
+        mark_windows([], words, network.config.length if length is None else length)
     unmeasured: dict[str, list[str]] = {}
     with ExitStack() as hub:
         for name, one in sets.items():
@@ -170,8 +177,9 @@ def measure_texts(
                     hub.enter_context(hub_or_copies(one.data))
                     opened[name] = open_documents(**asdict(one))
                 packed, sequences = pack_documents(
-                    network, words, opened.pop(name), length=length, bos=bos, windows=windows
-                )
+                    network, words, opened.pop(name), length=length, bos=bos, eos=eos,
+                    window_marks=window_marks, windows=windows,
+                )  # fmt: skip
                 record = measure_sequences(
                     network, packed, sequences, model=str(model), data=name, estimator=estimator,
                     draws=draws, seed=seed,
