@@ -51,7 +51,9 @@ def _run(given: Given) -> None:
     records = [one.record() for one in found]
     if path is not None:
         variance_plot(records, Path(path), title=f"{model.model} on {data.data}")
-    record = {"model": model.model, "data": data.data, "estimators": records}
+    record = {
+        "model": model.model, "data": data.data, "precision": "float32", "estimators": records
+    }  # fmt: skip
     print(to_json(record, indent=2) if as_json else variance_table(found))
 
 
