@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from blockdiff import cli
 from blockdiff.cli import parse
 from blockdiff.commands import COMMANDS
+from blockdiff.commands.options import as_typed
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
@@ -274,6 +275,16 @@ def test_bad_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not valid UTF-8" in refused(capsys, "generate", "m", "--prompt", "caf\udce9")
     assert "not valid UTF-8" in refused(capsys, "generate", "m", "caf\udce9")
     assert "name a command" in refused(capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_advice_names_only_what_the_command_has(command: str) -> None:
+    options = COMMANDS[command].options
+    for name, advice in (("text_column", ", or name it as"), ("mask_token", "; name a new one as")):
+        said = as_typed(f"no such thing{advice} `{name}`; its `length`", COMMANDS[command])
+        assert ("--" + name.replace("_", "-") in said) == (name in options)
+        assert said.startswith("no such thing") and "`" not in said
+        assert ("name" in said) == (name in options)
 
 
 def test_what_cannot_be_meant_is_refused_before_anything_heavy_is_imported() -> None:

@@ -300,6 +300,15 @@ def test_many_documents_are_split_whole_and_in_order():
     assert split_documents(documents, 0.1, seed=4) != (training, validation)
 
 
+@pytest.mark.parametrize("count", [3, 30])
+def test_a_side_of_a_split_knows_its_length(tmp_path, count):
+    path = tmp_path / "corpus.jsonl"
+    lines = (json.dumps({"text": f"Document {i}. It says little.\n" * 3}) for i in range(count))
+    path.write_text("\n".join(lines))
+    for side in split_documents(load_corpus(str(path)), 0.2, seed=1):
+        assert 0 < len(side) == len(list(side))
+
+
 def test_the_split_is_the_same_on_any_machine():
     _, validation = split_documents([str(i) for i in range(10, 40)], 0.1)
     assert validation == ["13", "25", "35"]

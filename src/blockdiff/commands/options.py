@@ -61,7 +61,13 @@ class Command:
 
 
 def as_typed(message: str, command: Command) -> str:
-    """A message with its options, `names_in_backticks`, as the command's user types them."""
+    """A message with its options, `names_in_backticks`, as the command's user types them.
+
+    Advice to name what the command has no option for (", or name it as `text_column`") is left out.
+    """
+
+    def possible(found: re.Match[str]) -> str:
+        return found[0] if found[1] in command.options else ""
 
     def typed(found: re.Match[str]) -> str:
         option = command.options.get(found[1])
@@ -69,6 +75,7 @@ def as_typed(message: str, command: Command) -> str:
             return found[1]
         return option.flag
 
+    message = re.sub(r"[,;] (?:or )?name [^,;`]*`(\w+)`", possible, message)
     return re.sub(r"`(\w+)`", typed, message)
 
 

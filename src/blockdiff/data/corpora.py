@@ -188,6 +188,12 @@ class Part(Iterable[str]):
         self._lengths = lengths
         self._validation = validation
 
+    def __len__(self) -> int:
+        return sum(
+            bool(cut < length if self._validation else cut or not length)
+            for cut, length in zip(self._cuts, self._lengths, strict=True)
+        )
+
     def __iter__(self) -> Iterator[str]:
         count = 0
         for document in self._documents:
