@@ -26,6 +26,7 @@ from blockdiff.progress import advance
 from blockdiff.replay import Recorder, write_page
 from blockdiff.sampling.generate import Step, collect, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
+from blockdiff.training.signals import signal_name
 from blockdiff.watch import Timed, watch
 
 
@@ -187,7 +188,7 @@ class _Stopped(KeyboardInterrupt):
         self.number = number
 
     def as_error(self, tokens: int) -> RunStopped:
-        name = "Ctrl-C" if self.number == signal.SIGINT else signal.Signals(self.number).name
+        name = signal_name(self.number)
         return RunStopped(f"stopped by {name} after {tokens} tokens", 128 + self.number)
 
 

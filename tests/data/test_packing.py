@@ -224,8 +224,8 @@ def test_a_tokenizer_that_would_notice_a_cut_gets_the_whole_document(monkeypatch
 
     monkeypatch.setattr(encoding, "_LONGEST_PIECE", 10)
     text = "some words\nand more\nwords\n" * 9
-    encoded = encoding.encode_documents([text], MarksBeginnings(), bos=False, eos=False)
-    assert [ids.tolist() for ids in encoded] == [[99, *text.encode()]]
+    encoded = encoding.encode_pieces([text], MarksBeginnings(), bos=False, eos=False)
+    assert [(ids.tolist(), ends) for ids, ends in encoded] == [([99, *text.encode()], True)]
 
 
 # -- bad input ------------------------------------------------------------------------------------

@@ -81,22 +81,6 @@ def mark_windows(
     return windows()
 
 
-def encode_documents(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, bos: bool, eos: bool
-) -> Iterator[np.ndarray]:
-    """`encode_pieces` put together: int32 arrays, one for each document, shape [its tokens]."""
-    return _whole(encode_pieces(documents, tokenizer, bos=bos, eos=eos))
-
-
-def _whole(pieces: Iterable[tuple[np.ndarray, bool]]) -> Iterator[np.ndarray]:
-    parts = []
-    for ids, ends_document in pieces:
-        parts.append(ids)
-        if ends_document:
-            yield np.concatenate(parts)
-            parts = []
-
-
 def utf8(document: str) -> Iterator[bytes]:
     """The bytes of a text, piece by piece; `InputError` when it is not valid Unicode."""
     for begin in range(0, len(document), _BATCH):

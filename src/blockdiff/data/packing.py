@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blockdiff.checks import whole_number
 from blockdiff.data.corpora import CHANGED, Corpus
-from blockdiff.data.encoding import encode_documents, encode_pieces, mark_windows, utf8
+from blockdiff.data.encoding import encode_pieces, mark_windows, utf8
 from blockdiff.data.tokenizers import eos_id, fingerprint
 from blockdiff.data.windows import Windows, build_windows, open_windows
 from blockdiff.errors import InputError
@@ -131,7 +131,7 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
         window_marks: bool = False,
     ) -> None:
         _require_length(length)
-        encode_documents((), tokenizer, bos=bos, eos=eos)  # a missing token is refused here
+        encode_pieces((), tokenizer, bos=bos, eos=eos)  # a missing token is refused here
         self.length = length
         self.endless = endless
         self.window_marks = window_marks

@@ -15,13 +15,13 @@ from typing import Any, Literal, get_args
 from blockdiff import checks
 from blockdiff.errors import InputError
 from blockdiff.outputs import local_path, to_json, write_text
+from blockdiff.sampling.options import Schedule
 
 Objective = Literal["bd3lm", "mdlm", "sedd", "ar"]
 Preset = Literal["nano", "micro", "small", "medium"]
 Estimator = Literal[
     "exact_k", "paired", "bernoulli", "d3pm", "bell", "clipped", "clipped_redraw"
 ]  # fmt: skip
-Schedule = Literal["linear", "cosine", "square", "square_root", "logarithmic"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bf16"]
 Backend = Literal["auto", "dense", "blockwise", "flex"]

@@ -46,11 +46,15 @@ class Signals:
         self._restore()
 
 
+def signal_name(number: int) -> str:
+    """What a user knows the signal as: Ctrl-C, SIGTERM."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
 def stopped_by(number: int, out: str, step: int) -> RunStopped:
     """What a run ended by a signal says: how to go on. The exit code is a shell's, 128 + number."""
-    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     return RunStopped(
-        f"stopped by {name} after step {step}, with a checkpoint of it; continue with: "
-        f"blockdiff train --resume --out {shlex.quote(out)}",
+        f"stopped by {signal_name(number)} after step {step}, with a checkpoint of it; continue "
+        f"with: blockdiff train --resume --out {shlex.quote(out)}",
         exit_code=128 + number,
     )
