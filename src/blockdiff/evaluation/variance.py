@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import open_sequences, options_of_run
 from blockdiff.layout import BlockLayout
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import Estimator, Noise, make_estimator, stratified_noise
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
@@ -115,7 +115,7 @@ def parse_estimator(text: str) -> tuple[Estimator, bool]:
 
 
 def variance(
-    model: DiT,
+    model: Denoiser,
     x_0: Tensor,
     estimator: str,
     *,
@@ -159,7 +159,7 @@ def variance(
             draw = make(rows, layout, noise, maskable, model.config.mask_token_id)
             unbiased, passes = draw.unbiased, len(draw.x_t) // len(rows)
             with torch.set_grad_enabled(gradient):
-                nats = objectives.bd3lm(model, rows, draw, own, block_size=layout.block_size)
+                nats = objectives.bd3lm(model, rows, draw, replace(layout, documents=own))
                 loss = nats.sum() / maskable.sum().clamp(min=1)
             losses[d, r] = loss.item()
             if gradient:

@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
@@ -303,7 +303,7 @@ def _read_tensors(
 
 
 def save_model(
-    model: DiT, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Writes config, weights and tokenizer into `folder`, all or nothing.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blockdiff.cache import BlockCache
 from blockdiff.categorical import draw, uniform
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.sampling.options import SamplingOptions, stopping_rules
 from blockdiff.sampling.stopping import finished_length, is_dull
 
@@ -53,7 +53,7 @@ class Progress:
 
     def __init__(
         self,
-        model: DiT,
+        model: Denoiser,
         canvas: Tensor,
         starts: Tensor,
         row_ids: Tensor,

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerState, get_scheduler, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -460,7 +460,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
     return model
 
 
-def _take_weights(model: DiT, start: DiT) -> None:
+def _take_weights(model: nn.Module, start: nn.Module) -> None:
     """Copies every weight both networks have; only adaLN may be on one side alone."""
     own, given = model.state_dict(), start.state_dict()
     for name, tensor in own.items():
