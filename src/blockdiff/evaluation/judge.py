@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from blockdiff import objectives
 from blockdiff.checks import whole_number
-from blockdiff.data.loading import load
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.denoiser import Denoiser
+from blockdiff.models.loading import load
 
 WINDOW = 1024
 # Tokens in one evaluation of the judge.

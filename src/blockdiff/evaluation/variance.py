@@ -27,12 +27,12 @@ from torch import Tensor
 from blockdiff import checks, objectives
 from blockdiff.categorical import fold_seed, real_dtype
 from blockdiff.checks import whole_number
-from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import open_sequences, options_of_run
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
+from blockdiff.models.loading import load
 from blockdiff.noising import Estimator, Noise, make_estimator, stratified_noise
 from blockdiff.printing import table_text
 from blockdiff.progress import advance

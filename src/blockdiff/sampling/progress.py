@@ -64,7 +64,7 @@ class Progress:
         self.nfe = torch.zeros_like(starts)
         self.lengths = torch.full_like(starts, -1)
         self.mask_token_id = model.config.mask_token_id
-        # Ids of a padded vocabulary that no token has: see `data.loading.load`.
+        # Ids of a padded vocabulary that no token has: see `models.loading.load`.
         drawable = getattr(model, "drawable", None)
         self.no_token = None if drawable is None else ~drawable.to(canvas.device)
         self.rejected = torch.zeros_like(starts, dtype=torch.bool)
