@@ -25,6 +25,7 @@ FLOORS = [
         "outputs",
         "printing",
         "progress",
+        "registry",
         "schedules",
         "starter",
     ],
@@ -48,7 +49,7 @@ FLOORS = [
         "writing",
     ],
 ]
-LIGHT = ["training.config", "sampling.options", "cli", "commands", "folders"]
+LIGHT = ["training.config", "sampling.options", "cli", "commands", "folders", "registry"]
 
 
 def module_name(path):
