@@ -14,8 +14,16 @@ if TYPE_CHECKING:
     from blockdiff.models.config import DiTConfig
     from blockdiff.models.dit import DiT
     from blockdiff.models.hub import load_model, save_model
+    from blockdiff.registry import (
+        register_estimator,
+        register_objective,
+        register_order,
+        register_schedule,
+        register_stopping_rule,
+    )
     from blockdiff.sampling.generate import Step
     from blockdiff.sampling.options import SamplingOptions
+    from blockdiff.schedules import Schedule
     from blockdiff.training.config import TrainConfig
     from blockdiff.training.run import train
 
@@ -38,6 +46,12 @@ _HOMES = {
     "DiTConfig": "models.config",
     "load_model": "models.hub",
     "save_model": "models.hub",
+    "register_estimator": "registry",
+    "register_objective": "registry",
+    "register_order": "registry",
+    "register_schedule": "registry",
+    "register_stopping_rule": "registry",
+    "Schedule": "schedules",
     "SamplingOptions": "sampling.options",
     "Step": "sampling.generate",
     "TrainConfig": "training.config",
@@ -51,6 +65,7 @@ __all__ = [
     "InputError",
     "Likelihood",
     "SamplingOptions",
+    "Schedule",
     "Step",
     "TextGeneration",
     "TrainConfig",
@@ -58,6 +73,11 @@ __all__ = [
     "likelihood",
     "load",
     "load_model",
+    "register_estimator",
+    "register_objective",
+    "register_order",
+    "register_schedule",
+    "register_stopping_rule",
     "save_model",
     "stream",
     "train",

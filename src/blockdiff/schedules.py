@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockdiff.errors import InputError
+from blockdiff.registry import SCHEDULES, register_schedule
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,16 @@ def _logarithmic() -> Schedule:
     )
 
 
-SCHEDULES: dict[str, Schedule] = {
-    schedule.name: schedule
-    for schedule in (
-        _power("linear", 1.0),
-        _cosine(),
-        _power("square", 2.0),
-        _power("square_root", 0.5),
-        _logarithmic(),
-    )
-}
+for _schedule in (
+    _power("linear", 1.0),
+    _cosine(),
+    _power("square", 2.0),
+    _power("square_root", 0.5),
+    _logarithmic(),
+):
+    register_schedule(_schedule)
 
 
-def get_schedule(name: str) -> Schedule:
-    """The schedule called `name`; raises `InputError` with the names there are."""
-    if name not in SCHEDULES:
-        raise InputError(f"no schedule called {name!r}; choose one of {', '.join(SCHEDULES)}")
-    return SCHEDULES[name]
+def get_schedule(chosen: str | Schedule) -> Schedule:
+    """The schedule called `chosen`, or that itself; `InputError` with the names there are."""
+    return SCHEDULES.find(chosen)
