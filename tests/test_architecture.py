@@ -29,7 +29,7 @@ FLOORS = [
         "schedules",
         "starter",
     ],
-    ["noising", "attention", "cache"],
+    ["noising", "estimators", "attention", "cache"],
     ["models", "models.*"],
     ["objectives", "sampling", "sampling.*", "data", "data.*"],
     ["training", "training.*", "evaluation", "evaluation.*"],
