@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from blockdiff.apps.reproduction.plan import Job, Scale, plan
+from blockdiff.apps.reproduction.results import Nats
+from blockdiff.apps.reproduction.work import begin_worker, commit, work
 from blockdiff.models.config import PRESETS
-from blockdiff.reproduction.plan import Job, Scale, plan
-from blockdiff.reproduction.results import Nats
-from blockdiff.reproduction.work import begin_worker, commit, work
 
 
 def measure(run: Path, layers: int, kind: str, out: Path) -> None:

@@ -18,9 +18,9 @@ import matplotlib
 import numpy as np
 import torch
 
-from blockdiff.benchmark import works
-from blockdiff.benchmark.compare import Work, alternate, measure_machine
-from blockdiff.benchmark.options import BenchmarkOptions
+from blockdiff.apps.benchmark import works
+from blockdiff.apps.benchmark.compare import Work, alternate, measure_machine
+from blockdiff.apps.benchmark.options import BenchmarkOptions
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.precision import resolve_precision

@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from blockdiff.benchmark.options import BenchmarkOptions
-from blockdiff.benchmark.report import benchmark, describe
+from blockdiff.apps.benchmark.options import BenchmarkOptions
+from blockdiff.apps.benchmark.report import benchmark, describe
 
 RESULTS = Path(__file__).parent / "results"
 PAPER = {"preset": "small", "vocab_size": 50258}

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 import blockdiff
 from blockdiff.api import continuation, merge_options
-from blockdiff.data.loading import drawable, load
 from blockdiff.errors import InputError
 from blockdiff.models.hub import save_model
+from blockdiff.models.loading import drawable, load
 from blockdiff.replay import Event, Recording
 from blockdiff.sampling.options import SamplingKeywords, SamplingOptions
 from helpers import tiny_model

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,7 +56,7 @@ def test_blockwise_is_dense(layout, kind, with_documents, chunk):
     results = {}
     for backend in ("dense", "blockwise"):
         leaves = [x.requires_grad_() for x in inputs(layout, kind)]
-        out = attend(*leaves, layout, kind, backend=backend, documents=documents)
+        out = attend(*leaves, replace(layout, documents=documents), kind, backend=backend)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         results[backend] = [out, *(x.grad for x in leaves)]
     for slow, fast in zip(results["dense"], results["blockwise"], strict=True):
@@ -68,10 +70,11 @@ def test_blockwise_is_dense(layout, kind, with_documents, chunk):
 )
 def test_flex_is_dense(layout, kind, with_documents):
     """144 positions are more than one tile of 128."""
-    documents = some_documents(layout) if with_documents else None
     q, k, v = inputs(layout, kind)
-    slow = attend(q, k, v, layout, kind, backend="dense", documents=documents)
-    fast = attend(q, k, v, layout, kind, backend="flex", documents=documents)
+    if with_documents:
+        layout = replace(layout, documents=some_documents(layout))
+    slow = attend(q, k, v, layout, kind, backend="dense")
+    fast = attend(q, k, v, layout, kind, backend="flex")
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6)
 
 
@@ -81,9 +84,9 @@ def test_draws_share_the_documents_of_their_row():
     q, k, v = inputs(layout, "noised", rows=4)
     documents = some_documents(layout)
     for backend in ("dense", "blockwise", "flex"):
-        shared = attend(q, k, v, layout, "noised", backend=backend, documents=documents)
-        spelt = documents.repeat(2, 1)
-        own = attend(q, k, v, layout, "noised", backend=backend, documents=spelt)
+        shared, spelt = (replace(layout, documents=x) for x in (documents, documents.repeat(2, 1)))
+        shared = attend(q, k, v, shared, "noised", backend=backend)
+        own = attend(q, k, v, spelt, "noised", backend=backend)
         assert torch.equal(shared, own)
 
 
@@ -91,7 +94,7 @@ def reached(layout, kind, backend, query, documents=None):
     """Which keys a query's output depends on, by its gradient in v."""
     q, k, v = inputs(layout, kind, rows=1)
     v.requires_grad_()
-    out = attend(q, k, v, layout, kind, backend=backend, documents=documents)
+    out = attend(q, k, v, replace(layout, documents=documents), kind, backend=backend)
     out[0, :, query].sum().backward()
     return v.grad[0].abs().sum((0, 2)).nonzero().flatten().tolist()
 
@@ -116,8 +119,9 @@ def test_documents_limit_the_reach(backend, chunk):
 
 
 def forward(model, x_t, x_0, documents, backend):
+    layout = BlockLayout(x_0.shape[1], model.config.block_size, documents=documents)
     with torch.no_grad():
-        return model(x_t, x_0=x_0, documents=documents, backend=backend).logits
+        return model(x_t, x_0=x_0, layout=layout, backend=backend).logits
 
 
 @pytest.mark.parametrize("backend", ["dense", "blockwise", "flex"])

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from blockdiff import cli, objectives
-from blockdiff.benchmark.compare import Timing, Work, alternate, ratio
-from blockdiff.benchmark.naive import (
+from blockdiff.apps.benchmark.compare import Timing, Work, alternate, ratio
+from blockdiff.apps.benchmark.naive import (
     naive_log_probabilities,
     naive_nats,
     naive_sample,
     naive_step,
 )
-from blockdiff.benchmark.options import BenchmarkOptions
-from blockdiff.benchmark.report import body_parameters, describe, useful_flops
+from blockdiff.apps.benchmark.options import BenchmarkOptions
+from blockdiff.apps.benchmark.report import body_parameters, describe, useful_flops
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT

@@ -17,16 +17,16 @@ import torch
 from rich.console import Console
 
 import blockdiff
-from blockdiff.benchmark.options import BenchmarkOptions
+from blockdiff.apps.benchmark.options import BenchmarkOptions
+from blockdiff.apps.demo import demo
+from blockdiff.apps.reproduction.pool import reproduce
 from blockdiff.data.tokenizers import train_tokenizer
-from blockdiff.demo import demo
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import evaluate_corpus
 from blockdiff.evaluation.judge import load_judge
 from blockdiff.evaluation.samples import measure_samples
 from blockdiff.evaluation.variance import measure_corpus, variance
 from blockdiff.evaluation.zero_shot import zero_shot
-from blockdiff.reproduction.pool import reproduce
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.config import TrainConfig
 from blockdiff.watch import watch
@@ -109,8 +109,8 @@ def nothing_opens(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"blockdiff.evaluation.{module}.load", begin)
     monkeypatch.setattr("blockdiff.evaluation.samples.read_samples", begin)
     monkeypatch.setattr("blockdiff.evaluation.judge.AutoConfig.from_pretrained", begin)
-    monkeypatch.setattr("blockdiff.reproduction.pool.prepared", begin)
-    monkeypatch.setattr("blockdiff.demo.plain_console", begin)
+    monkeypatch.setattr("blockdiff.apps.reproduction.pool.prepared", begin)
+    monkeypatch.setattr("blockdiff.apps.demo.plain_console", begin)
     monkeypatch.setattr("blockdiff.data.tokenizers.tokenizers.Tokenizer", begin)
 
 

@@ -8,7 +8,7 @@ from blockdiff.attention import _block_mask, _chunks
 from blockdiff.errors import InputError
 from blockdiff.estimators import paired
 from blockdiff.evaluation.likelihood import likelihood
-from blockdiff.layout import dense_mask
+from blockdiff.layout import BlockLayout, dense_mask
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT, _rope_table
 from blockdiff.models.loss import subs_nll_from_logits
@@ -199,12 +199,13 @@ def test_draws_share_one_clean_text(backend):
     copies = [random_masks(x_0, 8, seed=seed) for seed in range(3)]
     sigma = torch.rand(6, 3)
     documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [-1] * 3])
+    layout = BlockLayout(12, 4, documents=documents)
     together = logits(
-        model, torch.cat(copies), x_0=x_0, sigma=sigma, documents=documents, backend=backend
+        model, torch.cat(copies), x_0=x_0, sigma=sigma, layout=layout, backend=backend
     )
     for r, x_t in enumerate(copies):
         alone = logits(
-            model, x_t, x_0=x_0, sigma=sigma[2 * r : 2 * r + 2], documents=documents,
+            model, x_t, x_0=x_0, sigma=sigma[2 * r : 2 * r + 2], layout=layout,
             backend=backend,
         )  # fmt: skip
         torch.testing.assert_close(together[2 * r : 2 * r + 2], alone, rtol=1e-4, atol=1e-5)
@@ -263,9 +264,8 @@ def test_another_block_size_than_trained(model):
     x_0, x_t = pair(model)
     other = tiny_model(vocab_size=9, length=12, block_size=2)
     other.load_state_dict(model.state_dict())
-    assert torch.equal(logits(model, x_t, x_0=x_0, block_size=2), logits(other, x_t, x_0=x_0))
-    with pytest.raises(InputError):
-        logits(model, x_t, x_0=x_0, block_size=5)
+    of_two = logits(model, x_t, x_0=x_0, layout=BlockLayout(12, 2))
+    assert torch.equal(of_two, logits(other, x_t, x_0=x_0))
 
 
 def test_shorter_texts_than_trained(model):

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 import blockdiff
-from blockdiff.illustrations import block_weights, draw_all, weight_of_k
+from blockdiff.apps.illustrations import block_weights, draw_all, weight_of_k
 
 THEORY = Path(__file__).parents[1] / "docs" / "theory.md"
 

@@ -11,6 +11,7 @@ from blockdiff.errors import InputError
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation import likelihood as module
 from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.layout import BlockLayout
 from blockdiff.outputs import to_json
 from helpers import random_tokens, tiny_model
 
@@ -37,7 +38,8 @@ def bound_by_hand(model, x_0, size, maskable):
             for masked in itertools.combinations(own, k):
                 x_t = x_0.clone()
                 x_t[list(masked)] = 8
-                logits = model(x_t[None], x_0=x_0[None], block_size=size, backend="dense").logits
+                layout = BlockLayout(len(x_0), size)
+                logits = model(x_t[None], x_0=x_0[None], layout=layout, backend="dense").logits
                 loss = sum(nll(logits[0, i], x_0[i]) for i in masked)
                 total += loss / (k * math.comb(len(own), k))
     return total
@@ -246,7 +248,8 @@ def test_ar_does_not_read_other_documents():
     other[:, :5] = (x_0[:, :5] + 1) % 8
     counted = torch.ones_like(x_0, dtype=torch.bool)
     with torch.no_grad():
-        before, after = (objectives.ar(model, x, counted, documents)[0] for x in (x_0, other))
+        layout = BlockLayout(x_0.shape[1], 1, documents=documents)
+        before, after = (objectives.ar(model, x, counted, layout)[0] for x in (x_0, other))
     assert torch.equal(before[6:], after[6:]) and (before[1:5] != after[1:5]).all()
     assert before[0] == 0, "nothing predicts it"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from blockdiff import cli, folders
+from blockdiff.apps.demo import Pace, PacedTrainer
 from blockdiff.commands import COMMANDS
-from blockdiff.demo import Pace, PacedTrainer
 from blockdiff.training.callbacks import read_metrics
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import train

@@ -19,14 +19,14 @@ import torch
 from scipy import stats
 
 from blockdiff import folders, objectives
+from blockdiff.apps.reproduction.control import HalfCounted
+from blockdiff.apps.reproduction.plan import CLIPS, LONGER, SMOKE, Scale, plan
+from blockdiff.apps.reproduction.pool import KINDS, passages, prepared
+from blockdiff.apps.reproduction.report import report_text
+from blockdiff.apps.reproduction.results import Rate, Results, Summary, over_seeds
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.reproduction.control import HalfCounted
-from blockdiff.reproduction.plan import CLIPS, LONGER, SMOKE, Scale, plan
-from blockdiff.reproduction.pool import KINDS, passages, prepared
-from blockdiff.reproduction.report import report_text
-from blockdiff.reproduction.results import Rate, Results, Summary, over_seeds
 from blockdiff.training.config import TrainConfig
 
 

@@ -17,10 +17,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from blockdiff.checks import numbers
-from blockdiff.data.loading import load
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.errors import InputError
 from blockdiff.models.dit import DiT
+from blockdiff.models.loading import load
 from blockdiff.sampling.generate import Generation, Step, generate_tokens, stream_tokens
 from blockdiff.sampling.options import SamplingKeywords, SamplingOptions
 

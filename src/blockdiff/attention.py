@@ -48,15 +48,15 @@ def attend(
     kind: str,
     *,
     backend: str = "blockwise",
-    documents: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention under one part of the two-stream mask.
 
     `kind` "clean": q, k, v [B, H, L, D], the x_0 stream alone (M_BC). "noised": q [R·B, H, L, D]
     from x_t, k and v [R·B, H, 2L, D] over x_0 ⊕ x_t (M_OBC and M_BD). "two_stream": all 2L tokens
-    x_0 ⊕ x_t at once. `documents` int64 [B or R·B, L]: positions attend
-    within their own document only (padding is a document of its own). Returns the shape of q.
+    x_0 ⊕ x_t at once. The layout's documents are [B, L] or [R·B, L]. Returns the
+    shape of q.
     """
+    documents, layout = layout.documents, layout.plain
     if documents is not None:
         if documents.shape[0] != q.shape[0]:
             documents = documents.repeat(q.shape[0] // documents.shape[0], 1)

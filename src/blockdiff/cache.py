@@ -16,6 +16,8 @@ of an evaluation.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,7 @@ class BlockCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.rows = torch.arange(rows, device=device)
         self.capacity = capacity
+        self.folded: Any = None  # what a network computes once for all evaluations with this cache
         self._begin = self.front
         self._used = 0
 

@@ -15,7 +15,7 @@ query sees, for text longer than the context it was trained on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,10 +28,13 @@ from blockdiff.errors import InputError
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """L positions in blocks of L'; frozen and hashable, so masks can be cached under it.
+    """L positions in blocks of L': all that says who may attend to whom.
 
     `window`: a query sees its own block and the clean tokens of the `window / block_size − 1`
-    blocks before it; None means all. Raises `InputError` when the sizes do not fit each other.
+    blocks before it; None means all. `documents` int64 [B, L]: positions attend within their own
+    document only (padding is a document of its own); None where each row is one. Frozen and, but
+    for the documents, compared and hashed by value: masks are cached under `plain`. Raises
+    `InputError` when the sizes do not fit each other.
 
     Example:
         >>> import blockdiff
@@ -42,6 +45,7 @@ class BlockLayout:
     length: int
     block_size: int
     window: int | None = None
+    documents: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         checks.numbers(length=self.length, block_size=self.block_size)
@@ -59,6 +63,11 @@ class BlockLayout:
     def _nearest_divisor(self) -> int:
         divisors = (d for d in range(1, self.length + 1) if self.length % d == 0)
         return min(divisors, key=lambda d: abs(d - self.block_size))
+
+    @property
+    def plain(self) -> BlockLayout:
+        """The same without documents."""
+        return self if self.documents is None else replace(self, documents=None)
 
     @property
     def blocks(self) -> int:

@@ -15,11 +15,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blockdiff.models.dit import Context, DiTOutput
+from blockdiff.layout import BlockLayout
+from blockdiff.models.denoiser import Context, DenoiserOutput
 from blockdiff.noising import Draw
 
-# A `DiT`, or one wrapped by DDP.
-Denoiser = Callable[..., DiTOutput]
+# A `Denoiser`, or one wrapped by DDP.
+Forward = Callable[..., DenoiserOutput]
 
 
 def maskable_positions(
@@ -37,24 +38,23 @@ def maskable_positions(
     return maskable
 
 
-def ar(model: Denoiser, x_0: Tensor, maskable: Tensor, documents: Tensor | None = None) -> Tensor:
+def ar(model: Forward, x_0: Tensor, maskable: Tensor, layout: BlockLayout | None = None) -> Tensor:
     """Nats per token [B, L] of a causal model; 0 at position 0, which nothing predicts."""
     predicted = maskable.clone()
     predicted[:, 0] = False
     at = torch.zeros_like(predicted)
     at[:, :-1] = predicted[:, 1:]  # the logits at i are for token i + 1
-    nll = model(x_0, at=at, targets=x_0[predicted], documents=documents).nll
+    nll = model(x_0, at=at, targets=x_0[predicted], layout=layout).nll
     assert nll is not None
     return _place(nll, predicted)
 
 
 def bd3lm(
-    model: Denoiser,
+    model: Forward,
     x_0: Tensor,
     draw: Draw,
-    documents: Tensor | None = None,
+    layout: BlockLayout | None = None,
     context: Context | None = None,
-    block_size: int | None = None,
 ) -> Tensor:
     """The draw's estimate of the bound in nats per token [B, L].
 
@@ -70,8 +70,7 @@ def bd3lm(
         sigma=draw.sigma,
         at=masked,
         targets=targets,
-        documents=documents,
-        block_size=block_size,
+        layout=layout,
     ).nll
     assert nll is not None
     weighted = _place(nll * draw.weight[masked], masked)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,28 @@ def write_text(path: Path, text: str) -> None:
         os.unlink(draft)
         raise
     sync_folder(path.parent)
+
+
+class staging:
+    """A temporary folder inside `folder` whose files move up into it when all went well."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Path:
+        self.temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=self.folder))
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                share(self.temporary)
+                for path in sorted(self.temporary.iterdir()):
+                    sync_file(path)
+                    os.replace(path, self.folder / path.name)
+                sync_folder(self.folder)
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 def file_mode(full: int = 0o666) -> int:

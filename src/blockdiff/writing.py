@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from blockdiff import checks
 from blockdiff.api import continuation, encode_prompts, to_text
-from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError, RunStopped
+from blockdiff.models.loading import load
 from blockdiff.models.precision import convert, resolve_precision
 from blockdiff.outputs import local_path, new_file, to_json
 from blockdiff.printing import plain_console, printable

@@ -69,8 +69,10 @@ TRAINING: dict[str, dict[str, Any]] = {
         "estimator": "bernoulli",
         "schedule": "cosine",
         "across_documents": False,
+        # Its clean stream, which nothing read, is gone and with it the dropout it drew.
+        "dropout": 0.0,
     },
-    "sedd": {"objective": "sedd", "init_from": "sedd", "accumulate": 2},
+    "sedd": {"objective": "sedd", "init_from": "sedd", "accumulate": 2, "dropout": 0.0},
 }
 COMMON: dict[str, Any] = {
     "data": "text.jsonl",

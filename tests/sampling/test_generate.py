@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 from blockdiff.categorical import sample, uniform, warp
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
-from blockdiff.models import dit
 from blockdiff.sampling.generate import generate_tokens, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.progress import Progress
@@ -74,11 +73,11 @@ def test_cached_decoding_is_recomputation(kind, sampler, monkeypatch):
     steps = sampling_steps(model, prompts, max_new_tokens=28, stop="none", **sampler)
     steps = steps[1:]  # the first evaluates the prompts
     final = steps[-1].tokens
-    monkeypatch.setattr(dit, "BlockLayout", lambda n, k: BlockLayout(n, k, window))
+    layout = BlockLayout(final.shape[1], size, window)
     before, seen = padded(prompts, final.shape[1]), 0
     for step, (rows, positions, at, logits) in zip(steps, calls, strict=True):
         with torch.no_grad():
-            dense = model(before, x_0=final, backend="dense", block_size=size).logits
+            dense = model(before, x_0=final, backend="dense", layout=layout).logits
         expected = dense[rows[:, None], positions][at]
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         before, seen = step.tokens, seen + len(logits)
@@ -253,9 +252,10 @@ def test_ar_is_a_loop_without_a_cache():
     for row, prompt in enumerate(prompts):
         text = list(prompt)
         for _ in range(20):
-            with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-                patch.setattr(dit, "BlockLayout", lambda n, k: BlockLayout(n, k, window))
-                logits = model(torch.tensor([text]), backend="dense").logits[0, -1] / 0.7
+            layout = BlockLayout(len(text), 1, window)
+            with torch.no_grad():
+                logits = model(torch.tensor([text]), backend="dense", layout=layout).logits
+            logits = logits[0, -1] / 0.7
             logits[8] = -torch.inf
             text.append(sample(logits[None], uniform(3, row, len(text), 1)[None]).item())
         assert ours[row] == text[len(prompt) :]

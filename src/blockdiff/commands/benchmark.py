@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockdiff.benchmark.options import BenchmarkOptions, Work
+from blockdiff.apps.benchmark.options import BenchmarkOptions, Work
 from blockdiff.commands.options import Command, Given
 from blockdiff.outputs import to_json
 
@@ -22,7 +22,7 @@ class WorkOptions:
 
 def _run(given: Given) -> None:
     options = given.make(BenchmarkOptions)
-    from blockdiff.benchmark.report import benchmark, describe
+    from blockdiff.apps.benchmark.report import benchmark, describe
 
     record = benchmark(given.make(WorkOptions).work, options)
     print(to_json(record, indent=2) if options.json else describe(record))

@@ -28,7 +28,7 @@ class DemoOptions:
 
 def _run(given: Given) -> None:
     options = given.make(DemoOptions)
-    from blockdiff.demo import demo
+    from blockdiff.apps.demo import demo
 
     demo(**asdict(options))
 

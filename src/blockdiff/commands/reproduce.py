@@ -32,7 +32,7 @@ class ReproduceOptions:
 
 def _run(given: Given) -> None:
     options = asdict(given.make(ReproduceOptions))
-    from blockdiff.reproduction.pool import reproduce
+    from blockdiff.apps.reproduction.pool import reproduce
 
     options.pop("what")
     reproduce(**options)

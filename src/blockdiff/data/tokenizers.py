@@ -17,7 +17,7 @@ from blockdiff import checks, folders
 from blockdiff.data.corpora import load_corpus, looks_like_path
 from blockdiff.data.files import first_line
 from blockdiff.errors import InputError
-from blockdiff.models.hub import staging
+from blockdiff.outputs import staging
 from blockdiff.progress import track
 from blockdiff.starter import packaged
 

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from blockdiff import checks
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
-from blockdiff.data.loading import load
 from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
 from blockdiff.evaluation.likelihood import check_estimator, likelihood
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
+from blockdiff.models.loading import load
 from blockdiff.models.precision import convert, resolve_precision
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
@@ -111,7 +111,7 @@ def open_documents(
 
 
 def open_sequences(
-    network: DiT,
+    network: Denoiser,
     words: PreTrainedTokenizerBase,
     data: str | Sequence[str],
     *,
@@ -136,7 +136,7 @@ def open_sequences(
 
 
 def pack_documents(
-    network: DiT,
+    network: Denoiser,
     words: PreTrainedTokenizerBase,
     documents: Iterable[str],
     *,
@@ -223,7 +223,7 @@ def evaluate_corpus(
 
 
 def measure_sequences(
-    network: DiT,
+    network: Denoiser,
     packed: Windows,
     sequences: dict[str, Tensor],
     *,

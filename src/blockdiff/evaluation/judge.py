@@ -19,12 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from blockdiff import objectives
 from blockdiff.checks import whole_number
-from blockdiff.data.loading import load
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
+from blockdiff.models.loading import load
 
 WINDOW = 1024
 # Tokens in one evaluation of the judge.
@@ -132,7 +132,7 @@ def load_judge(source: str | Path, window: int | None = None, device: str | None
     return Judge(str(source), tokenizer, _score_of(network), min(reach, longest))
 
 
-def _own_score(model: DiT) -> Score:
+def _own_score(model: Denoiser) -> Score:
     def score(x: Tensor, sizes: Tensor) -> Tensor:
         there = torch.arange(x.shape[1]) < sizes[:, None]
         return objectives.ar(model, x.to(model.device), there.to(model.device))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import psutil
 import torch
@@ -22,7 +22,7 @@ from blockdiff import checks, objectives
 from blockdiff.errors import InputError
 from blockdiff.estimators import Estimator, MakeDraw, make_estimator
 from blockdiff.layout import BlockLayout
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import Noise, addressed_noise, independent_groups
 from blockdiff.registry import ESTIMATORS, SCHEDULES, Choices, name_of
 from blockdiff.schedules import Schedule
@@ -98,7 +98,7 @@ class Likelihood:
 
 @torch.no_grad()
 def likelihood(
-    model: DiT,
+    model: Denoiser,
     x_0: Tensor,
     estimator: str | Estimator = "auto",
     draws: int = 8,
@@ -163,13 +163,13 @@ def likelihood(
     if processes is not None:
         mine = mine[processes.process_index :: processes.num_processes]
     for index in mine.split(rows) if len(mine) else ():
-        own = None if documents is None else documents[index]
+        part = layout if documents is None else replace(layout, documents=documents[index])
         if name == "ar":
-            nats = objectives.ar(model, x_0[index], maskable[index], own)
+            nats = objectives.ar(model, x_0[index], maskable[index], part)
             nats = nats.cpu().double().sum(-1)[None]
         else:
             nats = _bound(
-                model, x_0[index], index, maskable[index], layout, own,
+                model, x_0[index], index, maskable[index], part,
                 make=make_estimator(estimator, schedule, timesteps=timesteps), name=name,
                 random=random, draws=draws, seed=seed, budget=tokens,
             )  # fmt: skip
@@ -191,7 +191,7 @@ def check_estimator(estimator: str | Estimator) -> None:
         raise InputError(_BIASED.format(name_of(estimator)))
 
 
-def tokens_per_pass(model: DiT) -> int:
+def tokens_per_pass(model: Denoiser) -> int:
     """`TOKENS_PER_PASS`, or as many as a quarter of the free memory holds."""
     config, device = model.config, model.device
     if device.type == "cuda":
@@ -203,7 +203,7 @@ def tokens_per_pass(model: DiT) -> int:
     return min(TOKENS_PER_PASS, free // 4 // bytes_per_token)
 
 
-def _check(model: DiT, x_0: Tensor) -> None:
+def _check(model: Denoiser, x_0: Tensor) -> None:
     if not isinstance(x_0, Tensor) or x_0.dtype != torch.int64:
         kind = x_0.dtype if isinstance(x_0, Tensor) else type(x_0).__name__
         raise InputError(f"x_0 must be a [B, L] tensor of token ids, int64, not {kind}")
@@ -220,12 +220,11 @@ def _check(model: DiT, x_0: Tensor) -> None:
 
 
 def _bound(
-    model: DiT,
+    model: Denoiser,
     x_0: Tensor,
     index: Tensor,
     maskable: Tensor,
     layout: BlockLayout,
-    documents: Tensor | None,
     *,
     make: MakeDraw,
     name: str,
@@ -235,7 +234,7 @@ def _bound(
     budget: int,
 ) -> Tensor:
     """The bound by each draw, float64 [R, B]; R = 1 where nothing is random."""
-    context = model.encode(x_0, layout, documents=documents)
+    context = model.encode(x_0, layout) if layout.blocks > 1 else None
     noises: list[Noise | None] = [None]
     if random:
         noise = addressed_noise(index, layout, seed, draws)
@@ -250,9 +249,7 @@ def _bound(
         total = torch.zeros(len(x_0), dtype=torch.float64)
         copies = max(1, budget // (2 * x_0.numel()))
         for part in draw.split(copies * len(x_0)):
-            tokens = objectives.bd3lm(
-                model, x_0, part, documents, context, block_size=layout.block_size
-            )
+            tokens = objectives.bd3lm(model, x_0, part, layout, context)
             total += tokens.cpu().double().sum(-1)
         nats.append(total)
     return torch.stack(nats)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from torch import Tensor
 from blockdiff import checks, objectives
 from blockdiff.categorical import fold_seed, real_dtype
 from blockdiff.checks import whole_number
-from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.estimators import MakeDraw, make_estimator
 from blockdiff.evaluation.corpus import open_sequences, options_of_run
 from blockdiff.layout import BlockLayout
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
+from blockdiff.models.loading import load
 from blockdiff.noising import Noise, stratified_noise
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
@@ -119,7 +119,7 @@ def parse_estimator(text: str) -> tuple[MakeDraw, bool]:
 
 
 def variance(
-    model: DiT,
+    model: Denoiser,
     x_0: Tensor,
     estimator: str,
     *,
@@ -163,7 +163,7 @@ def variance(
             draw = make(rows, layout, noise, maskable, model.config.mask_token_id)
             unbiased, passes = draw.unbiased, len(draw.x_t) // len(rows)
             with torch.set_grad_enabled(gradient):
-                nats = objectives.bd3lm(model, rows, draw, own, block_size=layout.block_size)
+                nats = objectives.bd3lm(model, rows, draw, replace(layout, documents=own))
                 loss = nats.sum() / maskable.sum().clamp(min=1)
             losses[d, r] = loss.item()
             if gradient:

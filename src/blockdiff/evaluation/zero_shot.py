@@ -20,11 +20,11 @@ from blockdiff.data.corpora import kind_of
 from blockdiff.data.detokenizers import DETOKENIZERS
 from blockdiff.data.encoding import encode_pieces, mark_windows
 from blockdiff.data.hub_sets import HubUnreachable, hub_or_copies
-from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import measure_sequences, open_documents, pack_documents
 from blockdiff.evaluation.likelihood import check_estimator
+from blockdiff.models.loading import load
 from blockdiff.models.precision import convert, resolve_precision
 from blockdiff.printing import printable, table_text
 

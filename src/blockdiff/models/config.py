@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -101,6 +101,28 @@ class DiTConfig(PreTrainedConfig):
         if self.score:
             return "sedd"
         return "mdlm" if self.block_size == self.length else "bd3lm"
+
+    # The conventions of a DiT; see `models.denoiser`.
+
+    @property
+    def prompt_grid(self) -> Literal["absolute"]:
+        return "absolute"
+
+    @property
+    def inside_block(self) -> Literal["bidirectional", "causal"]:
+        return "causal" if self.causal else "bidirectional"
+
+    @property
+    def clean_stream(self) -> Literal["block", "causal"]:
+        return "causal" if self.causal else "block"
+
+    @property
+    def prediction(self) -> Literal["same", "shift"]:
+        return "shift" if self.causal else "same"
+
+    @property
+    def next_from_cache(self) -> bool:
+        return self.causal
 
     def choose_block_size(self, block_size: int | None = None, length: int | None = None) -> int:
         """The block size asked for, the model's own for None; checked against `length`.

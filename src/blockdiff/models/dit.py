@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -30,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from blockdiff.attention import attend, choose_backend
 from blockdiff.cache import BlockCache
 from blockdiff.device import cached
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import DiTConfig
+from blockdiff.models.denoiser import Context, DenoiserOutput
 from blockdiff.models.int8 import Int8Linear
 from blockdiff.models.layers import (
     Affine,
@@ -51,27 +50,6 @@ from blockdiff.models.layers import (
     rope,
 )
 from blockdiff.models.loss import subs_nll
-
-
-@dataclass
-class DiTOutput(ModelOutput):
-    """What a forward pass gives.
-
-    `logits` [R·B, L, V], or [P, V] at the P chosen positions in row-major order. `nll` [P]: −log p
-    of the targets under SUBS (for SEDD their score entropy), in nats, instead of logits when
-    targets were given.
-    """
-
-    logits: Tensor | None = None
-    nll: Tensor | None = None
-
-
-@dataclass
-class Context:
-    """Rotated keys and values [B, H, L, D] of the clean stream, one pair a layer."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
 
 
 class Prepared(NamedTuple):
@@ -118,6 +96,7 @@ class DiT(PreTrainedModel):
         self.layers = nn.ModuleList(DiTLayer(config) for _ in range(config.num_hidden_layers))
         self.output = OutputLayer(config)
         self.attention_backend = "auto"
+        self.drawable: Tensor | None = None  # which ids have a token; `load` knows
         self.post_init()
 
     # transformers' interface
@@ -170,64 +149,57 @@ class DiT(PreTrainedModel):
         self,
         x_t: Tensor,
         x_0: Tensor | None = None,
-        sigma: Tensor | None = None,
         *,
+        layout: BlockLayout | None = None,
+        sigma: Tensor | None = None,
         context: Context | None = None,
         at: Tensor | None = None,
         targets: Tensor | None = None,
-        block_size: int | None = None,
-        documents: Tensor | None = None,
         backend: str | None = None,
-    ) -> DiTOutput:
+    ) -> DenoiserOutput:
         """Logits for every position of x_t, or for the chosen ones only.
 
         `x_t` int64 [R·B, L]; `x_0` int64 [B, L], the clean tokens its blocks may look back on
-        (R noised copies share them, draw-major), or `context`, what `encode(x_0)` gave. `sigma`
-        [R·B] or [R·B, N], read only when `config.time_conditioning`. `at` bool [R·B, L]: where
-        logits are wanted; nothing else goes through the output layer. `targets` int64 [P]: then
-        `nll` [P] comes back in place of logits. `block_size` overrides the config's.
-        `documents` int64 [B, L]: see `attend`. Returns `DiTOutput`.
+        (R noised copies share them, draw-major), or `context`, what `encode(x_0)` gave. `layout`:
+        the blocks, by default the configuration's, and the documents. `sigma` [R·B] or [R·B, N],
+        read only when `config.time_conditioning`. `at` bool [R·B, L]: where logits are wanted;
+        nothing else goes through the output layer. `targets` int64 [P]: then `nll` [P] comes back
+        in place of logits. `backend`: of attention, the model's own when left out.
         """
         length = x_t.shape[1]
         backend = choose_backend(backend or self.attention_backend, x_t.device)
-        if x_0 is None and context is None:
-            layout = BlockLayout(length, 1 if self.config.causal else length)
-        else:
-            layout = BlockLayout(
-                length, self.config.block_size if block_size is None else block_size
-            )
+        alone = x_0 is None and context is None
+        if layout is None:
+            layout = self._own_layout(length, alone)
+        if layout.blocks == 1 and backend != "dense":
+            x_0 = context = None  # no block has one before it to look back on
         # `dense` is the reference: always the paper's one pass over all 2L tokens. Elsewhere copies
         # of one text share its clean stream, and so do times: it has σ = 0.
         single = x_0 is not None and len(x_0) == len(x_t) and not self.config.time_conditioning
         if x_0 is not None and (single or backend == "dense"):
             prepared = self.prepare(sigma, layout, clean_tokens=length)
-            h = self._two_streams(x_t, x_0, prepared, layout, documents, backend, at)
+            h = self._two_streams(x_t, x_0, prepared, layout, backend, at)
             return self._read_out(h, prepared, at, targets)
         prepared = self.prepare(sigma, layout)
         if x_0 is not None:
-            context = self.encode(x_0, layout, documents=documents, backend=backend)
+            context = self.encode(x_0, layout, backend=backend)
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if context is None:
-                return attend(q, k, v, layout, "clean", backend=backend, documents=documents)
+                return attend(q, k, v, layout, "clean", backend=backend)
             k = torch.cat([_repeat(context.keys[i], q.shape[0]), k], dim=2)
             v = torch.cat([_repeat(context.values[i], q.shape[0]), v], dim=2)
-            return attend(q, k, v, layout, "noised", backend=backend, documents=documents)
+            return attend(q, k, v, layout, "noised", backend=backend)
 
         cos, sin = _rope_table(length, self._head_dim, x_t.device)
         h = self._run(x_t, cos, sin, prepared, attention, at, whole=backend == "dense")
         return self._read_out(h, prepared, at, targets)
 
     def encode(
-        self,
-        x_0: Tensor,
-        layout: BlockLayout | None = None,
-        *,
-        documents: Tensor | None = None,
-        backend: str | None = None,
+        self, x_0: Tensor, layout: BlockLayout | None = None, *, backend: str | None = None
     ) -> Context:
         """The clean stream of x_0 [B, L] under M_BC; the last layer stops at keys and values."""
-        layout = layout or BlockLayout(x_0.shape[1], self.config.block_size)
+        layout = layout or self._own_layout(x_0.shape[1])
         backend = choose_backend(backend or self.attention_backend, x_0.device)
         context = Context([], [])
         last = len(self.layers) - 1
@@ -237,11 +209,30 @@ class DiT(PreTrainedModel):
             context.values.append(v)
             if i == last:
                 return None
-            return attend(q, k, v, layout, "clean", backend=backend, documents=documents)
+            return attend(q, k, v, layout, "clean", backend=backend)
 
         cos, sin = _rope_table(x_0.shape[1], self._head_dim, x_0.device)
         self._run(x_0, cos, sin, self.prepare(), attention)
         return context
+
+    def _own_layout(self, length: int, alone: bool = False) -> BlockLayout:
+        """The configuration's blocks; `alone`, a single stream: all of it is one, or AR's own."""
+        whole = alone and not self.config.causal
+        return BlockLayout(length, length if whole else self.config.block_size)
+
+    def new_cache(self, rows: int, capacity: int, block_size: int) -> BlockCache:
+        """Room for the keys and values of `capacity` clean tokens of each row."""
+        config = self.config
+        return BlockCache(
+            rows,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            self._head_dim,
+            capacity,
+            block_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def decode(
         self,
@@ -251,15 +242,16 @@ class DiT(PreTrainedModel):
         at: Tensor,
         *,
         finished: Tensor | None = None,
-        prepared: Prepared | None = None,
+        sigma: Tensor | None = None,
     ) -> Tensor:
         """One network evaluation of blocks x int64 [n, K] after their cached clean prefixes.
 
         `positions` int64 [n, K], `at` bool [n, K]: where logits are wanted; [P, V] comes back.
         With `finished` bool [n], x is [n, 2K]: a finished block that is not in the cache yet, where
         True, and the block after it; both in one evaluation, with the same logits as one after the
-        other. The tokens' keys and values stay staged for `cache.append_staged`. `prepared`: what
-        `prepare()` gave, to share it among evaluations.
+        other. The tokens' keys and values stay staged for `cache.append_staged`. `sigma` [n]: of
+        the noised tokens, read only when `config.time_conditioning`. Without, what adaLN folds is
+        folded once for all evaluations with this cache.
         """
         if x.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # what the last step left may be reused
@@ -270,7 +262,12 @@ class DiT(PreTrainedModel):
             k, v = cache.stage(i, k, v)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-        prepared = prepared or self.prepare()
+        if self.config.time_conditioning:
+            clean = 0 if finished is None else x.shape[1] // 2
+            own = x.shape[1] - clean
+            prepared = self.prepare(sigma, BlockLayout(own, own), clean)
+        else:
+            prepared = cache.folded = cache.folded or self.prepare()
         h = self._run(x, cos, sin, prepared, attention, at)
         logits = self._read_out(h, prepared, at, None).logits
         assert logits is not None
@@ -353,7 +350,6 @@ class DiT(PreTrainedModel):
         x_0: Tensor,
         prepared: Prepared,
         layout: BlockLayout,
-        documents: Tensor | None,
         backend: str,
         at: Tensor | None,
     ) -> Tensor:
@@ -365,7 +361,7 @@ class DiT(PreTrainedModel):
             kind = "two_stream"
             if backend != "dense" and i == len(self.layers) - 1:
                 kind, q = "noised", q[:, :, length:]  # nothing reads the clean half any more
-            return attend(q, k, v, layout, kind, backend=backend, documents=documents)
+            return attend(q, k, v, layout, kind, backend=backend)
 
         tokens = torch.cat([_repeat(x_0, len(x_t)), x_t], dim=1)
         cos, sin = cos.repeat(2, 1), sin.repeat(2, 1)
@@ -374,17 +370,17 @@ class DiT(PreTrainedModel):
 
     def _read_out(
         self, h: Tensor, prepared: Prepared, at: Tensor | None, targets: Tensor | None
-    ) -> DiTOutput:
+    ) -> DenoiserOutput:
         """Logits, or nll, of h [B, L, E], or [P, E] at the chosen positions."""
         final, linear = prepared.final, self.output.linear
         h = final(h) if at is None else final.at(at)(h)
         if targets is None:
-            return DiTOutput(logits=apply(linear, h))
+            return DenoiserOutput(logits=apply(linear, h))
         weight = linear.dense() if isinstance(linear, Int8Linear) else linear.weight
         nll = subs_nll(
             h, weight, linear.bias, targets, self.config.mask_token_id, self.config.score
         )
-        return DiTOutput(nll=nll)
+        return DenoiserOutput(nll=nll)
 
 
 def _repeat(x: Tensor, rows: int) -> Tensor:

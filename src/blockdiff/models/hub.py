@@ -7,10 +7,7 @@ A released folder is recognised by its `config.json` and its weights are renamed
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +18,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.outputs import share, sync_file, sync_folder
+from blockdiff.outputs import staging
 from blockdiff.starter import packaged
 
 WEIGHTS = "model.safetensors"
@@ -94,7 +91,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> DiT
             )
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(True)
-    # Else the tokenizer says which id it is (`data.loading.settle_mask`).
+    # Else the tokenizer says which id it is (`models.loading.settle_mask`).
     model.names_mask = any(raw.get(name) is not None for name in ("mask_token_id", "mask_index"))
     return model.eval()
 
@@ -303,7 +300,7 @@ def _read_tensors(
 
 
 def save_model(
-    model: DiT, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Writes config, weights and tokenizer into `folder`, all or nothing.
 
@@ -323,25 +320,3 @@ def save_model(
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-
-
-class staging:
-    """A temporary folder inside `folder` whose files move up into it when all went well."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> Path:
-        self.temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=self.folder))
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if kind is None:
-                share(self.temporary)
-                for path in sorted(self.temporary.iterdir()):
-                    sync_file(path)
-                    os.replace(path, self.folder / path.name)
-                sync_folder(self.folder)
-        finally:
-            shutil.rmtree(self.temporary, ignore_errors=True)

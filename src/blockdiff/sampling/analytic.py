@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blockdiff.categorical import uniform
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import total_noise
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.progress import ORDER, Progress, Step
@@ -26,7 +26,7 @@ from blockdiff.schedules import get_schedule
 
 
 def analytic(
-    model: DiT, canvas: Tensor, starts: Tensor, row_ids: Tensor, options: SamplingOptions
+    model: Denoiser, canvas: Tensor, starts: Tensor, row_ids: Tensor, options: SamplingOptions
 ) -> Iterator[Step]:
     """T = `options.steps` evaluations of the whole canvas [B, L]; the last fixes what is left."""
     steps = options.steps

@@ -25,7 +25,7 @@ from blockdiff.categorical import real_dtype, uniform
 from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import total_noise
 from blockdiff.sampling.analytic import analytic
 from blockdiff.sampling.options import SamplingOptions
@@ -34,7 +34,7 @@ from blockdiff.sampling.progress import ORDER, Progress, Step
 
 
 def stream_tokens(
-    model: DiT,
+    model: Denoiser,
     prompts: Sequence[Sequence[int]],
     options: SamplingOptions,
     rows: Sequence[int] | None = None,
@@ -63,7 +63,7 @@ def _row_numbers(rows: Sequence[int], wanted: int) -> list[int]:
 
 
 def _stream(
-    model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOptions, row_ids: Tensor
+    model: Denoiser, prompts: Sequence[Sequence[int]], options: SamplingOptions, row_ids: Tensor
 ) -> Iterator[Step]:
     canvas, starts = _canvas(model, prompts, options)
     walk = _autoregressive if model.config.causal else _blocks
@@ -84,7 +84,7 @@ def _stream(
         model.train(was_training)
 
 
-def _check(model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> None:
+def _check(model: Denoiser, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> None:
     config = model.config
     if options.sampler == "analytic" and config.kind != "sedd":
         raise InputError(
@@ -114,7 +114,7 @@ def _check(model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOption
 
 
 def _canvas(
-    model: DiT, prompts: Sequence[Sequence[int]], options: SamplingOptions
+    model: Denoiser, prompts: Sequence[Sequence[int]], options: SamplingOptions
 ) -> tuple[Tensor, Tensor]:
     """Prompts followed by masks [B, S], and each row's prompt length [B]."""
     starts = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
@@ -128,7 +128,7 @@ def _canvas(
 
 
 def _blocks(
-    model: DiT, canvas: Tensor, starts: Tensor, row_ids: Tensor, options: SamplingOptions
+    model: Denoiser, canvas: Tensor, starts: Tensor, row_ids: Tensor, options: SamplingOptions
 ) -> Iterator[Step]:
     """Block diffusion. With L' = L nothing is cached and the window moves by half of itself."""
     config = model.config
@@ -136,8 +136,7 @@ def _blocks(
     capacity = config.length - size
     stride = size if capacity else max(size // 2, 1)
     progress = Progress(model, canvas, starts, row_ids, options)
-    prepared = model.prepare()
-    cache = _new_cache(model, canvas, capacity, size)
+    cache = model.new_cache(len(canvas), min(capacity, canvas.shape[1]), size)
     # The block with the first free position; without a cache, one with as much before it as fits.
     first = starts // stride * stride
     if not capacity:
@@ -182,11 +181,8 @@ def _blocks(
             x = torch.cat([_read(canvas, rows, before, config.mask_token_id), x], dim=1)
             position = torch.cat([before, position], dim=1)
             at = torch.cat([torch.zeros_like(fix), fix], dim=1)
-        if config.time_conditioning:
-            rate = arrival[rows].masked_fill(~fix, 0).amax(-1)
-            clean = 0 if finished is None else size
-            prepared = model.prepare(total_noise(rate).float(), BlockLayout(size, size), clean)
-        logits = model.decode(x, position, cache, at, finished=finished, prepared=prepared)
+        sigma = total_noise(arrival[rows].masked_fill(~fix, 0).amax(-1)).float()
+        logits = model.decode(x, position, cache, at, finished=finished, sigma=sigma)
         if finished is not None:
             cache.append_staged(finished.nonzero().squeeze(-1))
             uncached[rows] = False
@@ -207,12 +203,11 @@ def _read(canvas: Tensor, rows: Tensor, position: Tensor, fill: int) -> Tensor:
 
 
 def _autoregressive(
-    model: DiT, canvas: Tensor, starts: Tensor, row_ids: Tensor, options: SamplingOptions
+    model: Denoiser, canvas: Tensor, starts: Tensor, row_ids: Tensor, options: SamplingOptions
 ) -> Iterator[Step]:
     """AR: each evaluation feeds a row's last token and fixes the next one."""
     progress = Progress(model, canvas, starts, row_ids, options)
-    prepared = model.prepare()
-    cache = _new_cache(model, canvas, model.config.length - 1, 1)
+    cache = model.new_cache(len(canvas), min(model.config.length - 1, canvas.shape[1]), 1)
     everyone = torch.arange(len(canvas), device=canvas.device)
     last = starts - 1
     if int(last.max()) > 0:
@@ -222,30 +217,15 @@ def _autoregressive(
         position = last[rows, None]
         x = canvas[rows[:, None], position]
         everywhere = torch.ones_like(x, dtype=torch.bool)
-        logits = model.decode(x, position, cache, everywhere, prepared=prepared)
+        logits = model.decode(x, position, cache, everywhere)
         cache.append_staged(torch.arange(len(rows), device=rows.device))
         last[rows] += 1
         canvas[rows, last[rows]] = progress.draw(logits, rows, last[rows])
         yield progress.step(rows, rows, last[rows])
 
 
-def _new_cache(model: DiT, canvas: Tensor, capacity: int, block_size: int) -> BlockCache:
-    """Room for `capacity` tokens a row, or for the whole canvas where that is less."""
-    config = model.config
-    return BlockCache(
-        len(canvas),
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.hidden_size // config.num_attention_heads,
-        min(capacity, canvas.shape[1]),
-        block_size,
-        dtype=model.dtype,
-        device=model.device,
-    )
-
-
 def _prefill(
-    model: DiT, cache: BlockCache, canvas: Tensor, counts: Tensor, block_size: int, window: int
+    model: Denoiser, cache: BlockCache, canvas: Tensor, counts: Tensor, block_size: int, window: int
 ) -> None:
     """Caches the first `counts` [B] tokens of each row, whole blocks, in one evaluation."""
     size = int(counts.max())
@@ -283,7 +263,7 @@ class Generation:
 
 
 def generate_tokens(
-    model: DiT,
+    model: Denoiser,
     prompts: Sequence[Sequence[int]],
     options: SamplingOptions,
     rows: Sequence[int] | None = None,

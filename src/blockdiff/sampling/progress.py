@@ -12,7 +12,7 @@ from torch import Tensor
 
 from blockdiff.cache import BlockCache
 from blockdiff.categorical import draw, uniform
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.sampling.options import SamplingOptions, stopping_rules
 from blockdiff.sampling.stopping import finished_length, is_dull
 
@@ -53,7 +53,7 @@ class Progress:
 
     def __init__(
         self,
-        model: DiT,
+        model: Denoiser,
         canvas: Tensor,
         starts: Tensor,
         row_ids: Tensor,
@@ -64,7 +64,7 @@ class Progress:
         self.nfe = torch.zeros_like(starts)
         self.lengths = torch.full_like(starts, -1)
         self.mask_token_id = model.config.mask_token_id
-        # Ids of a padded vocabulary that no token has: see `data.loading.load`.
+        # Ids of a padded vocabulary that no token has: see `models.loading.load`.
         drawable = getattr(model, "drawable", None)
         self.no_token = None if drawable is None else ~drawable.to(canvas.device)
         self.rejected = torch.zeros_like(starts, dtype=torch.bool)

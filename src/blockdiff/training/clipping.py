@@ -18,7 +18,7 @@ from torch import Tensor
 from blockdiff import objectives
 from blockdiff.estimators import make_estimator
 from blockdiff.layout import BlockLayout
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import addressed_noise
 
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -54,7 +54,7 @@ def clip_grid(block_size: int) -> list[tuple[float, float]]:
 
 @torch.no_grad()
 def clip_variances(
-    model: DiT,
+    model: Denoiser,
     x_0: Tensor,
     seed: int,
     documents: Tensor | None = None,
@@ -66,18 +66,18 @@ def clip_variances(
     share the pass over the clean text.
     """
     config = model.config
-    layout = BlockLayout(x_0.shape[1], config.block_size)
+    layout = BlockLayout(x_0.shape[1], config.block_size, documents=documents)
     maskable = objectives.maskable_positions(x_0, config.keep_first, documents)
     counted = maskable.unflatten(-1, (layout.blocks, layout.block_size)).sum(-1)
     noise = addressed_noise(torch.arange(len(x_0), device=x_0.device), layout, seed)
     was_training = model.training
     model.eval()
-    context = model.encode(x_0, layout, documents=documents)
+    context = model.encode(x_0, layout) if layout.blocks > 1 else None
     found = []
     for beta, omega in clip_grid(layout.block_size):
         draws = make_estimator(estimator, clip=(beta, omega))
         draw = draws(x_0, layout, noise, maskable, config.mask_token_id)
-        nats = objectives.bd3lm(model, x_0, draw, documents, context)
+        nats = objectives.bd3lm(model, x_0, draw, layout, context)
         by_block = nats.unflatten(-1, (layout.blocks, layout.block_size)).sum(-1)
         per_token = (by_block / counted.clamp(min=1))[counted > 0]
         found.append(ClipVariance(beta, omega, float(per_token.double().var())))

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerState, get_scheduler, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -22,7 +22,6 @@ from blockdiff import folders
 from blockdiff.attention import choose_backend
 from blockdiff.data.corpora import Corpus, load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
-from blockdiff.data.loading import check_tokenizer, require_own, settle_mask
 from blockdiff.data.packing import StreamedWindows, Windows, pack, require_cache, stream_windows
 from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
@@ -30,9 +29,10 @@ from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import WEIGHTS, load_model, resolve, save_model, staging
+from blockdiff.models.hub import WEIGHTS, load_model, resolve, save_model
+from blockdiff.models.loading import check_tokenizer, require_own, settle_mask
 from blockdiff.models.precision import resolve_precision
-from blockdiff.outputs import to_json, write_text
+from blockdiff.outputs import staging, to_json, write_text
 from blockdiff.training.callbacks import MetricsLog, ProgressBar, read_metrics
 from blockdiff.training.checkpoints import (
     checkpoint_step,
@@ -460,7 +460,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
     return model
 
 
-def _take_weights(model: DiT, start: DiT) -> None:
+def _take_weights(model: nn.Module, start: nn.Module) -> None:
     """Copies every weight both networks have; only adaLN may be on one side alone."""
     own, given = model.state_dict(), start.state_dict()
     for name, tensor in own.items():

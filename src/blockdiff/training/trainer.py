@@ -25,7 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import (
     TensorBoardCallback,
     get_available_reporting_integrations,
@@ -41,7 +48,7 @@ from blockdiff.errors import InputError, RunStopped
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.precision import resolve_precision
 from blockdiff.noising import stratified_noise
 from blockdiff.training.checkpoints import checkpoints, newest_checkpoint, seal
@@ -135,11 +142,11 @@ def reporters(config: TrainConfig) -> list[str]:
 
 
 class BlockDiffusionTrainer(Trainer):
-    """Trains a `DiT` by the objective its own configuration names."""
+    """Trains a network, a `Denoiser`, by the objective its own configuration names."""
 
     def __init__(
         self,
-        model: DiT,
+        model: PreTrainedModel,
         config: TrainConfig,
         train_dataset: Dataset,
         eval_windows: dict[str, Tensor] | None,
@@ -200,18 +207,18 @@ class BlockDiffusionTrainer(Trainer):
     ) -> Any:
         x_0, documents = inputs["x_0"], inputs.get("documents")
         first = self._begin_micro_batch(len(x_0))
-        core: DiT = self.accelerator.unwrap_model(model)
+        core: Denoiser = self.accelerator.unwrap_model(model)
         maskable = self._counted(core, x_0, documents)
+        layout = BlockLayout(x_0.shape[1], core.config.block_size, documents=documents)
         if core.config.causal:
-            nats = objectives.ar(model, x_0, maskable, documents)
+            nats = objectives.ar(model, x_0, maskable, layout)
         else:
-            layout = BlockLayout(x_0.shape[1], core.config.block_size)
             seed = fold_seed(self.run.seed, self.state.global_step)
             generator = torch.Generator(x_0.device).manual_seed(seed)
             noise = stratified_noise(self.run.batch_size, layout, generator)
             noise = noise.rows(first, first + len(x_0))
             draw = self.estimator(x_0, layout, noise, maskable, core.config.mask_token_id)
-            nats = objectives.bd3lm(model, x_0, draw, documents)
+            nats = objectives.bd3lm(model, x_0, draw, layout)
         # Gradients are averaged over processes, so each counts its share of the step's tokens.
         tokens = torch.as_tensor(num_items_in_batch, device=nats.device, dtype=torch.float32)
         loss = nats.sum() * self.accelerator.num_processes / tokens.clamp(min=1)
@@ -226,7 +233,7 @@ class BlockDiffusionTrainer(Trainer):
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> Tensor:
         """Tokens of a whole step that count: padding makes micro-batches unequal."""
-        core: DiT = self.accelerator.unwrap_model(self.model)
+        core: Denoiser = self.accelerator.unwrap_model(self.model)
         counts = [
             self._counted(core, batch["x_0"], batch.get("documents")).sum()
             for batch in batch_samples
@@ -235,7 +242,7 @@ class BlockDiffusionTrainer(Trainer):
         return cast(Tensor, self.accelerator.reduce(tokens, reduction="sum"))
 
     @staticmethod
-    def _counted(core: DiT, x_0: Tensor, documents: Tensor | None) -> Tensor:
+    def _counted(core: Denoiser, x_0: Tensor, documents: Tensor | None) -> Tensor:
         maskable = objectives.maskable_positions(x_0, core.config.keep_first, documents)
         if core.config.causal:
             maskable[:, 0] = False  # nothing predicts it
@@ -285,16 +292,16 @@ class BlockDiffusionTrainer(Trainer):
     # validation and saving use the moving average of the weights
 
     @property
-    def averaged_model(self) -> DiT:
+    def averaged_model(self) -> PreTrainedModel:
         """The EMA of the weights, or the weights themselves without one."""
         own = self.accelerator.unwrap_model(self.model)
-        return cast(DiT, own if self.ema is None else self.ema.module)
+        return cast(PreTrainedModel, own if self.ema is None else self.ema.module)
 
     def evaluate(self, *unused: object, **options: object) -> dict[str, float]:
         with _own_precision(self.averaged_model):
-            return self._measure(self.averaged_model)
+            return self._measure(cast(Denoiser, self.averaged_model))
 
-    def _measure(self, model: DiT) -> dict[str, float]:
+    def _measure(self, model: Denoiser) -> dict[str, float]:
         assert self.eval_windows is not None
         windows = {name: x.to(self.args.device) for name, x in self.eval_windows.items()}
         result = likelihood(
@@ -318,7 +325,7 @@ class BlockDiffusionTrainer(Trainer):
         )
         return metrics
 
-    def _search_clip(self, model: DiT, windows: dict[str, Tensor]) -> dict[str, float]:
+    def _search_clip(self, model: Denoiser, windows: dict[str, Tensor]) -> dict[str, float]:
         """Takes the clip of least variance on the first windows, at most `CLIP_WINDOWS`."""
         documents = windows.get("documents")
         found = clip_variances(
@@ -374,7 +381,7 @@ class BlockDiffusionTrainer(Trainer):
 
 
 @contextmanager
-def _own_precision(model: DiT) -> Iterator[None]:
+def _own_precision(model: nn.Module) -> Iterator[None]:
     """The model as it will be saved, without the autocast that accelerate put around `forward`.
 
     `encode` has none, so that keys and queries would differ in their number format.
@@ -382,12 +389,12 @@ def _own_precision(model: DiT) -> Iterator[None]:
     wrapped = model.__dict__.get("forward")
     original = model.__dict__.get("_original_forward")
     if original is not None:
-        model.forward = original  # type: ignore[method-assign]
+        model.forward = original
     try:
         yield
     finally:
         if original is not None:
-            model.forward = wrapped  # type: ignore[method-assign, assignment]
+            model.__dict__["forward"] = wrapped
 
 
 class _TensorBoard(TensorBoardCallback):

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from blockdiff.reproduction.plan import Scale, plan
-from blockdiff.reproduction.work import result_path
+from blockdiff.apps.reproduction.plan import Scale, plan
+from blockdiff.apps.reproduction.work import result_path
 
 Z = 1.96
 # Student's t at 97.5 % for 1, 2, … degrees of freedom; beyond, the last is a little too wide.

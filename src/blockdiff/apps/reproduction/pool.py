@@ -21,14 +21,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from blockdiff import checks, folders
+from blockdiff.apps.reproduction.plan import SMOKE, Job, Scale, plan
+from blockdiff.apps.reproduction.report import write_report
+from blockdiff.apps.reproduction.work import begin_worker, result_path, work
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
-from blockdiff.models.hub import staging
-from blockdiff.outputs import local_path, to_json, write_text
-from blockdiff.reproduction.plan import SMOKE, Job, Scale, plan
-from blockdiff.reproduction.report import write_report
-from blockdiff.reproduction.work import begin_worker, result_path, work
+from blockdiff.outputs import local_path, staging, to_json, write_text
 from blockdiff.training.record import commit
 
 PLAN_FILE, TOKENIZER = "plan.json", "tokenizer"

@@ -8,9 +8,8 @@ from typing import Any, cast
 
 import torch
 
-from blockdiff.attention import choose_backend
-from blockdiff.benchmark import works
-from blockdiff.benchmark.compare import (
+from blockdiff.apps.benchmark import works
+from blockdiff.apps.benchmark.compare import (
     Machine,
     Run,
     Timing,
@@ -19,7 +18,8 @@ from blockdiff.benchmark.compare import (
     measure_machine,
     ratio,
 )
-from blockdiff.benchmark.options import WORKS, BenchmarkOptions
+from blockdiff.apps.benchmark.options import WORKS, BenchmarkOptions
+from blockdiff.attention import choose_backend
 from blockdiff.checks import one_of
 from blockdiff.device import choose_device
 from blockdiff.models.config import PRESETS

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullFormatter
 
+from blockdiff.apps.reproduction.plan import BLOCK_SIZES, COMPARED
+from blockdiff.apps.reproduction.results import Results
 from blockdiff.plots import COLOURS, save_figure
-from blockdiff.reproduction.plan import BLOCK_SIZES, COMPARED
-from blockdiff.reproduction.results import Results
 
 # name in a plot, name of the jobs, colour
 FAMILIES = (("AR", "ar", 0), ("BD3-LM L' = 4", "L4", 2), ("BD3-LM L' = 8", "L8", 4),

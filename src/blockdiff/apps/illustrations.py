@@ -1,6 +1,6 @@
 """The figures of docs/theory.md, drawn from the code they explain.
 
-`python -m blockdiff.illustrations FOLDER` draws them all.
+`python -m blockdiff.apps.illustrations FOLDER` draws them all.
 """
 
 from __future__ import annotations

@@ -29,10 +29,10 @@ from transformers import (
 
 from blockdiff import checks, folders
 from blockdiff.api import TextGeneration, encode_prompts, to_text
-from blockdiff.data.loading import load
 from blockdiff.device import choose_device
 from blockdiff.evaluation.corpus import evaluate_corpus
 from blockdiff.models.dit import DiT
+from blockdiff.models.loading import load
 from blockdiff.outputs import to_json, write_text
 from blockdiff.plots import loss_plot
 from blockdiff.printing import plain_console, printable

@@ -6,9 +6,9 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from blockdiff.reproduction.plan import sizes
-from blockdiff.reproduction.results import Summary
-from blockdiff.reproduction.wording import label, table, verdict
+from blockdiff.apps.reproduction.plan import sizes
+from blockdiff.apps.reproduction.results import Summary
+from blockdiff.apps.reproduction.wording import label, table, verdict
 
 # Generative perplexities of OpenWebText models at L = 1,024.
 PAPER_GENERATION = {"ar": "14.1", "L4": "25.7", "mdlm": "46.8"}

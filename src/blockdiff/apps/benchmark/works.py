@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from blockdiff import objectives
+from blockdiff.apps.benchmark.compare import Run
+from blockdiff.apps.benchmark.naive import naive_nats, naive_sample
+from blockdiff.apps.benchmark.options import BenchmarkOptions
 from blockdiff.attention import attend
-from blockdiff.benchmark.compare import Run
-from blockdiff.benchmark.naive import naive_nats, naive_sample
-from blockdiff.benchmark.options import BenchmarkOptions
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout

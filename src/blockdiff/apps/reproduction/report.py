@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
+from blockdiff.apps.reproduction import figures
+from blockdiff.apps.reproduction.measures import generation, variances
+from blockdiff.apps.reproduction.plan import CLIPS, COMPARED, LONGER, Scale, clips, sizes
+from blockdiff.apps.reproduction.results import Rate, Results, Summary, apart, over_seeds
+from blockdiff.apps.reproduction.wording import NAMES, label, table, verdict
 from blockdiff.outputs import to_json, write_text
 from blockdiff.plots import variance_plot
-from blockdiff.reproduction import figures
-from blockdiff.reproduction.measures import generation, variances
-from blockdiff.reproduction.plan import CLIPS, COMPARED, LONGER, Scale, clips, sizes
-from blockdiff.reproduction.results import Rate, Results, Summary, apart, over_seeds
-from blockdiff.reproduction.wording import NAMES, label, table, verdict
 
 # LM1B perplexities.
 PAPER_PERPLEXITY = {"ar": "22.83", "L4": "28.23", "mdlm": "31.78"}

@@ -19,7 +19,8 @@ import torch
 
 from blockdiff.allocator import keep_freed_memory
 from blockdiff.api import generate
-from blockdiff.data.loading import load
+from blockdiff.apps.reproduction.control import HalfCounted
+from blockdiff.apps.reproduction.plan import Job, Scale
 from blockdiff.data.packing import pack
 from blockdiff.data.windows import stack
 from blockdiff.evaluation.corpus import open_documents, open_sequences
@@ -27,9 +28,8 @@ from blockdiff.evaluation.judge import load_judge
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.evaluation.samples import sample_quality, shuffled
 from blockdiff.evaluation.variance import DEFAULT_ESTIMATORS, variance
+from blockdiff.models.loading import load
 from blockdiff.outputs import to_json, write_text
-from blockdiff.reproduction.control import HalfCounted
-from blockdiff.reproduction.plan import Job, Scale
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.callbacks import METRICS_FILE, read_metrics
 from blockdiff.training.checkpoints import checkpoint_step, newest_checkpoint

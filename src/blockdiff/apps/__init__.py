@@ -1,0 +1,1 @@
+"""Users of the library, imported by nothing but the command line."""

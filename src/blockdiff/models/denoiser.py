@@ -1,0 +1,145 @@
+"""What may be asked of a network; types only.
+
+Objectives, likelihood, engine and trainer know a network by what stands here, never by its class.
+What tells one published block diffusion model from another are fields of its configuration, the
+conventions, which the callers read:
+
+    mask_token_id   what a masked position holds
+    block_size      L' it was trained for
+    prompt_grid     where the first block of new text begins: "absolute", at a multiple of L'
+    inside_block    what a token sees of its own block: "bidirectional" or "causal"
+    clean_stream    how far x_0 is known to a clean token: its "block", or "causal", itself
+    prediction      the logits at i are for token i ("same") or for token i + 1 ("shift", as in AR)
+    next_from_cache whether caching a finished block also yields the token after it
+
+Shapes: B batch, R draws, L positions, n rows, T tokens of one evaluation, P chosen positions,
+V vocabulary, N blocks, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from blockdiff.cache import BlockCache
+from blockdiff.layout import BlockLayout
+
+
+@dataclass
+class DenoiserOutput(ModelOutput):
+    """What a forward pass gives.
+
+    `logits` [R·B, L, V], or [P, V] at the P chosen positions in row-major order. `nll` [P]: −log p
+    of the targets under SUBS (for SEDD their score entropy), in nats, instead of logits when
+    targets were given.
+    """
+
+    logits: Tensor | None = None
+    nll: Tensor | None = None
+
+
+@dataclass
+class Context:
+    """Rotated keys and values [B, H, L, D] of the clean stream, one pair a layer."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class Conventions(Protocol):
+    """The part of a configuration that callers read; see the module's text."""
+
+    vocab_size: int
+    length: int
+    hidden_size: int
+    num_hidden_layers: int
+    mask_token_id: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    time_conditioning: bool
+    keep_first: bool
+    clip: list[float] | None
+    block_size: int
+    causal: bool
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def prompt_grid(self) -> Literal["absolute"]: ...
+    @property
+    def inside_block(self) -> Literal["bidirectional", "causal"]: ...
+    @property
+    def clean_stream(self) -> Literal["block", "causal"]: ...
+    @property
+    def prediction(self) -> Literal["same", "shift"]: ...
+    @property
+    def next_from_cache(self) -> bool: ...
+    def choose_block_size(
+        self, block_size: int | None = None, length: int | None = None
+    ) -> int: ...
+
+
+class Denoiser(Protocol):
+    """A network that denoises blocks; `DiT` is one."""
+
+    # What vocabulary ids have a token, bool [V]; None for all. `load` sets it.
+    drawable: Tensor | None
+    training: bool
+
+    @property
+    def config(self) -> Conventions: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        x_0: Tensor | None = None,
+        *,
+        layout: BlockLayout | None = None,
+        sigma: Tensor | None = None,
+        context: Context | None = None,
+        at: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> DenoiserOutput:
+        """Logits, or nll of `targets` [P], at the positions `at` bool [R·B, L], or everywhere.
+
+        `x_t` int64 [R·B, L] reads the clean blocks before its own: of `x_0` int64 [B, L], which R
+        noised copies share draw-major, or of the `context` that `encode(x_0)` gave. Without either
+        it is one stream under the layout's M_BC. `layout`: blocks, window and documents; the
+        configuration's blocks when left out. `sigma` [R·B] or [R·B, N]: read where the network is
+        conditioned on time.
+        """
+        ...
+
+    def encode(self, x_0: Tensor, layout: BlockLayout | None = None) -> Context:
+        """Keys and values of the clean stream of x_0 int64 [B, L]."""
+        ...
+
+    def decode(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cache: BlockCache,
+        at: Tensor,
+        *,
+        finished: Tensor | None = None,
+        sigma: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [P, V] of one evaluation of blocks x int64 [n, T] after their cached prefixes."""
+        ...
+
+    def new_cache(self, rows: int, capacity: int, block_size: int) -> BlockCache:
+        """Room for the keys and values of `capacity` clean tokens of each row."""
+        ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def eval(self) -> object: ...
+    def train(self, mode: bool = True) -> object: ...
