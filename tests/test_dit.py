@@ -6,12 +6,13 @@ import blockdiff
 from blockdiff import objectives
 from blockdiff.attention import _block_mask, _chunks
 from blockdiff.errors import InputError
+from blockdiff.estimators import paired
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout, dense_mask
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT, _rope_table
 from blockdiff.models.loss import subs_nll_from_logits
-from blockdiff.noising import addressed_noise, exact_k, paired
+from blockdiff.noising import addressed_noise, exact_k
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.ema import make_ema

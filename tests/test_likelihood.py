@@ -8,10 +8,10 @@ import torch
 
 from blockdiff import objectives
 from blockdiff.errors import InputError
+from blockdiff.estimators import make_estimator
 from blockdiff.evaluation import likelihood as module
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
-from blockdiff.noising import make_estimator
 from blockdiff.outputs import to_json
 from helpers import random_tokens, tiny_model
 

@@ -16,18 +16,16 @@ import torch
 from scipy import stats
 
 from blockdiff.errors import InputError
+from blockdiff.estimators import enumerate_masks, make_estimator, paired
 from blockdiff.layout import BlockLayout
 from blockdiff.noising import (
-    ESTIMATORS,
     Noise,
     addressed_noise,
-    enumerate_masks,
     exact_k,
     independent_groups,
-    make_estimator,
-    paired,
     stratified_noise,
 )
+from blockdiff.registry import ESTIMATORS
 from blockdiff.schedules import SCHEDULES, get_schedule
 from blockdiff.training.clipping import clip_grid
 
@@ -113,7 +111,7 @@ def test_both_forms_of_the_bound_and_enumerate_agree():
     by_t = torch.tensor([exact_by_t(block) for block in range(4)], dtype=torch.float64)
     torch.testing.assert_close(by_t, BOUND, rtol=1e-12, atol=0)
     assert BOUND[2] == 0 and (BOUND[[0, 1, 3]] > 1).all()
-    draw = enumerate_masks(X_0, LAYOUT, MASKABLE, MASK)
+    draw = enumerate_masks(X_0, LAYOUT, None, MASKABLE, MASK)
     assert draw.exact and draw.unbiased and len(draw.x_t) == 15
     torch.testing.assert_close(losses(draw).sum(0), BOUND, rtol=1e-6, atol=0)
 
@@ -121,7 +119,7 @@ def test_both_forms_of_the_bound_and_enumerate_agree():
 def test_enumerate_refuses_what_would_take_too_long():
     long = torch.zeros(1, 32, dtype=torch.int64)
     with pytest.raises(InputError, match="exact_k"):
-        enumerate_masks(long, BlockLayout(32, 16), torch.ones_like(long).bool(), MASK)
+        enumerate_masks(long, BlockLayout(32, 16), None, torch.ones_like(long).bool(), MASK)
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
@@ -359,7 +357,7 @@ def test_split_keeps_everything():
     for name in ("x_t", "weight", "sigma"):
         whole = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(whole, getattr(draw, name))
-    assert all(part.exact for part in enumerate_masks(X_0, LAYOUT, MASKABLE, MASK).split(5))
+    assert all(part.exact for part in enumerate_masks(X_0, LAYOUT, None, MASKABLE, MASK).split(5))
 
 
 def test_stratified_noise_has_one_number_in_each_cell():

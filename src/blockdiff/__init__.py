@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from blockdiff.api import TextGeneration, generate, load, stream
     from blockdiff.errors import InputError
+    from blockdiff.estimators import Estimator
     from blockdiff.evaluation.likelihood import Likelihood, likelihood
     from blockdiff.layout import BlockLayout
     from blockdiff.models.config import DiTConfig
@@ -39,6 +40,7 @@ _HOMES = {
     "load": "api",
     "stream": "api",
     "InputError": "errors",
+    "Estimator": "estimators",
     "Likelihood": "evaluation.likelihood",
     "likelihood": "evaluation.likelihood",
     "BlockLayout": "layout",
@@ -62,6 +64,7 @@ __all__ = [
     "BlockLayout",
     "DiT",
     "DiTConfig",
+    "Estimator",
     "InputError",
     "Likelihood",
     "SamplingOptions",

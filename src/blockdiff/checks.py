@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import fields
+from functools import cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from blockdiff.errors import InputError
+from blockdiff.registry import Choices
 
 # What a 64-bit integer holds, and numpy's and torch's generators take between them.
 LARGEST_SIZE = 2**31 - 1
@@ -123,11 +125,34 @@ def _low(low: float, above: bool) -> str:
     return f"above {low:g}" if above else f"at least {low:g}"
 
 
-def one_of(name: str, value: object, choices: Collection[str]) -> str:
-    """`value` when it is one of the names; else `InputError` with the names there are."""
-    if not isinstance(value, str) or value not in choices:
-        raise InputError(f"`{name}` {value!r} is unknown; choose one of {', '.join(choices)}")
-    return value
+def choices_in(hint: Any) -> Collection[str] | None:
+    """The choices that a type names by `Literal` or by `Annotated[str, Choices]`; None for none."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if get_origin(hint) is Annotated:
+        return next((one for one in hint.__metadata__ if isinstance(one, Collection)), None)
+    found = (choices_in(part) for part in get_args(hint))
+    return next((choices for choices in found if choices is not None), None)
+
+
+@cache
+def choices_of(kind: Any) -> dict[str, Collection[str]]:
+    """Field → its choices, of the fields of a dataclass that have any."""
+    hints = get_type_hints(kind, include_extras=True)
+    found = {field.name: choices_in(hints[field.name]) for field in fields(kind)}
+    return {name: choices for name, choices in found.items() if choices is not None}
+
+
+def one_of(name: str, value: Any, choices: Collection[str]) -> Any:
+    """`value` when it is one of the names, or an object that stands for one.
+
+    Raises `InputError` with the names there are.
+    """
+    if isinstance(value, str) and value in choices:
+        return value
+    if isinstance(choices, Choices) and choices.takes(value):
+        return value
+    raise InputError(f"`{name}` {value!r} is unknown; choose one of {', '.join(choices)}")
 
 
 def numbers(**given: object) -> None:
@@ -147,7 +172,6 @@ def _number(name: str, value: object, whole: Whole, real: Reals) -> float:
 
 def options(
     given: Any,
-    choices: Mapping[str, Collection[str]],
     whole: Whole,
     real: Reals,
     *,
@@ -155,11 +179,13 @@ def options(
 ) -> None:
     """Checks every field of a frozen dataclass; its numbers become Python's own (numpy's, say).
 
-    `whole` and `real` come before the tables here; what is neither a number nor one of `choices` is
-    a truth value or text. A number above 0 and under `smallest` is refused. None is good where the
-    field's type says so. Raises `InputError`.
+    `whole` and `real` come before the tables here; what is neither a number nor one of a few
+    choices (see `choices_in`) is a truth value or text. A number above 0 and under `smallest` is
+    refused. None is good where the field's type says so. Raises `InputError`.
     """
     whole, real = {**WHOLE_NUMBERS, **whole}, {**REAL_NUMBERS, **real}
+    dataclass: Any = type(given)
+    choices = choices_of(dataclass)
     for field in fields(given):
         name, value, kind = field.name, getattr(given, field.name), str(field.type)
         if value is None and "None" in kind:

@@ -14,11 +14,12 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, TypeVar
 
 from blockdiff.errors import InputError
 
 if TYPE_CHECKING:
+    from blockdiff.estimators import Estimator
     from blockdiff.schedules import Schedule
 
 T = TypeVar("T")
@@ -86,22 +87,19 @@ class Registry(Mapping[str, T], Generic[T]):
         `option`: what the choice is called in a refusal, if not by the kind of object. Raises
         `InputError` with the names there are.
         """
-        found = self.check(chosen, option)
-        return self[found] if isinstance(found, str) else found
-
-    def check(self, chosen: str | T, option: str | None = None) -> str | T:
-        """`chosen`, when it is one of the names or an object; imports nothing.
-
-        Raises `InputError` with the names there are.
-        """
-        is_object = not isinstance(chosen, str) and hasattr(chosen, "name")
-        if is_object and all(hasattr(chosen, one) for one in self.asked):
+        if isinstance(chosen, str) and chosen in self:
+            return self[chosen]
+        if not isinstance(chosen, str) and self.is_object(chosen):
             return chosen
-        if not isinstance(chosen, str) or chosen not in self:
-            raise InputError(
-                f"`{option or self.what}` {chosen!r} is unknown; choose one of {', '.join(self)}"
-            )
-        return chosen
+        raise InputError(
+            f"`{option or self.what}` {chosen!r} is unknown; choose one of {', '.join(self)}"
+        )
+
+    def is_object(self, chosen: object) -> bool:
+        """Whether `chosen` is one of the things themselves, registered or not."""
+        return not isinstance(chosen, str) and all(
+            hasattr(chosen, one) for one in ("name", *self.asked)
+        )
 
     def has(self, name: str, fact: str) -> bool:
         """Whether the attribute `fact` of what is called `name` is true; imports nothing."""
@@ -135,7 +133,8 @@ class Registry(Mapping[str, T], Generic[T]):
 class Choices(Collection[str]):
     """Some of a registry's names, as they are when one looks: those with a fact, and a few words.
 
-    `also`: words that stand before the names, such as auto.
+    `also`: words that stand before the names, such as auto. A dataclass says that its field is one
+    of them by `Annotated[str, Choices(…)]`; command line, YAML and checks read it there.
     """
 
     registry: Registry[Any]
@@ -154,6 +153,12 @@ class Choices(Collection[str]):
     def __contains__(self, name: object) -> bool:
         return any(name == one for one in self)
 
+    def takes(self, value: object) -> bool:
+        """Whether `value` is an object that may stand in the place of a name."""
+        return self.registry.is_object(value) and (
+            self.fact is None or bool(getattr(value, self.fact, False))
+        )
+
 
 def name_of(chosen: Any) -> str:
     """The name of what may be chosen by name or as an object."""
@@ -169,7 +174,13 @@ SCHEDULES: Registry[Schedule] = Registry(
     ("alpha", "mask_rate", "weight", "inverse"),
     {"blockdiff.schedules": "linear cosine square square_root logarithmic"},
 )
-ESTIMATORS: Registry[Any] = Registry("estimator")
+ESTIMATORS: Registry[Estimator] = Registry(
+    "estimator",
+    ("draw", "reads", "unbiased"),
+    {"blockdiff.estimators": "enumerate exact_k paired bernoulli d3pm bell clipped clipped_redraw"},
+    unbiased="enumerate exact_k paired bernoulli d3pm",
+    needs_clip="clipped clipped_redraw",
+)
 OBJECTIVES: Registry[Any] = Registry("objective")
 ORDERS: Registry[Any] = Registry("order")
 STOPPING_RULES: Registry[Any] = Registry("stopping rule")
@@ -179,3 +190,9 @@ register_estimator = ESTIMATORS.register
 register_objective = OBJECTIVES.register
 register_order = ORDERS.register
 register_stopping_rule = STOPPING_RULES.register
+
+# Types of fields, for what stands on the command line.
+ScheduleName = Annotated[str, Choices(SCHEDULES)]
+EstimatorName = Annotated[str, Choices(ESTIMATORS)]
+BoundName = Annotated[str, Choices(ESTIMATORS, "unbiased", ("auto",))]
+ObjectiveName = Annotated[str, Choices(OBJECTIVES)]

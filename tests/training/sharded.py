@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from blockdiff import objectives
-from blockdiff.noising import make_estimator, stratified_noise
+from blockdiff.estimators import make_estimator
+from blockdiff.noising import stratified_noise
 from blockdiff.training.ema import make_ema, update_ema
 from helpers import random_tokens, tiny_model
 

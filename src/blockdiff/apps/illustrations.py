@@ -15,8 +15,9 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from blockdiff.estimators import make_estimator
 from blockdiff.layout import BlockLayout
-from blockdiff.noising import make_estimator, stratified_noise
+from blockdiff.noising import stratified_noise
 from blockdiff.plots import COLOURS, save_figure
 from blockdiff.schedules import SCHEDULES
 

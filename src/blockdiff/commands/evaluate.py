@@ -9,9 +9,9 @@ from blockdiff.commands.data import DataOptions
 from blockdiff.commands.model import ModelOptions
 from blockdiff.commands.options import Command, Given
 from blockdiff.outputs import to_json
+from blockdiff.registry import BoundName
 
 Precision = Literal["auto", "float32", "bf16", "int8"]
-Bound = Literal["auto", "enumerate", "exact_k", "paired", "bernoulli", "d3pm"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EvaluateOptions:
     """
 
     block_size: int | None = None
-    estimator: Bound = "auto"
+    estimator: BoundName = "auto"
     draws: int = 8
     timesteps: int = 1000
     windows: int = 0

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import click
 import yaml
 from click.core import ParameterSource
 from docstring_parser import parse as parse_docstring
 
+from blockdiff.checks import choices_in
 from blockdiff.commands.hints import hint_option
 from blockdiff.errors import InputError
 
@@ -87,7 +88,6 @@ class Option(click.Option):
         self.can_be_null = type(None) in parts
         self.is_switch = bool in parts
         self.is_required = default is MISSING
-        choices = [c for part in parts if get_origin(part) is Literal for c in get_args(part)]
         several = any(get_origin(part) is list for part in parts)
         flag = "--" + name.replace("_", "-")
         if self.is_switch:
@@ -96,7 +96,7 @@ class Option(click.Option):
             text += f" [default: {default}]"
         super().__init__(
             [name, flag],
-            type=_Value(name if by_place and self.is_required else flag, parts, choices),
+            type=_Value(name if by_place and self.is_required else flag, parts, choices_in(hint)),
             help=text,
             multiple=several,
             metavar="" if self.is_switch else None,
@@ -114,21 +114,24 @@ class Option(click.Option):
 class _Value(click.ParamType):
     """A word's value by click's own types; a refusal says what was expected."""
 
-    def __init__(self, what: str, parts: Sequence[Any], choices: Sequence[str]) -> None:
+    def __init__(self, what: str, parts: Sequence[Any], choices: Collection[str] | None) -> None:
         self.what = what
-        self.inner: click.ParamType = click.STRING
+        self.choices = choices
+        self.plain: click.ParamType = click.STRING
         self.expected = "text"
-        if choices:
-            self.inner, self.expected = click.Choice(choices), ", ".join(choices)
-        else:
-            for kind, inner, expected in (
-                (bool, click.BOOL, "true or false"),
-                (int, click.INT, "a whole number"),
-                (float, click.FLOAT, "a number"),
-            ):
-                if kind in parts:
-                    self.inner, self.expected = inner, expected
+        for kind, inner, expected in (
+            (bool, click.BOOL, "true or false"),
+            (int, click.INT, "a whole number"),
+            (float, click.FLOAT, "a number"),
+        ):
+            if kind in parts:
+                self.plain, self.expected = inner, expected
         self.name = self.inner.name
+
+    @property
+    def inner(self) -> click.ParamType:
+        """click's type; choices as they are now, for a plugin may have added some."""
+        return self.plain if self.choices is None else click.Choice(list(self.choices))
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
         return self.inner.get_metavar(param, ctx)
@@ -139,8 +142,10 @@ class _Value(click.ParamType):
         try:
             return self.inner.convert(value, param, ctx)
         except click.BadParameter:
-            wanted = "choose one of" if isinstance(self.inner, click.Choice) else "expected"
-            raise InputError(f"{self.what} cannot be {value!r}; {wanted} {self.expected}") from None
+            wanted = f"expected {self.expected}"
+            if self.choices is not None:
+                wanted = f"choose one of {', '.join(self.choices)}"
+            raise InputError(f"{self.what} cannot be {value!r}; {wanted}") from None
 
 
 def _text(what: str, text: str) -> str:
@@ -153,7 +158,7 @@ def _text(what: str, text: str) -> str:
 
 def options_of(kind: type, places: Sequence[str] = ()) -> list[Option]:
     """An option for every field of a dataclass."""
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     texts = {p.arg_name: " ".join((p.description or "").split())
              for p in parse_docstring(kind.__doc__ or "").params}  # fmt: skip
     return [

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from blockdiff.commands.evaluate import Precision
 from blockdiff.commands.model import ModelOptions
 from blockdiff.commands.options import Command, Given, as_typed
 from blockdiff.outputs import to_json
 from blockdiff.printing import printable
-
-Bound = Literal["auto", "enumerate", "exact_k", "paired", "bernoulli"]
+from blockdiff.registry import BoundName
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class ZeroShotOptions:
     eos: bool = True
     window_marks: bool = False
     windows: int = 0
-    estimator: Bound = "auto"
+    estimator: BoundName = "auto"
     draws: int = 8
     seed: int = 0
     precision: Precision = "float32"

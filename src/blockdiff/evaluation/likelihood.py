@@ -20,17 +20,12 @@ from torch import Tensor
 
 from blockdiff import checks, objectives
 from blockdiff.errors import InputError
+from blockdiff.estimators import Estimator, MakeDraw, make_estimator
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
-from blockdiff.noising import (
-    ESTIMATORS,
-    Estimator,
-    Noise,
-    addressed_noise,
-    independent_groups,
-    make_estimator,
-)
-from blockdiff.schedules import SCHEDULES
+from blockdiff.noising import Noise, addressed_noise, independent_groups
+from blockdiff.registry import ESTIMATORS, SCHEDULES, Choices, name_of
+from blockdiff.schedules import Schedule
 
 # Enumerated by default up to here: 15 noised passes.
 AUTO_ENUMERATE = 4
@@ -105,12 +100,12 @@ class Likelihood:
 def likelihood(
     model: Denoiser,
     x_0: Tensor,
-    estimator: str = "auto",
+    estimator: str | Estimator = "auto",
     draws: int = 8,
     seed: int = 0,
     *,
     block_size: int | None = None,
-    schedule: str = "linear",
+    schedule: str | Schedule = "linear",
     timesteps: int = 1000,
     keep_first: bool | None = None,
     documents: Tensor | None = None,
@@ -120,8 +115,9 @@ def likelihood(
 ) -> Likelihood:
     """Measures sequences x_0 int64 [B, L] under the model.
 
-    `estimator`: "auto" (`enumerate` up to L' = 4, else `exact_k`), "bernoulli", "exact_k",
-    "paired", "d3pm" (T = `timesteps`) or "enumerate"; AR models ignore it. `draws` noised copies
+    `estimator`: "auto" (`enumerate` up to L' = 4, else `exact_k`), or one that is unbiased, by its
+    name or as an object, with the `schedule` and `timesteps` it may read; AR models ignore it.
+    `draws` noised copies
     per sequence (pairs for `paired`); every draw of a sequence shares one pass over its clean
     tokens. The noise depends on `seed` and the sequence's number only, never on the batching.
     `keep_first` defaults to the model's own setting; `progress` is called with the number of
@@ -136,7 +132,7 @@ def likelihood(
         >>> found.estimator, found.exact, found.perplexity > 1
         ('enumerate', True, True)
     """
-    checks.one_of("schedule", schedule, SCHEDULES)
+    SCHEDULES.find(schedule)
     checks.numbers(draws=draws, seed=seed, timesteps=timesteps, batch_size=batch_size)
     check_estimator(estimator)
     _check(model, x_0)
@@ -150,12 +146,13 @@ def likelihood(
     elif estimator == "auto":
         small = layout.block_size <= AUTO_ENUMERATE and not model.config.time_conditioning
         estimator = "enumerate" if small else "exact_k"
-    if estimator == "enumerate" and model.config.time_conditioning:
+    name, random = name_of(estimator), estimator != "ar" and ESTIMATORS.find(estimator).random
+    if name != "ar" and not random and model.config.time_conditioning:
         raise InputError(
-            "enumerate leaves no time to condition on, and this model is conditioned on it: "
+            f"{name} leaves no time to condition on, and this model is conditioned on it: "
             "use exact_k"
         )
-    if estimator in ("ar", "enumerate"):
+    if not random:
         draws = 1
     tokens = tokens_per_pass(model)
     rows = max(1, tokens // (2 * x_0.shape[1])) if batch_size is None else batch_size
@@ -167,14 +164,14 @@ def likelihood(
         mine = mine[processes.process_index :: processes.num_processes]
     for index in mine.split(rows) if len(mine) else ():
         part = layout if documents is None else replace(layout, documents=documents[index])
-        if estimator == "ar":
+        if name == "ar":
             nats = objectives.ar(model, x_0[index], maskable[index], part)
             nats = nats.cpu().double().sum(-1)[None]
         else:
             nats = _bound(
                 model, x_0[index], index, maskable[index], part,
-                make=make_estimator(estimator, schedule, timesteps=timesteps), estimator=estimator,
-                draws=draws, seed=seed, budget=tokens,
+                make=make_estimator(estimator, schedule, timesteps=timesteps), name=name,
+                random=random, draws=draws, seed=seed, budget=tokens,
             )  # fmt: skip
         per_draw.append(nats)
         if progress is not None:
@@ -184,15 +181,14 @@ def likelihood(
         found = gather_object([(mine.cpu(), per_draw)])
         order = torch.cat([index for index, _ in found]).argsort()
         per_draw = [torch.cat([nats for _, parts in found for nats in parts], dim=1)[:, order]]
-    exact = estimator in ("ar", "enumerate")
-    return _summary(torch.cat(per_draw, dim=1), maskable.sum(-1).cpu(), estimator, exact)
+    return _summary(torch.cat(per_draw, dim=1), maskable.sum(-1).cpu(), name, not random)
 
 
-def check_estimator(estimator: str) -> None:
+def check_estimator(estimator: str | Estimator) -> None:
     """Raises `InputError` unless it is one whose draws bound the likelihood, or auto."""
-    checks.one_of("estimator", estimator, ("auto", *ESTIMATORS))
-    if "clipped" in estimator or estimator == "bell":
-        raise InputError(_BIASED.format(estimator))
+    checks.one_of("estimator", estimator, Choices(ESTIMATORS, also=("auto",)))
+    if estimator != "auto" and not ESTIMATORS.find(estimator).unbiased:
+        raise InputError(_BIASED.format(name_of(estimator)))
 
 
 def tokens_per_pass(model: Denoiser) -> int:
@@ -230,27 +226,25 @@ def _bound(
     maskable: Tensor,
     layout: BlockLayout,
     *,
-    make: Estimator,
-    estimator: str,
+    make: MakeDraw,
+    name: str,
+    random: bool,
     draws: int,
     seed: int,
     budget: int,
 ) -> Tensor:
-    """The bound by each draw, float64 [R, B]; R = 1 for `enumerate`."""
+    """The bound by each draw, float64 [R, B]; R = 1 where nothing is random."""
     context = model.encode(x_0, layout) if layout.blocks > 1 else None
-    if estimator == "enumerate":
-        noise = Noise(x_0, x_0)  # unread
-        rounds = [make(x_0, layout, noise, maskable, model.config.mask_token_id)]
-    else:
+    noises: list[Noise | None] = [None]
+    if random:
         noise = addressed_noise(index, layout, seed, draws)
-        rounds = [
-            make(x_0, layout, Noise(block, token), maskable, model.config.mask_token_id)
-            for block, token in zip(noise.block.chunk(draws), noise.token.chunk(draws), strict=True)
-        ]
+        parts = zip(noise.block.chunk(draws), noise.token.chunk(draws), strict=True)
+        noises = [Noise(block, token) for block, token in parts]
+    rounds = [make(x_0, layout, noise, maskable, model.config.mask_token_id) for noise in noises]
     nats = []
     for draw in rounds:
         if not draw.unbiased:
-            raise InputError(_BIASED.format(estimator))
+            raise InputError(_BIASED.format(name))
         # The copies of a round add up; as many go through the network at once as fill a pass.
         total = torch.zeros(len(x_0), dtype=torch.float64)
         copies = max(1, budget // (2 * x_0.numel()))

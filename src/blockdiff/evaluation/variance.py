@@ -29,13 +29,15 @@ from blockdiff.categorical import fold_seed, real_dtype
 from blockdiff.checks import whole_number
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
+from blockdiff.estimators import MakeDraw, make_estimator
 from blockdiff.evaluation.corpus import open_sequences, options_of_run
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
-from blockdiff.noising import Estimator, Noise, make_estimator, stratified_noise
+from blockdiff.noising import Noise, stratified_noise
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
+from blockdiff.registry import ESTIMATORS
 
 # The schedules of the paper's tables, and what is new.
 DEFAULT_ESTIMATORS = (
@@ -54,6 +56,10 @@ DEFAULT_ESTIMATORS = (
     "paired+stratified",
 )
 _HOW = "name, bernoulli:SCHEDULE, clipped:β:ω or d3pm:T, and +stratified behind it"
+# What may stand behind an estimator's name: the first of these that the estimator reads.
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    "clip": (float, float), "timesteps": (int,), "schedule": (str,)
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,28 +96,26 @@ class EstimatorVariance:
         return asdict(self)
 
 
-def parse_estimator(text: str) -> tuple[Estimator, bool]:
+def parse_estimator(text: str) -> tuple[MakeDraw, bool]:
     """(estimator, whether its noise is stratified) of a name like `clipped:0.3:0.8+stratified`.
 
     Raises `InputError` for a name that says nothing.
     """
     name, plus, how = text.partition("+")
     name, *settings = name.split(":")
-    if name == "enumerate" or (plus and how != "stratified"):
+    reads = ESTIMATORS.find(name, "estimators").reads
+    if "noise" not in reads or (plus and how != "stratified"):
         raise InputError(f"no estimator {text!r} to measure the variance of; give {_HOW}")
-    try:
-        if name in ("clipped", "clipped_redraw"):
-            beta, omega = (float(x) for x in settings)
-            return make_estimator(name, clip=(beta, omega)), bool(plus)
-        if name == "d3pm" and settings:
-            return make_estimator(name, timesteps=int(settings[0])), bool(plus)
-        if name == "bernoulli" and settings:
-            return make_estimator(name, settings[0]), bool(plus)
-        if settings:
-            raise ValueError
-    except ValueError:
-        raise InputError(f"estimator {text!r} is not of the form {_HOW}") from None
-    return make_estimator(name), bool(plus)
+    setting = next((one for one in _SETTINGS if one in reads), None)
+    given: dict[str, Any] = {}
+    if settings or setting == "clip":
+        try:
+            kinds = _SETTINGS[setting or ""]
+            values = [kind(value) for kind, value in zip(kinds, settings, strict=True)]
+        except (KeyError, ValueError):
+            raise InputError(f"estimator {text!r} is not of the form {_HOW}") from None
+        given = {str(setting): tuple(values) if len(values) > 1 else values[0]}
+    return make_estimator(name, **given), bool(plus)
 
 
 def variance(

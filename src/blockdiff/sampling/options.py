@@ -7,13 +7,12 @@ from typing import Literal, TypedDict, get_args
 
 from blockdiff import checks
 from blockdiff.errors import InputError
+from blockdiff.registry import ScheduleName
 
 Sampler = Literal["first_hitting", "ancestral", "analytic"]
-Schedule = Literal["linear", "cosine", "square", "square_root", "logarithmic"]
 TopPRule = Literal["nucleus", "paper"]
 
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
-CHOICES = {"sampler": SAMPLERS, "schedule": get_args(Schedule), "top_p_rule": get_args(TopPRule)}
 WHOLE_NUMBERS = {"max_new_tokens": (1, checks.LARGEST_TEXT), "steps": (1, checks.LARGEST_SIZE)}
 RULES = ("eos", "second_eos", "low_entropy")
 
@@ -46,7 +45,7 @@ class SamplingOptions:
     max_new_tokens: int = 128
     sampler: Sampler = "first_hitting"
     steps: int | None = None
-    schedule: Schedule = "linear"
+    schedule: ScheduleName = "linear"
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -57,7 +56,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         """Raises `InputError` for numbers and names that cannot be meant."""
-        checks.options(self, CHOICES, WHOLE_NUMBERS, {})
+        checks.options(self, WHOLE_NUMBERS, {})
         check_sampler(self.sampler, self.steps)
         stopping_rules(self.stop)
 
@@ -68,7 +67,7 @@ class SamplingKeywords(TypedDict, total=False):
     max_new_tokens: int
     sampler: Sampler
     steps: int | None
-    schedule: Schedule
+    schedule: ScheduleName
     temperature: float
     top_k: int | None
     top_p: float | None

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from blockdiff import objectives
+from blockdiff.estimators import make_estimator
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
-from blockdiff.noising import addressed_noise, make_estimator
+from blockdiff.noising import addressed_noise
 
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
 STEP = 0.05

@@ -10,33 +10,20 @@ import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from blockdiff import checks
 from blockdiff.errors import InputError
 from blockdiff.outputs import local_path, to_json, write_text
-from blockdiff.sampling.options import Schedule
+from blockdiff.registry import ESTIMATORS, EstimatorName, ScheduleName
 
 Objective = Literal["bd3lm", "mdlm", "sedd", "ar"]
 Preset = Literal["nano", "micro", "small", "medium"]
-Estimator = Literal[
-    "exact_k", "paired", "bernoulli", "d3pm", "bell", "clipped", "clipped_redraw"
-]  # fmt: skip
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bf16"]
 Backend = Literal["auto", "dense", "blockwise", "flex"]
 Detokenizer = Literal["none", "wikitext", "ptb", "lm1b", "lambada", "scientific"]
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": get_args(Objective),
-    "preset": get_args(Preset),
-    "estimator": get_args(Estimator),
-    "schedule": get_args(Schedule),
-    "lr_schedule": get_args(LrSchedule),
-    "precision": get_args(Precision),
-    "backend": get_args(Backend),
-    "detokenizer": get_args(Detokenizer),
-}
 REPORTERS = ("tensorboard", "wandb", "none")
 
 # option → the least and the most it can be, both included
@@ -166,8 +153,8 @@ class TrainConfig:
     adaln: bool = True
     time_conditioning: bool = False
     initial_shift: float = 0.0
-    estimator: Estimator = "exact_k"
-    schedule: Schedule = "linear"
+    estimator: EstimatorName = "exact_k"
+    schedule: ScheduleName = "linear"
     timesteps: int = 1000
     clip: str | None = None
     steps: int = 1000
@@ -198,7 +185,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises `InputError` for sizes and names that cannot be meant."""
-        checks.options(self, CHOICES, WHOLE_NUMBERS, REAL_NUMBERS, smallest=checks.SMALLEST)
+        checks.options(self, WHOLE_NUMBERS, REAL_NUMBERS, smallest=checks.SMALLEST)
         for reporter in self.report_to.split(","):
             checks.one_of("report_to", reporter, REPORTERS)
         if not (self.tokenizer or self.init_from) and self.vocab_size < 258:
@@ -220,7 +207,8 @@ class TrainConfig:
                 f"`block_size` {self.block_size} does not divide `length` {self.length}; "
                 "choose a divisor"
             )
-        if self.clip_range() is None and not self.searches_clip and "clipped" in self.estimator:
+        needs_clip = ESTIMATORS.has(self.estimator, "needs_clip")
+        if needs_clip and self.clip_range() is None and not self.searches_clip:
             raise InputError(
                 f"`estimator` {self.estimator} needs `clip`, for example 0.45,0.95, or auto"
             )

@@ -45,11 +45,12 @@ from blockdiff.categorical import fold_seed
 from blockdiff.checks import one_of
 from blockdiff.data.packing import StreamedWindows
 from blockdiff.errors import InputError, RunStopped
+from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.precision import resolve_precision
-from blockdiff.noising import make_estimator, stratified_noise
+from blockdiff.noising import stratified_noise
 from blockdiff.training.checkpoints import checkpoints, newest_checkpoint, seal
 from blockdiff.training.clipping import WHOLE, best_clip, clip_variances
 from blockdiff.training.config import TrainConfig

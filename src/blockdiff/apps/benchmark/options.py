@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from blockdiff import checks
 from blockdiff.errors import InputError
-from blockdiff.training.config import CHOICES, Backend, Precision, Preset
+from blockdiff.training.config import Backend, Precision, Preset
 
 Work = Literal["train", "sample", "attention", "evaluate"]
 WORKS = get_args(Work)
@@ -57,7 +57,7 @@ class BenchmarkOptions:
 
     def __post_init__(self) -> None:
         """Raises `InputError` for sizes and names that cannot be meant."""
-        checks.options(self, CHOICES, WHOLE_NUMBERS, REAL_NUMBERS, smallest=checks.SMALLEST)
+        checks.options(self, WHOLE_NUMBERS, REAL_NUMBERS, smallest=checks.SMALLEST)
         if self.length % self.block_size:
             raise InputError(
                 f"`block_size` {self.block_size} does not divide `length` {self.length}; "

@@ -15,12 +15,13 @@ from blockdiff.apps.benchmark.compare import Run
 from blockdiff.apps.benchmark.naive import naive_nats, naive_sample
 from blockdiff.apps.benchmark.options import BenchmarkOptions
 from blockdiff.attention import attend
+from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.precision import convert
-from blockdiff.noising import Noise, exact_k, make_estimator, stratified_noise
+from blockdiff.noising import Noise, exact_k, stratified_noise
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.options import SamplingOptions
 
