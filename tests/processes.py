@@ -22,8 +22,11 @@ CONTEXT.set_forkserver_preload(
 
 
 def started(
-    streams: Path, words: Sequence[str], before: Callable[[], object] | None = None,
-    run: Callable[[Sequence[str]], object] = cli.main, **environment: str,
+    streams: Path,
+    words: Sequence[str],
+    before: Callable[[], object] | None = None,
+    run: Callable[[Sequence[str]], object] = cli.main,
+    **environment: str,
 ) -> Any:
     """A process that calls `before()`, then `run(words)`: `blockdiff words`.
 
