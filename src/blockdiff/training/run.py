@@ -31,7 +31,7 @@ from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import WEIGHTS, load_model, resolve, save_model
 from blockdiff.models.loading import check_tokenizer, require_own, settle_mask
-from blockdiff.models.precision import resolve_precision
+from blockdiff.models.weights import resolve_precision
 from blockdiff.outputs import staging, to_json, write_text
 from blockdiff.training.callbacks import MetricsLog, ProgressBar, read_metrics
 from blockdiff.training.checkpoints import (

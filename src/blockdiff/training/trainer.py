@@ -49,7 +49,7 @@ from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
-from blockdiff.models.precision import resolve_precision
+from blockdiff.models.weights import resolve_precision
 from blockdiff.noising import stratified_noise
 from blockdiff.training.checkpoints import checkpoints, newest_checkpoint, seal
 from blockdiff.training.clipping import WHOLE, best_clip, clip_variances
