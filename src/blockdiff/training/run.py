@@ -47,6 +47,7 @@ from blockdiff.training.config import (
     merge_resumed,
     save_config,
 )
+from blockdiff.training.parallel import gathered, recompute_activations
 from blockdiff.training.record import check_data, fingerprint, session
 from blockdiff.training.signals import stopped_by
 from blockdiff.training.trainer import BlockDiffusionTrainer, micro_batch, reporters
@@ -222,18 +223,23 @@ def _train(
             seconds = float(made.metrics["train_runtime"])
         steps = trainer.state.global_step
         # Before it is measured: whatever comes of that, the model is there.
-        if trainer.is_world_process_zero():
-            save_model(trainer.averaged_model, out)
+        _save(trainer, out)
         metrics = _last_validation(trainer) or trainer.evaluate()
     finally:
         bar.stop()
+    if config.searches_clip:  # the validation may have found another
+        _save(trainer, out)
     if trainer.is_world_process_zero():
-        if config.searches_clip:  # the validation may have found another
-            save_model(trainer.averaged_model, out)
         result = {"steps": steps, "metrics": metrics, "seconds": round(seconds, 1)}
         save_config(config, out, record | {"finished": result})
     seen = steps * tokens_per_step
     return Trained(out, metrics, seen, seconds, processes.is_main_process, steps - before)
+
+
+def _save(trainer: BlockDiffusionTrainer, out: Path) -> None:
+    with gathered(trainer.averaged_model):
+        if trainer.is_world_process_zero():
+            save_model(trainer.averaged_model, out)
 
 
 def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -455,6 +461,8 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
     model.attention_backend = config.backend
     if start is not None:
         _take_weights(model, start)
+    if config.checkpoint_activations:
+        recompute_activations(model)
     if config.compile:
         model.compile_layers()
     return model
