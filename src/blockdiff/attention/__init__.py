@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blockdiff.attention import blockwise, dense, flex, sdpa
+from blockdiff.attention import blockwise, dense, flex
 from blockdiff.attention.masks import KINDS, Documents
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 
 BACKENDS = ("auto", "dense", "blockwise", "flex")
-_ROOMS: dict[str, Any] = {"dense": dense, "blockwise": blockwise, "flex": flex, "sdpa": sdpa}
+_ROOMS: dict[str, Any] = {"dense": dense, "blockwise": blockwise, "flex": flex, "sdpa": dense}
 
 
 class Mask(NamedTuple):
@@ -45,14 +45,16 @@ def choose_backend(
     layout: BlockLayout | None = None,
     kind: str = "two_stream",
 ) -> str:
-    """Resolves "auto": `sdpa` for a layout it pays for; `flex` on CUDA, where it has a kernel for
-    heads of `head_dim`; else `blockwise`. Raises `InputError` for a name not in `BACKENDS`.
+    """Resolves "auto" by the device, and by the layout where one is given.
+
+    `sdpa` where the layout needs no mask and that is faster; `flex` on CUDA, where it has a kernel
+    for heads of `head_dim`; else `blockwise`. Raises `InputError` for a name not in `BACKENDS`.
     """
     if backend not in BACKENDS:
         raise InputError(f"no attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     if backend != "auto":
         return backend
-    if layout is not None and layout.documents is None and sdpa.pays(layout, kind, device):
+    if layout is not None and dense.pays_without_mask(layout, kind, device):
         return "sdpa"
     return "flex" if device.type == "cuda" and head_dim >= flex.NARROWEST else "blockwise"
 
@@ -74,6 +76,9 @@ def make_mask(
     """
     if backend != "sdpa":
         backend = choose_backend(backend, device, head_dim, layout, kind)
+    if backend == "sdpa":
+        assert dense.needs_no_mask(layout, kind)
+        return Mask(backend, layout.block_size < layout.length)
     documents, layout = layout.documents, layout.plain
     pair: Documents | None = None
     if documents is not None:

@@ -288,7 +288,6 @@ class DiT(PreTrainedModel):
         assert logits is not None
         return logits
 
-    @torch.no_grad()
     def fold(self) -> Condition:
         """Every layer under constant conditioning, for any number of passes without a gradient.
 
@@ -298,7 +297,7 @@ class DiT(PreTrainedModel):
         weights = [(p.data_ptr(), p._version) for p in self.parameters()] if self._graphs else None
         if self._folded is not None and self._folded[0] == weights:
             return self._folded[1]
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             constant = self._condition().final
             assert not isinstance(constant, FoldedNorm)
             folded = [layer.fold(constant) for layer in self.stack()]

@@ -199,7 +199,7 @@ def _train(
     check_data(config, record, data.fingerprints)
     model = build_model(config, data.tokenizer, start)
     if processes.is_main_process:
-        record = _begin(config, data, where, record)
+        record = _begin(config, data, where, record, model.config)
     processes.wait_for_everyone()
     tokens_per_step = config.batch_size * config.length
     bar = ProgressBar(f"{model.config.kind} → {config.out}", tokens_per_step)
@@ -256,7 +256,11 @@ def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
 
 
 def _begin(
-    config: TrainConfig, data: TrainingData, device: torch.device, record: dict[str, Any]
+    config: TrainConfig,
+    data: TrainingData,
+    device: torch.device,
+    record: dict[str, Any],
+    sizes: DiTConfig,
 ) -> dict[str, Any]:
     """Puts run.json and the tokenizer into the folder, for which an earlier run makes room.
 
@@ -268,7 +272,9 @@ def _begin(
         record = {name: value for name, value in record.items() if name != "finished"}
         record["resumed"] = [*record.get("resumed", []), now]
     else:
-        became = {"precision": config.precision, "backend": choose_backend(config.backend, device)}
+        head_dim = sizes.hidden_size // sizes.num_attention_heads
+        backend = choose_backend(config.backend, device, head_dim)
+        became = {"precision": config.precision, "backend": backend}
         record = {**now, "resolved": became, "data": data.fingerprints}
     if not config.resume:
         folders.clear(out)
