@@ -41,19 +41,6 @@ FLOORS = [
 # Above floor 2 a network is known by what may be asked of it, not by its class. These may name it:
 # the package's own names, what opens or builds a network, and the applications.
 KNOW_THE_CLASS = ["", "api", "apps*", "commands*", "training.run"]
-# What does not keep to it yet. The list only shrinks, and a room that is mended leaves it.
-STILL_KNOW_IT = {
-    "evaluation.corpus",
-    "evaluation.judge",
-    "evaluation.likelihood",
-    "evaluation.variance",
-    "objectives",
-    "sampling.analytic",
-    "sampling.generate",
-    "sampling.progress",
-    "training.clipping",
-    "training.trainer",
-}
 LIGHT = ["training.config", "sampling.options", "cli", "commands", "folders", "registry"]
 
 
@@ -147,7 +134,7 @@ def test_above_the_networks_nobody_names_their_class():
         and not any(fnmatch(module, name) for name in KNOW_THE_CLASS)
         and re.search(r"\bDiT\b", path.read_text(encoding="utf-8"))
     }
-    assert naming == STILL_KNOW_IT
+    assert naming == set()
 
 
 def test_there_is_no_circle():

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from blockdiff.models.config import DiTConfig
     from blockdiff.models.dit import DiT
     from blockdiff.models.hub import load_model, save_model
+    from blockdiff.objectives import Objective
     from blockdiff.registry import (
         register_estimator,
         register_objective,
@@ -41,6 +42,7 @@ _HOMES = {
     "stream": "api",
     "InputError": "errors",
     "Estimator": "estimators",
+    "Objective": "objectives",
     "Likelihood": "evaluation.likelihood",
     "likelihood": "evaluation.likelihood",
     "BlockLayout": "layout",
@@ -67,6 +69,7 @@ __all__ = [
     "Estimator",
     "InputError",
     "Likelihood",
+    "Objective",
     "SamplingOptions",
     "Schedule",
     "Step",

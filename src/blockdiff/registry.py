@@ -20,6 +20,7 @@ from blockdiff.errors import InputError
 
 if TYPE_CHECKING:
     from blockdiff.estimators import Estimator
+    from blockdiff.objectives import Objective
     from blockdiff.schedules import Schedule
 
 T = TypeVar("T")
@@ -181,7 +182,12 @@ ESTIMATORS: Registry[Estimator] = Registry(
     unbiased="enumerate exact_k paired bernoulli d3pm",
     needs_clip="clipped clipped_redraw",
 )
-OBJECTIVES: Registry[Any] = Registry("objective")
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective",
+    ("nats", "block_size", "network", "noised", "counted"),
+    {"blockdiff.objectives": "bd3lm mdlm sedd ar"},
+    any_blocks="bd3lm",
+)
 ORDERS: Registry[Any] = Registry("order")
 STOPPING_RULES: Registry[Any] = Registry("stopping rule")
 

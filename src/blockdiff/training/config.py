@@ -15,9 +15,14 @@ from typing import Any, Literal
 from blockdiff import checks
 from blockdiff.errors import InputError
 from blockdiff.outputs import local_path, to_json, write_text
-from blockdiff.registry import ESTIMATORS, EstimatorName, ScheduleName
+from blockdiff.registry import (
+    ESTIMATORS,
+    OBJECTIVES,
+    EstimatorName,
+    ObjectiveName,
+    ScheduleName,
+)
 
-Objective = Literal["bd3lm", "mdlm", "sedd", "ar"]
 Preset = Literal["nano", "micro", "small", "medium"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bf16"]
@@ -145,7 +150,7 @@ class TrainConfig:
     eos: bool = True
     across_documents: bool = True
     window_marks: bool = False
-    objective: Objective = "bd3lm"
+    objective: ObjectiveName = "bd3lm"
     length: int = 128
     block_size: int = 4
     preset: Preset = "nano"
@@ -202,7 +207,7 @@ class TrainConfig:
             )
         if self.resume and self.overwrite:
             raise InputError("`resume` and `overwrite` exclude each other; choose one")
-        if self.objective == "bd3lm" and self.length % self.block_size:
+        if OBJECTIVES.has(self.objective, "any_blocks") and self.length % self.block_size:
             raise InputError(
                 f"`block_size` {self.block_size} does not divide `length` {self.length}; "
                 "choose a divisor"
@@ -237,8 +242,7 @@ class TrainConfig:
     @property
     def effective_block_size(self) -> int:
         """L' of the model to train: 1 for AR, L for MDLM."""
-        sizes = {"ar": 1, "mdlm": self.length, "sedd": self.length}
-        return sizes.get(self.objective, self.block_size)
+        return OBJECTIVES.find(self.objective).block_size(self.length, self.block_size)
 
 
 # What a resumed run may be told anew: it changes what is watched, where and for how long it runs.

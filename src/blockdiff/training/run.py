@@ -33,6 +33,7 @@ from blockdiff.models.hub import WEIGHTS, load_model, resolve, save_model
 from blockdiff.models.loading import check_tokenizer, require_own, settle_mask
 from blockdiff.models.precision import resolve_precision
 from blockdiff.outputs import staging, to_json, write_text
+from blockdiff.registry import OBJECTIVES
 from blockdiff.training.callbacks import MetricsLog, ProgressBar, read_metrics
 from blockdiff.training.checkpoints import (
     checkpoint_step,
@@ -424,7 +425,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
     From an AR model a block diffusion model takes every weight; its adaLN, which AR does not have,
     starts with open gates and no shift or scale, so at first it computes exactly what AR did.
     """
-    causal = config.objective == "ar"
+    objective = OBJECTIVES.find(config.objective)
     sizes: dict[str, Any] = dict(PRESETS[config.preset])
     adaln = config.adaln
     if start is not None:
@@ -437,10 +438,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
             vocab_size=start.config.vocab_size if start is not None else len(tokenizer),
             length=config.length,
             block_size=config.effective_block_size,
-            causal=causal,
             adaln=adaln,
-            time_conditioning=config.time_conditioning or config.objective == "sedd",
-            score=config.objective == "sedd",
             dropout=config.dropout,
             keep_first=True,
             mask_token_id=tokenizer.mask_token_id,
@@ -449,7 +447,8 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
             initial_shift=config.initial_shift,
             initial_gate=0.0 if start is None else 1.0,
             clip=config.clip_range(),
-            **sizes,
+            objective=objective.name,
+            **{"time_conditioning": config.time_conditioning, **objective.network, **sizes},
         )
     )
     model.attention_backend = config.backend

@@ -40,7 +40,6 @@ from transformers.integrations import (
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from blockdiff import objectives
 from blockdiff.categorical import fold_seed
 from blockdiff.checks import one_of
 from blockdiff.data.packing import StreamedWindows
@@ -50,7 +49,8 @@ from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.precision import resolve_precision
-from blockdiff.noising import stratified_noise
+from blockdiff.noising import Draw, stratified_noise
+from blockdiff.objectives import objective_of
 from blockdiff.training.checkpoints import checkpoints, newest_checkpoint, seal
 from blockdiff.training.clipping import WHOLE, best_clip, clip_variances
 from blockdiff.training.config import TrainConfig
@@ -208,17 +208,17 @@ class BlockDiffusionTrainer(Trainer):
         x_0, documents = inputs["x_0"], inputs.get("documents")
         first = self._begin_micro_batch(len(x_0))
         core: Denoiser = self.accelerator.unwrap_model(model)
-        maskable = self._counted(core, x_0, documents)
+        objective = objective_of(core.config)
         layout = BlockLayout(x_0.shape[1], core.config.block_size, documents=documents)
-        if core.config.causal:
-            nats = objectives.ar(model, x_0, maskable, layout)
-        else:
+        maskable = objective.counted(x_0, core.config.keep_first, documents)
+        what: Tensor | Draw = maskable
+        if objective.noised:
             seed = fold_seed(self.run.seed, self.state.global_step)
             generator = torch.Generator(x_0.device).manual_seed(seed)
             noise = stratified_noise(self.run.batch_size, layout, generator)
             noise = noise.rows(first, first + len(x_0))
-            draw = self.estimator(x_0, layout, noise, maskable, core.config.mask_token_id)
-            nats = objectives.bd3lm(model, x_0, draw, layout)
+            what = self.estimator(x_0, layout, noise, maskable, core.config.mask_token_id)
+        nats = objective.nats(model, x_0, what, layout)
         # Gradients are averaged over processes, so each counts its share of the step's tokens.
         tokens = torch.as_tensor(num_items_in_batch, device=nats.device, dtype=torch.float32)
         loss = nats.sum() * self.accelerator.num_processes / tokens.clamp(min=1)
@@ -233,20 +233,14 @@ class BlockDiffusionTrainer(Trainer):
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> Tensor:
         """Tokens of a whole step that count: padding makes micro-batches unequal."""
-        core: Denoiser = self.accelerator.unwrap_model(self.model)
+        config = self.accelerator.unwrap_model(self.model).config
+        counted = objective_of(config).counted
         counts = [
-            self._counted(core, batch["x_0"], batch.get("documents")).sum()
+            counted(batch["x_0"], config.keep_first, batch.get("documents")).sum()
             for batch in batch_samples
         ]
         tokens = torch.stack(counts).sum().float().to(device)
         return cast(Tensor, self.accelerator.reduce(tokens, reduction="sum"))
-
-    @staticmethod
-    def _counted(core: Denoiser, x_0: Tensor, documents: Tensor | None) -> Tensor:
-        maskable = objectives.maskable_positions(x_0, core.config.keep_first, documents)
-        if core.config.causal:
-            maskable[:, 0] = False  # nothing predicts it
-        return maskable
 
     def received_signal(self) -> int:
         """The signal that some process received; 0 for none. All processes ask together."""
