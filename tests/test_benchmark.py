@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from blockdiff import cli, objectives
-from blockdiff.apps.benchmark.compare import Timing, Work, alternate, ratio
+from blockdiff.apps.benchmark import compare, report
+from blockdiff.apps.benchmark.compare import Machine, Timing, Work, alternate, ratio
 from blockdiff.apps.benchmark.naive import (
     naive_log_probabilities,
     naive_nats,
@@ -19,6 +20,7 @@ from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.noising import exact_k, stratified_noise
+from processes import CONTEXT
 
 
 @pytest.fixture
@@ -115,15 +117,21 @@ def broken() -> None:
     raise ValueError("out of paper")
 
 
-def test_alternatives_live_in_processes_of_their_own() -> None:
+def test_alternatives_live_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     works = {"one": Work(Count, (10,)), "two": Work(Count, (1000,), tuned=False)}
     timings = alternate(works, 2, torch.device("cpu"), warm_ups=1)
     assert [len(timing.seconds) for timing in timings.values()] == [2, 2]
     assert all(timing.counts["runs"] > 3 for timing in timings.values()), "short work is repeated"
     assert timings["one"].per_token[0] == timings["one"].seconds[0] / 10
     assert all(timing.peak_bytes is None or timing.peak_bytes > 0 for timing in timings.values())
+    monkeypatch.setattr(compare, "START", CONTEXT)
     with pytest.raises(InputError, match="bad failed: ValueError: out of paper"):
         alternate({"bad": Work(broken)}, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    return compare.measure_machine(torch.device("cpu"))
 
 
 TINY = ["--length", "16", "--batch-size", "2", "--vocab-size", "50", "--repeats", "1"]
@@ -139,8 +147,11 @@ TINY = ["--length", "16", "--batch-size", "2", "--vocab-size", "50", "--repeats"
     ],
 )
 def test_command(
-    capsys: pytest.CaptureFixture[str], work: str, alternatives: set[str], figure: str
-) -> None:
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, machine: Machine,
+    work: str, alternatives: set[str], figure: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(report, "measure_machine", lambda device: machine)
+    monkeypatch.setattr(compare, "START", CONTEXT)
     cli.main(["benchmark", work, *TINY, "--tokens", "8", "--json"])
     record = json.loads(capsys.readouterr().out)
     assert set(record["alternatives"]) == alternatives

@@ -5,17 +5,30 @@ Only their size is cut down; every command, option and call stands as written.
 
 import re
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from blockdiff import cli, folders
+from blockdiff.apps import demo
+from blockdiff.apps.benchmark import compare
 from blockdiff.apps.demo import Pace, PacedTrainer
 from blockdiff.commands import COMMANDS
 from blockdiff.training.callbacks import read_metrics
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import train
+from processes import CONTEXT
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no option makes smaller."""
+    monkeypatch.setattr(compare, "START", CONTEXT)
+    monkeypatch.setattr(demo, "MEASURED_WINDOWS", 8)
+    monkeypatch.setattr(demo, "SAMPLING", replace(demo.SAMPLING, max_new_tokens=24))
+
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -29,7 +42,7 @@ SMALLER = {
     "generate": ["--max-new-tokens", "4"],
     "tokenizer": [],
     "benchmark": ["--preset", "nano", "--batch-size", "1", "--repeats", "1"],
-    "demo": ["--minutes", "0.1"],
+    "demo": ["--minutes", "0.05"],
 }
 
 
@@ -138,7 +151,7 @@ def test_a_disturbed_start_neither_shrinks_the_demo_nor_lets_it_overrun(
 def test_the_demo_leaves_everything_it_promises(tmp_path: Path) -> None:
     """Run by the test above as well; here its folder is looked into."""
     out = tmp_path / "demo"
-    cli.main(["demo", "--out", str(out), "--minutes", "0.1"])
+    cli.main(["demo", "--out", str(out), "--minutes", "0.05"])
     for name in ("bd3lm/model.safetensors", "bd3lm/tokenizer.json", "ar/model.safetensors",
                  "metrics.jsonl", "report.md", "loss.png", "denoising.html"):  # fmt: skip
         assert (out / name).stat().st_size > 100, name
@@ -146,7 +159,7 @@ def test_the_demo_leaves_everything_it_promises(tmp_path: Path) -> None:
     assert report.count("±") >= 2 and report.count("```text") == 3
     assert "tokens seen" in report
     with pytest.raises(SystemExit) as stop:
-        cli.main(["demo", "--out", str(out), "--minutes", "0.1"])
+        cli.main(["demo", "--out", str(out), "--minutes", "0.05"])
     assert stop.value.code == 2
     with folders.claim(out, overwrite=True, kinds=("demo",)):
         folders.clear(out)

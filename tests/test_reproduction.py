@@ -7,8 +7,6 @@ import random
 import re
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 import torch
 from scipy import stats
 
-from blockdiff import folders, objectives
+from blockdiff import cli, folders, objectives
 from blockdiff.apps.reproduction.control import HalfCounted
 from blockdiff.apps.reproduction.plan import CLIPS, LONGER, SMOKE, Scale, plan
 from blockdiff.apps.reproduction.pool import KINDS, passages, prepared
@@ -28,6 +26,7 @@ from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.training.config import TrainConfig
+from processes import started
 
 
 def test_the_plan_is_whole_and_in_order() -> None:
@@ -93,8 +92,13 @@ def test_another_plan_in_the_folder_is_left_alone(tmp_path: Path) -> None:
         begin(tmp_path / "other", "pydoc", SMOKE)
 
 
-def test_smoke_survives_a_kill(tmp_path: Path) -> None:
-    """The command itself, killed with all its workers half-way, then run again to the report."""
+def test_smoke_survives_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command itself, killed with all its workers half-way, then run again to the report.
+
+    The second time with one worker: how many there are is no part of the plan.
+    """
     words = "the people of this state and its government have laws for war and peace and trade"
     rng = random.Random(0)
     texts = [
@@ -104,24 +108,19 @@ def test_smoke_survives_a_kill(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(json.dumps({"text": t}) for t in texts), encoding="utf-8")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "blockdiff", "reproduce", "paper-mini", "--smoke",
-               "--data", str(corpus), "--out", str(out), "--workers", "2"]  # fmt: skip
-    environment = os.environ | {"BLOCKDIFF_CACHE": str(tmp_path / "cache")}
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        first = subprocess.Popen(
-            command, start_new_session=True, stdout=file, stderr=file, env=environment
-        )
+    words = ["reproduce", "paper-mini", "--smoke", "--data", str(corpus), "--out", str(out)]
+    monkeypatch.setenv("BLOCKDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the command sets it for its workers
+    first = started(tmp_path / "log", [*words, "--workers", "2"], os.setsid)
     while len(done := list((out / "results").glob("*.json"))) < 6:
-        assert first.poll() is None, log.read_text()
+        assert first.is_alive(), (tmp_path / "log" / "stderr").read_text()
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    first.join()
     written = {path: path.stat().st_mtime_ns for path in done}
     assert len(written) < len(plan(SMOKE))
-    again = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.strip() == str(out / "report" / "report.md")
+    cli.main([*words, "--workers", "1"])
+    assert capsys.readouterr().out.strip() == str(out / "report" / "report.md")
     assert {path: path.stat().st_mtime_ns for path in done} == written, "what was done stays"
     results = sorted(path.stem for path in (out / "results").glob("*.json"))
     assert results == sorted(job.name.replace("/", ".") for job in plan(SMOKE))

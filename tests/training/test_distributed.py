@@ -1,7 +1,6 @@
 """Two processes (gloo, on the CPU) train as one does: real launchers, real commands."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import sharded
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -23,6 +23,7 @@ from blockdiff.training.callbacks import read_metrics
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import train
 from blockdiff.training.trainer import micro_batch
+from processes import pair
 
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
               "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1",
@@ -68,13 +69,18 @@ def small(corpus: Path, out: Path) -> TrainConfig:
     )  # fmt: skip
 
 
-def two_processes(launcher: list[str], config: TrainConfig) -> None:
+def words_of(config: TrainConfig) -> list[str]:
+    """`train` and the options that are not at their default, as they are typed."""
     given = [
         f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in vars(config).items()
         if value is not None and value != getattr(TrainConfig(), name)
     ]
-    command = [sys.executable, "-m", *launcher, "blockdiff", "train", *given]
+    return ["train", *given]
+
+
+def two_processes(launcher: list[str], config: TrainConfig) -> None:
+    command = [sys.executable, "-m", *launcher, "blockdiff", *words_of(config)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -114,13 +120,8 @@ def test_two_processes_take_the_steps_of_one_and_another_number_resumes(
 
 def test_a_sharded_network_takes_the_steps_of_a_whole_one(tmp_path: Path) -> None:
     """FSDP2 over gloo. (accelerate itself shards on accelerators only.)"""
-    folder = Path(__file__).parent
-    command = [sys.executable, "-m", *TORCHRUN[:-1], str(folder / "sharded.py")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "done")], capture_output=True, text=True, timeout=600,
-        env=os.environ | {"PYTHONPATH": str(folder.parent)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in pair(tmp_path, [str(tmp_path / "done")], sharded.main):
+        assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "done").read_text() == "same"
 
 
@@ -137,7 +138,8 @@ def test_a_stream_trains_in_two_processes(corpus: Path, tmp_path: Path) -> None:
         small(corpus, tmp_path / "stream"), streaming=True, across_documents=True,
         validation_data=str(corpus), tokenizer=str(first), steps=3,
     )  # fmt: skip
-    two_processes(TORCHRUN, config)
+    for done in pair(tmp_path, words_of(config)):
+        assert done.returncode == 0, done.stderr[-3000:]
     assert len(logged(tmp_path / "stream", "grad_norm")) == 3
 
 

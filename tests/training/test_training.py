@@ -1,12 +1,12 @@
 """Training as a user runs it: what a run leaves behind, and that a kill changes nothing."""
 
 import json
+import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,9 @@ from blockdiff.training.checkpoints import (
 from blockdiff.training.clipping import best_clip, clip_grid, clip_variances
 from blockdiff.training.config import TrainConfig, merge_resumed
 from blockdiff.training.run import prepare_data, train
+from blockdiff.training.trainer import BlockDiffusionTrainer
 from helpers import random_tokens, tiny_model
+from processes import command
 
 WORDS = "the block of a text is masked and then filled in one token after another by the network"
 
@@ -99,22 +101,27 @@ def test_a_run_leaves_a_model_that_loads_and_has_learned(corpus: Path, tmp_path:
     assert stored["steps"] == 40 and stored["data"] == str(corpus)
 
 
-# The command line, whose process kills itself in its sixth step.
-DIES_IN_STEP_6 = """
-import os, signal
-from blockdiff import cli
-from blockdiff.training.trainer import BlockDiffusionTrainer
+def words_of(config: TrainConfig) -> list[str]:
+    """`train` and the options that are not at their default, as they are typed."""
+    given = [
+        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in vars(config).items()
+        if value is not None and value != getattr(TrainConfig(), name)
+    ]
+    return ["train", *given]
 
-step = BlockDiffusionTrainer.training_step
 
-def dies(self, *given, **named):
-    if self.state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *given, **named)
+def signalled_in_step_6(number: int) -> None:
+    """This process's training sends itself a signal, once, in its sixth step."""
+    step, sent = BlockDiffusionTrainer.training_step, []
 
-BlockDiffusionTrainer.training_step = dies
-cli.main()
-"""
+    def sends(self: BlockDiffusionTrainer, *given: object, **named: object) -> torch.Tensor:
+        if self.state.global_step == 5 and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return step(self, *given, **named)
+
+    BlockDiffusionTrainer.training_step = sends
 
 
 @pytest.mark.parametrize("objective", ["bd3lm", "ar"])
@@ -124,17 +131,12 @@ def test_killed_and_resumed_equals_uninterrupted(
     """SIGKILL between two checkpoints; the loss curve and every weight come out the same."""
     whole = train(small(corpus, tmp_path / "whole", objective=objective), progress=False).folder
     killed = tmp_path / "killed"
-    arguments = [
-        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in vars(small(corpus, killed, objective=objective)).items()
-        if value is not None and value != getattr(TrainConfig(), name)
-    ]
-    died = subprocess.run([sys.executable, "-c", DIES_IN_STEP_6, "train", *arguments])
+    words = words_of(small(corpus, killed, objective=objective))
+    died = command(tmp_path / "died", words, partial(signalled_in_step_6, signal.SIGKILL))
     assert died.returncode == -signal.SIGKILL
     newest = newest_checkpoint(killed)
     assert newest is not None and newest.name == "checkpoint-4"
-    command = [sys.executable, "-m", "blockdiff", "train", f"--out={killed}", "--resume"]
-    resumed = subprocess.run(command, capture_output=True, text=True)
+    resumed = command(tmp_path / "resumed", ["train", f"--out={killed}", "--resume"])
     assert resumed.returncode == 0, resumed.stderr
     assert losses(killed) == losses(whole)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (killed, whole))
@@ -480,32 +482,13 @@ def test_a_signal_ends_a_run_after_a_checkpoint(
 ) -> None:
     """And the command it prints goes on to the very weights of the run that was not stopped."""
     out = tmp_path / "stopped run"
-    code = f"""
-import os, sys
-from transformers import TrainerCallback
-from blockdiff.training import trainer
-class Kill(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kw):
-        if state.global_step == 5: os.kill(os.getpid(), {int(number)})
-trainer._tensorboard = lambda config: [Kill()]
-from blockdiff.cli import main
-main(sys.argv[1:])
-"""
-    arguments = [
-        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in vars(small(corpus, out)).items()
-        if value is not None and value != getattr(TrainConfig(), name)
-    ]
-    stopped = subprocess.run(
-        [sys.executable, "-c", code, "train", *arguments], capture_output=True, text=True
-    )
+    words = words_of(small(corpus, out))
+    stopped = command(tmp_path / "stopped", words, partial(signalled_in_step_6, number))
     assert stopped.returncode == 128 + number, stopped.stderr
     advice = stopped.stderr.strip().splitlines()[-1].partition("continue with: ")[2]
-    command = shlex.split(advice)
-    assert command[0] == "blockdiff"
-    subprocess.run(
-        [sys.executable, "-m", "blockdiff", *command[1:]], check=True, capture_output=True
-    )
+    first, *rest = shlex.split(advice)
+    assert first == "blockdiff"
+    assert command(tmp_path / "resumed", rest).returncode == 0
     whole, resumed = ((f / "model.safetensors").read_bytes() for f in (finished, out))
     assert whole == resumed
 

@@ -28,6 +28,8 @@ from blockdiff.progress import advance
 
 # Seconds a repeat lasts at least.
 SHORTEST = 0.5
+# New processes know nothing of this one.
+START = multiprocessing.get_context("spawn")
 
 # What a worker runs: called again and again, it may return what it counted (tokens, evaluations).
 Run = Callable[[], dict[str, float] | None]
@@ -122,12 +124,11 @@ def alternate(
 
     Raises `InputError` when a work fails, with its reason.
     """
-    context = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
     try:
         for name, work in works.items():
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, work, str(device)), daemon=True)
+            here, there = START.Pipe()
+            process = START.Process(target=_serve, args=(there, work, str(device)), daemon=True)
             process.start()
             there.close()
             workers[name] = (process, here)

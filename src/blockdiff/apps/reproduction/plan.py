@@ -68,7 +68,7 @@ class Scale:
 
 
 SMOKE = Scale(
-    steps=8, seeds=2, batch_size=4, length=32, vocab_size=300, warmup=2, test_windows=8, draws=2,
+    steps=4, seeds=2, batch_size=2, length=32, vocab_size=300, warmup=2, test_windows=4, draws=2,
     searches=1, variance=(2, 2, 2), save_every=100,
     samples=4, long_tokens=48,
 )  # fmt: skip
