@@ -18,6 +18,7 @@ from blockdiff.outputs import local_path, to_json, write_text
 from blockdiff.registry import (
     ESTIMATORS,
     OBJECTIVES,
+    Choices,
     EstimatorName,
     ObjectiveName,
     ScheduleName,
@@ -189,7 +190,14 @@ class TrainConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Raises `InputError` for sizes and names that cannot be meant."""
+        """Raises `InputError` for sizes and names that cannot be meant.
+
+        An object in the place of a name is registered: run.json holds names.
+        """
+        for name, choices in checks.choices_of(TrainConfig).items():
+            value = getattr(self, name)
+            if isinstance(choices, Choices) and choices.takes(value):
+                object.__setattr__(self, name, choices.registry.register(value).name)
         checks.options(self, WHOLE_NUMBERS, REAL_NUMBERS, smallest=checks.SMALLEST)
         for reporter in self.report_to.split(","):
             checks.one_of("report_to", reporter, REPORTERS)
@@ -283,13 +291,33 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in `folder`; raises `InputError` when there is none."""
+    """The configuration of the run in `folder`; raises `InputError` when there is none.
+
+    So it does where a name is a plugin's: which plugin that was is told, and never imported.
+    """
+    options = _options(folder)
+    for name, choices in checks.choices_of(TrainConfig).items():
+        value = options.get(name)
+        if isinstance(choices, Choices) and isinstance(value, str) and value not in choices:
+            used = load_record(folder).get("plugins") or ["MODULE or FILE.py"]
+            raise InputError(
+                f"the run in {folder} has the {name} {value!r}, which nothing has registered; give "
+                f"`plugin` {' '.join(map(str, used))}"
+            )
+    return _config(folder, options)
+
+
+def _options(folder: Path) -> dict[str, Any]:
     options = {name: value for name, value in _read(folder).items() if name != RECORD}
     unknown = options.keys() - {field.name for field in fields(TrainConfig)}
     if unknown:
         raise InputError(
             f"{folder / CONFIG_FILE} does not describe a run: there is no option {min(unknown)!r}"
         )
+    return options
+
+
+def _config(folder: Path, options: dict[str, Any]) -> TrainConfig:
     try:
         return TrainConfig(**options)
     except InputError as error:
@@ -310,8 +338,9 @@ def held_out(folder: str | Path) -> dict[str, Any] | None:
     """
     if not os.path.isfile(Path(folder) / CONFIG_FILE):
         return None
-    config = load_config(Path(folder))
-    return {name: getattr(config, name) for name in HELD_OUT}
+    options = _options(Path(folder))
+    told = {name: options[name] for name in HELD_OUT if name in options}
+    return {name: getattr(_config(Path(folder), told), name) for name in HELD_OUT}
 
 
 def merge_resumed(asked: TrainConfig, given: Collection[str] | None = None) -> TrainConfig:

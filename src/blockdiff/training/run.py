@@ -27,11 +27,14 @@ from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_toke
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
+from blockdiff.estimators import make_estimator
+from blockdiff.layout import BlockLayout
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import WEIGHTS, load_model, resolve, save_model
 from blockdiff.models.loading import check_tokenizer, require_own, settle_mask
 from blockdiff.models.precision import resolve_precision
+from blockdiff.noising import Draw, stratified_noise
 from blockdiff.outputs import staging, to_json, write_text
 from blockdiff.registry import OBJECTIVES
 from blockdiff.training.callbacks import MetricsLog, ProgressBar, read_metrics
@@ -40,6 +43,7 @@ from blockdiff.training.checkpoints import (
     newest_checkpoint,
     remove_unfinished,
 )
+from blockdiff.training.clipping import WHOLE
 from blockdiff.training.config import (
     Precision,
     TrainConfig,
@@ -186,6 +190,7 @@ def _train(
     reporters(config)
     micro_batch(config, processes.num_processes)
     config = _with_precision(config, where)
+    _try_estimator(config)
     set_seed(config.seed)
     checkpoint = None
     if stored is not None:
@@ -235,6 +240,19 @@ def _train(
         save_config(config, out, record | {"finished": result})
     seen = steps * tokens_per_step
     return Trained(out, metrics, seen, seconds, processes.is_main_process, steps - before)
+
+
+def _try_estimator(config: TrainConfig) -> None:
+    """Draws masks once, so that an estimator that cannot is refused before the text is read."""
+    if OBJECTIVES.find(config.objective).noised:
+        layout = BlockLayout(config.length, config.effective_block_size)
+        noise = stratified_noise(1, layout, torch.Generator().manual_seed(0))
+        clip = config.clip_range() or (WHOLE if config.searches_clip else None)
+        make = make_estimator(config.estimator, config.schedule, clip, config.timesteps)
+        x_0 = torch.zeros(1, config.length, dtype=torch.int64)
+        draw = make(x_0, layout, noise, torch.ones_like(x_0, dtype=torch.bool), 1)
+        if not isinstance(draw, Draw) or draw.x_t.shape[-1] != config.length:
+            raise InputError(f"the estimator {config.estimator} gave no Draw of {config.length}")
 
 
 def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
