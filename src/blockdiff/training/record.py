@@ -14,8 +14,6 @@ from typing import Any
 import torch
 import transformers
 
-from blockdiff.data.packing import StreamedWindows
-from blockdiff.data.windows import Windows
 from blockdiff.errors import InputError
 from blockdiff.plugins import loaded_plugins
 from blockdiff.training.config import TrainConfig
@@ -65,9 +63,9 @@ def commit() -> str:
         return ""
 
 
-def fingerprint(windows: Windows | StreamedWindows) -> str:
+def fingerprint(windows: object) -> str:
     """A hash of text, tokenizer and packing; of a stream, words that say there is none."""
-    return windows.key if isinstance(windows, Windows) else UNKNOWN
+    return str(getattr(windows, "key", UNKNOWN))
 
 
 def check_data(config: TrainConfig, record: dict[str, Any], data: dict[str, str]) -> None:
