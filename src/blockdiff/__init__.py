@@ -7,10 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blockdiff.api import TextGeneration, generate, load, stream
+    from blockdiff.api import TextGeneration, generate, load, score, stream
     from blockdiff.errors import InputError
     from blockdiff.estimators import Estimator
     from blockdiff.evaluation.likelihood import Likelihood, likelihood
+    from blockdiff.evaluation.score import Score
     from blockdiff.layout import BlockLayout
     from blockdiff.models.config import DiTConfig
     from blockdiff.models.dit import DiT
@@ -39,7 +40,9 @@ _HOMES = {
     "TextGeneration": "api",
     "generate": "api",
     "load": "api",
+    "score": "api",
     "stream": "api",
+    "Score": "evaluation.score",
     "InputError": "errors",
     "Estimator": "estimators",
     "Objective": "objectives",
@@ -72,6 +75,7 @@ __all__ = [
     "Objective",
     "SamplingOptions",
     "Schedule",
+    "Score",
     "Step",
     "TextGeneration",
     "TrainConfig",
@@ -85,6 +89,7 @@ __all__ = [
     "register_schedule",
     "register_stopping_rule",
     "save_model",
+    "score",
     "stream",
     "train",
 ]

@@ -63,6 +63,17 @@ class Registry(Mapping[str, T], Generic[T]):
 
         Registering the same object again does nothing. Raises `InputError` for another object of a
         name that is taken, a name that cannot stand in a list, or an object that lacks something.
+
+        Example:
+            >>> from blockdiff import Schedule
+            >>> from blockdiff.registry import Registry
+            >>> cubic = Schedule(
+            ...     name="cubic", alpha=lambda t: 1 - t**3, mask_rate=lambda t: t**3,
+            ...     weight=lambda t: 3 / t, inverse=lambda rate: rate ** (1 / 3),
+            ... )
+            >>> mine = Registry("schedule")  # blockdiff.register_schedule is that of SCHEDULES
+            >>> mine.register(cubic) is cubic, list(mine)
+            (True, ['cubic'])
         """
         name = getattr(thing, "name", None)
         if not isinstance(name, str) or not _NAME.fullmatch(name):

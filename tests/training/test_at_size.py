@@ -9,9 +9,9 @@ import torch
 import blockdiff
 from blockdiff import cli
 from blockdiff.errors import InputError
+from blockdiff.training.arguments import _OWNED, training_arguments
 from blockdiff.training.checkpoints import checkpoints
 from blockdiff.training.config import TrainConfig
-from blockdiff.training.trainer import _OWNED, training_arguments
 
 
 @pytest.fixture
@@ -62,9 +62,7 @@ def test_every_field_we_set_is_known_as_ours():
     import ast
     import inspect
 
-    from blockdiff.training import trainer
-
-    tree = ast.parse(inspect.getsource(trainer.training_arguments))
+    tree = ast.parse(inspect.getsource(training_arguments))
     (call,) = (x for x in ast.walk(tree) if isinstance(x, ast.Call)
                and getattr(x.func, "id", "") == "_Arguments")  # fmt: skip
     assert {one.arg for one in call.keywords if one.arg} <= _OWNED.keys()

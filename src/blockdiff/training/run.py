@@ -39,6 +39,7 @@ from blockdiff.models.precision import resolve_precision
 from blockdiff.noising import Draw, stratified_noise
 from blockdiff.outputs import staging, to_json, write_text
 from blockdiff.registry import OBJECTIVES
+from blockdiff.training.arguments import extra_arguments, micro_batch, reporters
 from blockdiff.training.callbacks import MetricsLog, ProgressBar, read_metrics
 from blockdiff.training.checkpoints import (
     checkpoint_step,
@@ -56,12 +57,7 @@ from blockdiff.training.config import (
 )
 from blockdiff.training.record import check_data, fingerprint, session
 from blockdiff.training.signals import stopped_by
-from blockdiff.training.trainer import (
-    BlockDiffusionTrainer,
-    extra_arguments,
-    micro_batch,
-    reporters,
-)
+from blockdiff.training.trainer import BlockDiffusionTrainer
 
 
 @dataclass(frozen=True)
