@@ -24,6 +24,7 @@ FLOORS = [
         "folders",
         "layout",
         "outputs",
+        "plugins",
         "printing",
         "progress",
         "registry",

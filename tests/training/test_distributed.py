@@ -19,10 +19,10 @@ from blockdiff.data.corpora import load_corpus
 from blockdiff.data.packing import stream_windows
 from blockdiff.data.tokenizers import load_tokenizer
 from blockdiff.errors import InputError
+from blockdiff.training.arguments import micro_batch
 from blockdiff.training.callbacks import read_metrics
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import train
-from blockdiff.training.trainer import micro_batch
 from processes import pair
 
 ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",

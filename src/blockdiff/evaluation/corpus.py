@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from blockdiff import checks
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
+from blockdiff.data.mixture import chained
 from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
@@ -32,7 +33,7 @@ PARTS = ("all", "train", "validation")
 DEFAULTS: dict[str, Any] = {
     "part": "all", "validation_fraction": 0.05, "split_seed": 0, "text_column": "text",
     "split": "train", "subset": None, "detokenizer": "none", "bos": False, "eos": True,
-    "across_documents": True, "window_marks": False,
+    "across_documents": True, "window_marks": False, "apart": False,
 }  # fmt: skip
 
 
@@ -49,8 +50,10 @@ def options_of_run(
     told = {name: value for name, value in given.items() if value is not None}
     checks.one_of("part", told.get("part", "all"), PARTS)
     run = held_out(packaged(model)) or {}
+    mixed = run.get("data_weights") is not None
     trained = _same(data, run.get("data"))
-    settings = dict(DEFAULTS)
+    trained |= mixed and any(_same(data, one) for one in run["data"])
+    settings = {**DEFAULTS, "apart": mixed}
     if not trained and not _same(data, run.get("validation_data")):
         settings |= told
         return data, settings, settings["part"]
@@ -97,10 +100,21 @@ def open_documents(
     split: str = "train",
     subset: str | None = None,
     detokenizer: str = "none",
+    apart: bool = False,
 ) -> Iterable[str]:
-    """The documents of a corpus, or of the part of it that training saw or held out."""
+    """The documents of a corpus, or of the part of it that training saw or held out.
+
+    `apart`: several texts are split each on its own, as a mixture's are.
+    """
     checks.one_of("part", part, PARTS)
     checks.numbers(validation_fraction=validation_fraction, split_seed=split_seed)
+    if apart and not isinstance(data, str):
+        each: dict[str, Any] = {
+            "part": part, "validation_fraction": validation_fraction, "split_seed": split_seed,
+            "text_column": text_column, "split": split, "subset": subset,
+            "detokenizer": detokenizer,
+        }  # fmt: skip
+        return chained(", ".join(data), [open_documents(one, **each) for one in data])
     documents = detokenized(
         load_corpus(data, split=split, text_column=text_column, subset=subset), detokenizer
     )
