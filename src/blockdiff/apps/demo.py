@@ -31,6 +31,7 @@ from blockdiff import checks, folders
 from blockdiff.api import TextGeneration, encode_prompts, to_text
 from blockdiff.device import choose_device
 from blockdiff.evaluation.corpus import evaluate_corpus
+from blockdiff.evaluation.options import EvaluateOptions
 from blockdiff.models.dit import DiT
 from blockdiff.models.loading import load
 from blockdiff.outputs import to_json, write_text
@@ -208,15 +209,11 @@ class _EndOfPace(TrainerCallback):
 
 
 def _measure(folder: Path, recipe: TrainConfig) -> dict[str, object]:
-    return evaluate_corpus(
-        folder,
-        recipe.data,
-        part="validation",
-        validation_fraction=recipe.validation_fraction,
-        split_seed=recipe.seed,
-        windows=MEASURED_WINDOWS,
-        device=recipe.device,
-    )
+    wish = EvaluateOptions(
+        recipe.data, part="validation", validation_fraction=recipe.validation_fraction,
+        split_seed=recipe.seed, windows=MEASURED_WINDOWS,
+    )  # fmt: skip
+    return evaluate_corpus(folder, wish, recipe.device)
 
 
 def _steps(run: Trained) -> int:

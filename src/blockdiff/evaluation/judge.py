@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from blockdiff import objectives
-from blockdiff.checks import whole_number
+from blockdiff.checks import numbers
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
@@ -94,19 +94,13 @@ def windows(tokens: int, window: int) -> list[tuple[int, int]]:
     return found
 
 
-def check_window(window: int | None) -> None:
-    """Raises `InputError` unless a judge can read `window` tokens at once; None leaves it open."""
-    if window is not None:
-        whole_number("window", window, 2, meaning=": of one token nothing is predicted")
-
-
 def load_judge(source: str | Path, window: int | None = None, device: str | None = None) -> Judge:
     """A judge from a folder or hub id: any causal LM of `transformers`, or an AR model of ours.
 
     `window`: tokens it reads at once, at most (and by default) 1,024 or what it was made for.
     Raises `InputError` when there is no such model.
     """
-    check_window(window)
+    numbers(window=window)
     reach = WINDOW if window is None else window
     try:
         config = AutoConfig.from_pretrained(str(source))

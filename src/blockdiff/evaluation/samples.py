@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from blockdiff import checks
 from blockdiff.data.corpora import load_corpus
 from blockdiff.data.tokenizers import load_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import open_documents
-from blockdiff.evaluation.judge import Judge, check_window, load_judge
+from blockdiff.evaluation.judge import Judge, load_judge
 from blockdiff.evaluation.likelihood import perplexity_of
+from blockdiff.evaluation.options import SampleOptions
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
 
@@ -228,57 +228,41 @@ def shuffled(texts: Sequence[str], seed: int = 0) -> list[str]:
     return out
 
 
-def measure_samples(
-    samples: str,
-    *,
-    judge: str | None = None,
-    window: int | None = None,
-    tokenizer: str | None = None,
-    reference: str | None = None,
-    words: int = 200,
-    seed: int = 0,
-    device: str | None = None,
-    **corpus: Any,
-) -> dict[str, SampleQuality]:
+def measure_samples(wish: SampleOptions) -> dict[str, SampleQuality]:
     """Measures a file of samples; beside it the reference, and its words in random order.
 
     The reference is cut into pieces of `words` words, as many as there are samples. It tells what
     good figures are, and whether the judge can be trusted: it must find shuffled text worse. Raises
     `InputError` on bad input.
     """
-    if judge is None and tokenizer is None:
+    if wish.judge is None and wish.tokenizer is None:
         raise InputError("name a `judge`, or a `tokenizer` whose tokens are counted")
-    check_window(window)
-    checks.numbers(
-        words=words, seed=seed, split_seed=corpus.get("split_seed"),
-        validation_fraction=corpus.get("validation_fraction"),
-    )  # fmt: skip
-    texts, cost = read_samples(samples)
-    critic = None if judge is None else load_judge(judge, window, device)
-    if tokenizer is None:
+    texts, cost = read_samples(wish.samples)
+    critic = None if wish.judge is None else load_judge(wish.judge, wish.window, wish.device)
+    if wish.tokenizer is None:
         assert critic is not None
         encode: Callable[[str], Ids] = critic.encode
     else:
-        encode = partial(load_tokenizer(tokenizer).encode, add_special_tokens=False)
-    measure = partial(sample_quality, encode=encode, judge=critic, seed=seed)
-    if reference is None:
+        encode = partial(load_tokenizer(wish.tokenizer).encode, add_special_tokens=False)
+    measure = partial(sample_quality, encode=encode, judge=critic, seed=wish.seed)
+    if wish.reference is None:
         return {"samples": measure(texts, cost=cost)}
-    pieces = [
-        " ".join(part)
-        for text in open_documents(reference, **corpus)
-        for part in _cut(text.split(), words)
-    ]
-    random.Random(seed).shuffle(pieces)
+    documents = open_documents(
+        wish.reference, part=wish.part, validation_fraction=wish.validation_fraction,
+        split_seed=wish.split_seed, text_column=wish.text_column,
+    )  # fmt: skip
+    pieces = [" ".join(part) for text in documents for part in _cut(text.split(), wish.words)]
+    random.Random(wish.seed).shuffle(pieces)
     real, rest = pieces[: len(texts)], pieces[len(texts) :]
     if not real or not rest:
         raise InputError(
-            f"{reference} gives {len(pieces)} pieces of {words} words: less than the samples and "
-            "something to compare them with; lower `words` or give more text"
+            f"{wish.reference} gives {len(pieces)} pieces of {wish.words} words: less than the "
+            "samples and something to compare them with; lower `words` or give more text"
         )
     return {
         "samples": measure(texts, cost=cost, reference=rest),
         "real text": measure(real, reference=rest),
-        "real, shuffled": measure(shuffled(real, seed), reference=rest),
+        "real, shuffled": measure(shuffled(real, wish.seed), reference=rest),
     }
 
 
