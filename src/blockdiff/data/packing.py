@@ -23,8 +23,6 @@ from blockdiff.errors import InputError
 from blockdiff.outputs import local_path
 from blockdiff.progress import track
 
-__all__ = ["StreamedWindows", "Windows", "pack", "stream_windows"]
-
 _FORMAT_VERSION = 2  # part of every key: raise it when the files or the encoding change
 
 

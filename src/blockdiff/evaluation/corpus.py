@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -233,25 +232,25 @@ def summary_table(record: dict[str, object]) -> str:
     bound = "" if record["estimator"] == "ar" else "≤ "
     data = record["data"]
     names = data if isinstance(data, str) else ", ".join(map(str, data or []))  # type: ignore[call-overload]
-    table = Table(title=f"{record['model']} on {names} ({record['part']})")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    table.add_column("± standard error", justify="right")
     per_token, error = record["nats_per_token"], record["stderr"]
     assert isinstance(per_token, float) and isinstance(error, float)
-    rows = (
+    figures = (
         ("perplexity per token", "perplexity", record["perplexity_stderr"], 3),
         ("nats per token", "nats_per_token", error, 4),
         ("bits per token", "bits_per_token", error / math.log(2), 4),
         ("bits per byte", "bits_per_byte", record["bits_per_byte_stderr"], 4),
     )
-    for label, key, spread, digits in rows:
-        table.add_row(label, f"{bound}{record[key]:.{digits}f}", f"{spread:.{digits}f}")
+    rows = [
+        (label, f"{bound}{record[key]:.{digits}f}", f"{spread:.{digits}f}")
+        for label, key, spread, digits in figures
+    ]
     masks = record["mask_stderr"]
     assert isinstance(masks, float)
     noise = "none" if masks == 0 else f"{masks:.4f} nats per token"
-    table.caption = (
+    caption = (
         f"{record['kind']}, L' = {record['block_size']}, {record['sequences']} sequences of "
         f"{record['length']} tokens; estimator {record['estimator']}, noise of the masks: {noise}"
     )
-    return table_text(table, 88)
+    title = f"{record['model']} on {names} ({record['part']})"
+    head = ("measure", "value", "± standard error")
+    return table_text(head, rows, 88, title=title, caption=caption)

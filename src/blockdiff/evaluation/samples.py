@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from blockdiff.data.corpora import load_corpus
 from blockdiff.data.tokenizers import load_tokenizer
@@ -35,6 +34,7 @@ from blockdiff.evaluation.corpus import open_documents
 from blockdiff.evaluation.judge import Judge, load_judge
 from blockdiff.evaluation.likelihood import perplexity_of
 from blockdiff.evaluation.options import SampleOptions
+from blockdiff.evaluation.statistics import mean_error, ratio_error
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
 
@@ -122,22 +122,18 @@ def sample_quality(
     if judge is not None:
         with advance(f"{judge.name} reads {len(texts)} texts", None, "windows") as done:
             nats, count = (x.numpy().astype(float) for x in judge.nats(texts, done))
-        rate = nats.sum() / max(count.sum(), 1)
-        residual = float(((nats - rate * count) ** 2).sum())
-        n = len(texts)
-        error = math.sqrt(residual * n / max(n - 1, 1)) / max(count.sum(), 1) if n > 1 else math.nan
-        value = perplexity_of(rate) if count.sum() else math.nan
+        error = ratio_error(nats, count)
+        value = perplexity_of(nats.sum() / count.sum()) if count.sum() else math.nan
         perplexity = Measured(value, value * error if math.isfinite(value) else math.nan)
     # A text without tokens has no entropy, as it has no perplexity.
     entropies = np.array([token_entropy(row) for row in rows if row])
-    some, several = len(entropies) > 0, len(entropies) > 1
-    spread = float(entropies.std(ddof=1) / math.sqrt(len(entropies))) if several else math.nan
+    entropy = float(entropies.mean()) if len(entropies) else math.nan
     lengths = cost["tokens"] if cost and "tokens" in cost else [len(row) for row in rows]
     real = None if reference is None else [list(encode(text)) for text in reference]
     return SampleQuality(
         samples=len(texts),
         perplexity=perplexity,
-        entropy=Measured(float(entropies.mean()) if some else math.nan, spread),
+        entropy=Measured(entropy, mean_error(entropies)),
         distinct={n: _spread(rows, partial(distinct, n=n), seed) for n in ORDERS},
         divergence=None if real is None else _divergences(rows, real, seed),
         length_median=float(np.median(lengths)),
@@ -273,17 +269,9 @@ def _cut(words: list[str], size: int) -> list[list[str]]:
 
 def quality_table(found: Mapping[str, SampleQuality]) -> str:
     """Named sets of texts side by side, for people."""
-    table = Table()
-    table.add_column("measure")
-    for name in found:
-        table.add_column(name, justify="right")
-    lines: dict[str, list[str]] = {}
-    for quality in found.values():
-        for label, text in _lines(quality).items():
-            lines.setdefault(label, []).append(text)
-    for label, texts in lines.items():
-        table.add_row(label, *texts)
-    return table_text(table, 110)
+    columns = [_lines(quality) for quality in found.values()]
+    rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
+    return table_text(["measure", *found], rows, 110)
 
 
 def _lines(quality: SampleQuality) -> dict[str, str]:

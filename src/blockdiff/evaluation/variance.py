@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from blockdiff import checks, objectives
@@ -277,11 +276,7 @@ def parse_sizes(block_sizes: str) -> list[int]:
 
 def variance_table(found: Sequence[EstimatorVariance]) -> str:
     """What was measured, for people: the least noise of each block size first."""
-    table = Table(title="variance of the loss and of the gradient (trace), at equal passes")
-    table.add_column("L'", justify="right")
-    table.add_column("estimator")
-    for title in ("nats per token", "loss, masks", "loss, data", "gradient, masks", "data"):
-        table.add_column(title, justify="right")
+    rows: list[list[str] | None] = []
     sizes = list(dict.fromkeys(x.block_size for x in found))
     for size in sizes:
         own = [x for x in found if x.block_size == size]
@@ -292,9 +287,12 @@ def variance_table(found: Sequence[EstimatorVariance]) -> str:
                 cells.append(_cell(x.passes * x.gradient.mask, x.passes * x.gradient.mask_stderr))
                 cells.append(_cell(x.gradient.data, x.gradient.data_stderr))
             name = x.estimator + ("" if x.unbiased else " (biased)")
-            table.add_row(str(size), name, _cell(x.loss_mean, x.loss_stderr), *cells)
-        table.add_section()
-    return table_text(table, 120)
+            rows.append([str(size), name, _cell(x.loss_mean, x.loss_stderr), *cells])
+        rows.append(None)
+    title = "variance of the loss and of the gradient (trace), at equal passes"
+    head = ("L'", "estimator", "nats per token", "loss, masks", "loss, data", "gradient, masks",
+            "data")  # fmt: skip
+    return table_text(head, rows, 120, left=1, title=title)
 
 
 def _cell(value: float, error: float) -> str:

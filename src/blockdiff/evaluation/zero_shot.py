@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from blockdiff.data.corpora import kind_of
 from blockdiff.data.detokenizers import DETOKENIZERS
 from blockdiff.data.encoding import encode_pieces, mark_windows
@@ -171,21 +169,22 @@ def zero_shot_table(records: Sequence[dict[str, Any]]) -> str:
     measured = [r for r in records if "error" not in r]
     first = measured[0]
     bound = "" if first["estimator"] == "ar" else "≤ "
-    table = Table(title=f"{first['model']} on texts it was not trained on")
-    for heading in ("text", "perplexity ± s.e.", "nats per token", "bits per byte", "tokens"):
-        table.add_column(heading, justify="left" if heading == "text" else "right")
-    for r in measured:
-        table.add_row(
+    rows = [
+        (
             r["data"],
             f"{bound}{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}",
             f"{bound}{r['nats_per_token']:.4f} ± {r['stderr']:.4f}",
             f"{bound}{r['bits_per_byte']:.4f} ± {r['bits_per_byte_stderr']:.4f}",
             f"{r['counted_tokens']:,}",
         )
-    table.caption = (
+        for r in measured
+    ]
+    caption = (
         f"{first['kind']}, L' = {first['block_size']}, sequences of {first['length']} tokens; "
         f"estimator {first['estimator']}"
     )
-    text = table_text(table, 100)
+    title = f"{first['model']} on texts it was not trained on"
+    head = ("text", "perplexity ± s.e.", "nats per token", "bits per byte", "tokens")
+    text = table_text(head, rows, 100, title=title, caption=caption)
     missing = ", ".join(printable(r["data"]) for r in records if "error" in r)
     return f"{text}\nnot measured: {missing}" if missing else text

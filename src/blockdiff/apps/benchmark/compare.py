@@ -99,14 +99,14 @@ def measure_machine(device: torch.device) -> Machine:
     read = source.nbytes / min(_timed(lambda: source.sum(), device) for _ in range(4))
     # Each byte is read once and written once.
     copy = 2 * source.nbytes / min(_timed(lambda: target.copy_(source), device) for _ in range(4))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return Machine(
         name, torch.get_num_threads(), rate(torch.float32), rate(torch.bfloat16), read / 1e9,
         copy / 1e9,
     )  # fmt: skip
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The processor's name and the vector formats that matter here, where Linux tells them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
