@@ -210,6 +210,13 @@ def options(
             raise InputError(f"`{name}` is {value!r}; it must be text")
 
 
+def clip(beta: float, omega: float) -> tuple[float, float]:
+    """(β, ω) when 0 ≤ β ≤ ω ≤ 1 and ω > 0; else `InputError`."""
+    if not (0 <= beta <= omega <= 1 and omega > 0):
+        raise InputError(f"`clip` {beta},{omega} must satisfy 0 <= β <= ω <= 1, ω > 0")
+    return beta, omega
+
+
 def warp(temperature: object, top_k: object, top_p: object, top_p_rule: object) -> None:
     """Raises `InputError` when a value is out of its range; see `categorical.warp`."""
     numbers(temperature=temperature, top_k=top_k, top_p=top_p)

@@ -21,9 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 
 from blockdiff import checks, folders
@@ -201,9 +199,7 @@ class _EndOfPace(TrainerCallback):
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         if self.pace.progress(state.global_step, state.max_steps) >= 1:
             control.should_training_stop = True
 
