@@ -126,11 +126,8 @@ def _matching(folder: Path, pattern: Sequence[str], seen: set[tuple[int, int]]) 
         yield from _matching(folder / part, rest, seen)
 
 
-def read_file(path: Path, text_column: str, decompressed_limit: int | None = None) -> Iterator[str]:
+def read_file(path: Path, text_column: str) -> Iterator[str]:
     """The documents of one file that `find_files` found.
-
-    `decompressed_limit`: how many bytes a compressed file may unpack to, 0 for any number; see
-    `load_corpus`.
 
     Raises:
         InputError: while iterating, naming the file and the line or row that cannot be read.
@@ -138,7 +135,7 @@ def read_file(path: Path, text_column: str, decompressed_limit: int | None = Non
     file_format = format_of(path)
     assert file_format is not None
     suffix, compression = file_format
-    with _opened(path, compression, decompressed_limit) as file:
+    with _opened(path, compression) as file:
         if suffix == ".txt":
             yield _read_text(file, path)
         elif suffix == ".parquet":
@@ -150,7 +147,7 @@ def read_file(path: Path, text_column: str, decompressed_limit: int | None = Non
 
 
 @contextmanager
-def _opened(path: Path, compression: str, limit: int | None) -> Iterator[IO[bytes]]:
+def _opened(path: Path, compression: str) -> Iterator[IO[bytes]]:
     try:
         file_key(path)  # it may have become a pipe since it was found
         if not compression:
@@ -158,7 +155,7 @@ def _opened(path: Path, compression: str, limit: int | None) -> Iterator[IO[byte
                 yield file
         else:
             with _COMPRESSIONS[compression](path, "rb") as unpacked:
-                limited = _Limited(unpacked, path, _limit(path, limit))
+                limited = _Limited(unpacked, path, _limit(path))
                 yield io.BufferedReader(limited, 2**17)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise InputError(_cannot_read(path, error)) from error
@@ -168,16 +165,14 @@ def _cannot_read(path: object, error: Exception) -> str:
     return f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
 
 
-def _limit(path: Path, limit: int | None) -> int:
+def _limit(path: Path) -> int:
     """How many bytes this file may unpack to; 0 is any number."""
-    if limit is None and os.environ.get(_LIMIT_VARIABLE):
-        text = os.environ[_LIMIT_VARIABLE]
-        if not (text.isascii() and text.isdigit() and len(text) < 20):
-            raise InputError(f"{_LIMIT_VARIABLE} is {text!r}; it must be a number of bytes, or 0")
-        limit = int(text)
-    if limit is None:
-        limit = max(_ALWAYS_UNPACKED, _LARGEST_RATIO * path.stat().st_size)
-    return limit
+    text = os.environ.get(_LIMIT_VARIABLE)
+    if not text:
+        return max(_ALWAYS_UNPACKED, _LARGEST_RATIO * path.stat().st_size)
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise InputError(f"{_LIMIT_VARIABLE} is {text!r}; it must be a number of bytes, or 0")
+    return int(text)
 
 
 class _Limited(io.RawIOBase):

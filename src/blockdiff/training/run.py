@@ -22,7 +22,7 @@ from blockdiff import folders
 from blockdiff.attention import choose_backend
 from blockdiff.data.corpora import Corpus, load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
-from blockdiff.data.packing import StreamedWindows, Windows, pack, require_cache, stream_windows
+from blockdiff.data.packing import StreamedWindows, Windows, pack, require_cache
 from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
@@ -372,7 +372,7 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
     whole = {**options, "across_documents": config.across_documents, "progress": progress}
     windows: Windows | StreamedWindows
     if config.streaming:
-        windows = stream_windows(documents, tokenizer, endless=True, **options)
+        windows = StreamedWindows(documents, tokenizer, endless=True, **options)
     else:
         windows = pack(documents, tokenizer, **whole)
         if len(windows) < config.batch_size:

@@ -14,8 +14,10 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,80 +126,66 @@ def alternate(
 
     Raises `InputError` when a work fails, with its reason.
     """
-    workers: dict[str, tuple[Any, Connection]] = {}
-    try:
+    with ExitStack() as processes:
+        pools = {name: processes.enter_context(ProcessPoolExecutor(1, START)) for name in works}
+
+        def ask(name: str, task: Callable[..., Any], argument: Any) -> Any:
+            try:
+                return pools[name].submit(task, argument).result()
+            except BrokenProcessPool:
+                raise InputError(f"{name}: the process ended; is there memory for it?") from None
+            except Exception as error:
+                # What is too large for the machine needs no more than its line.
+                if not isinstance(error, RuntimeError | MemoryError | InputError):
+                    traceback.print_exception(error)
+                raise InputError(f"{name} failed: {type(error).__name__}: {error}") from None
+
         for name, work in works.items():
-            here, there = START.Pipe()
-            process = START.Process(target=_serve, args=(there, work, str(device)), daemon=True)
-            process.start()
-            there.close()
-            workers[name] = (process, here)
-            _answer(here, name)  # built
+            ask(name, _build, work)
         seconds: dict[str, list[float]] = {name: [] for name in works}
         peaks: dict[str, int | None] = {}
         counts: dict[str, dict[str, float]] = {}
         with advance("Timing", (warm_ups + repeats) * len(works), "runs") as done:
-            for name, (_, pipe) in workers.items():
+            for name in works:
                 for _ in range(warm_ups):
-                    _ask(pipe, name)
+                    ask(name, _repeat, device)
                     done(1)
             for _ in range(repeats):
-                for name, (_, pipe) in workers.items():
-                    taken, peaks[name], counts[name] = _ask(pipe, name)
+                for name in works:
+                    taken, peaks[name], counts[name] = ask(name, _repeat, device)
                     seconds[name].append(taken)
                     done(1)
-        return {name: Timing(name, seconds[name], peaks[name], counts[name]) for name in works}
-    finally:
-        for process, pipe in workers.values():
-            pipe.close()
-            process.join(timeout=5)
-            process.terminate()
+    return {name: Timing(name, seconds[name], peaks[name], counts[name]) for name in works}
 
 
-def _ask(pipe: Connection, name: str) -> Any:
-    pipe.send("run")
-    return _answer(pipe, name)
+# Of a work's own process: what it runs, and how long that took last.
+_run: Run
+_taken = SHORTEST
 
 
-def _answer(pipe: Connection, name: str) -> Any:
-    try:
-        good, answer = pipe.recv()
-    except EOFError:
-        raise InputError(f"{name}: the process ended; is there memory for it?") from None
-    if not good:
-        raise InputError(f"{name} failed: {answer}")
-    return answer
+def _build(work: Work) -> None:
+    global _run
+    if work.tuned:
+        keep_freed_memory()
+    _run = work.make(*work.arguments)
 
 
-def _serve(pipe: Connection, work: Work, device_name: str) -> None:
-    """A worker: builds the work, then runs it each time it is asked."""
-    device = torch.device(device_name)
-    try:
-        if work.tuned:
-            keep_freed_memory()
-        run = work.make(*work.arguments)
-        pipe.send((True, None))
-        taken = SHORTEST
-        while True:
-            pipe.recv()
-            # A process that waited for its turn starts with cold caches and sleeping threads:
-            # what is short is run until it counts.
-            times = max(1, min(100, math.ceil(SHORTEST / taken)))
-            counts: dict[str, float] = {}
+def _repeat(device: torch.device) -> tuple[float, int | None, dict[str, float]]:
+    """(seconds a run, peak memory, what was counted).
 
-            def timed() -> None:
-                for _ in range(times):  # noqa: B023 - called at once
-                    counts.update(run() or {})  # noqa: B023
+    A process that waited for its turn starts with cold caches and sleeping threads: what is short
+    is run until it counts.
+    """
+    global _taken
+    times = max(1, min(100, math.ceil(SHORTEST / _taken)))
+    counts: dict[str, float] = {}
 
-            taken = _timed(timed, device) / times
-            pipe.send((True, (taken, _peak(device), counts)))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
-    except Exception as error:
-        # What is too large for the machine needs no more than its line.
-        if not isinstance(error, RuntimeError | MemoryError | InputError):
-            traceback.print_exc()
-        pipe.send((False, f"{type(error).__name__}: {error}"))
+    def timed() -> None:
+        for _ in range(times):
+            counts.update(_run() or {})
+
+    _taken = _timed(timed, device) / times
+    return _taken, _peak(device), counts
 
 
 def ratio(slow: Timing, fast: Timing) -> dict[str, float]:
