@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from blockdiff import checks
 from blockdiff.api import continuation, encode_prompts, to_text
 from blockdiff.device import choose_device
-from blockdiff.errors import InputError, RunStopped
+from blockdiff.errors import InputError, RunStopped, first_line
 from blockdiff.models.loading import load
 from blockdiff.models.precision import convert, resolve_precision
 from blockdiff.outputs import local_path, new_file, to_json
@@ -203,8 +203,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None = None) -> list[str
         try:
             text = _decoded(path.read_bytes(), str(path))
         except OSError as error:
-            reason = error.strerror if error.strerror is not None else error
-            raise InputError(f"cannot read the prompts in {path}: {reason}") from None
+            raise InputError(f"cannot read the prompts in {path}: {first_line(error)}") from None
         lines = [line.removesuffix("\r") for line in text.split("\n")]
         prompts = [line for line in lines if line.strip()]
         if not prompts:

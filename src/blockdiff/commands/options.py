@@ -20,7 +20,7 @@ from docstring_parser import parse as parse_docstring
 
 from blockdiff.checks import choices_in
 from blockdiff.commands.hints import hint_option
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import to_json
 
 
@@ -332,7 +332,7 @@ def read_yaml(path: Path) -> dict[str, yaml.Node]:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror or error}; name a YAML file") from None
+        raise InputError(f"--config {path}: {first_line(error)}; name a YAML file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"--config {path} is not valid UTF-8 (byte {error.start})") from None
     except (yaml.YAMLError, RecursionError) as error:

@@ -17,7 +17,6 @@ from blockdiff import checks
 from blockdiff.data.files import (
     file_key,
     find_files,
-    first_line,
     format_of,
     read_file,
     require_column,
@@ -25,7 +24,7 @@ from blockdiff.data.files import (
 )
 from blockdiff.data.hub_sets import HubUnreachable, hub_or_copies, quiet_libraries
 from blockdiff.data.pydoc import pydoc_documents
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import local_path
 from blockdiff.progress import track
 

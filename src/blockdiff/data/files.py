@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import local_path
 
 _FORMATS = (".txt", ".jsonl", ".json", ".parquet")
@@ -64,7 +64,7 @@ def find_files(source: str) -> list[Path]:
             raise InputError(f"{source}: no such file or folder")
         files = {file_key(file): file for file in sorted(found, reverse=True) if format_of(file)}
     except OSError as error:
-        raise InputError(_cannot_read(error.filename or source, error)) from error
+        raise InputError(f"cannot read {error.filename or source}: {first_line(error)}") from error
     if not files:
         raise InputError(f"{source}: no text files there; known are {_KNOWN}")
     return sorted(files.values())
@@ -158,11 +158,7 @@ def _opened(path: Path, compression: str) -> Iterator[IO[bytes]]:
                 limited = _Limited(unpacked, path, _limit(path))
                 yield io.BufferedReader(limited, 2**17)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(_cannot_read(path, error)) from error
-
-
-def _cannot_read(path: object, error: Exception) -> str:
-    return f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
+        raise InputError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def _limit(path: Path) -> int:
@@ -296,8 +292,3 @@ def text_of(row: Mapping[str, Any], text_column: str, where: str) -> str:
             f"{where}: half a surrogate pair in the text; repair or drop it"
         ) from error
     return text
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, short enough for a one-line message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -19,7 +19,7 @@ from blockdiff.data.corpora import CHANGED, Corpus
 from blockdiff.data.encoding import encode_pieces, mark_windows, utf8
 from blockdiff.data.tokenizers import eos_id, fingerprint
 from blockdiff.data.windows import Windows, build_windows, open_windows
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import local_path
 from blockdiff.progress import track
 
@@ -101,7 +101,7 @@ def pack(
         return build_windows(entry, encoded, padding, meta, name)
     except OSError as error:
         raise InputError(
-            f"cannot pack into {cache}: {error.strerror or error}; make room or name another "
+            f"cannot pack into {cache}: {first_line(error)}; make room or name another "
             "folder in the environment variable BLOCKDIFF_CACHE"
         ) from error
 

@@ -21,7 +21,7 @@ from blockdiff import objectives
 from blockdiff.checks import numbers
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.device import choose_device
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
@@ -105,8 +105,7 @@ def load_judge(source: str | Path, window: int | None = None, device: str | None
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot open a judge in {source}: {reason}") from None
+        raise InputError(f"cannot open a judge in {source}: {first_line(error)}") from None
     where = choose_device(device)
     if config.model_type == DiTConfig.model_type:
         model, tokenizer = load(source, device=where)
@@ -118,8 +117,7 @@ def load_judge(source: str | Path, window: int | None = None, device: str | None
         network: Any = AutoModelForCausalLM.from_pretrained(str(source), use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot open a judge in {source}: {reason}") from None
+        raise InputError(f"cannot open a judge in {source}: {first_line(error)}") from None
     network.eval().to(where)
     longest = getattr(config, "max_position_embeddings", None)
     longest = WINDOW if longest is None else longest

@@ -224,9 +224,8 @@ def _perplexities(results: Summary) -> str:
         how = " started from MDLM, the paper's way" if name == "L4-from-mdlm" else ""
         holds = min([found["interval_95"][0], *found["by_seed"]]) >= 0.40
         enough = "" if name in ("L8", "L16") else f"; at least 40%: {_yes(holds)}"
-        own = ", ".join(f"{share:.1%}" for share in found["by_seed"])
         shares.append(
-            f"- {label(name)}{how}: {_share(found)}; seeds {own}"
+            f"- {label(name)}{how}: {_share(found)}; seeds {_shares(found)}"
             f"{_between(found, '.1%', '; over seeds ')}{enough}"
         )
     return "\n\n".join([
@@ -251,9 +250,8 @@ def _order(results: Summary, names: Sequence[str]) -> list[str]:
 
 def _pair(results: Summary, a: str, b: str, clear: bool) -> str:
     gaps = results.above(b, a)
-    cells = ", ".join(f"{gap:.4f} ± {error:.4f}" for gap, error in gaps)
     return (
-        f"- {label(a)} < {label(b)}: {verdict(*gaps)}, by {cells}; "
+        f"- {label(a)} < {label(b)}: {verdict(*gaps)}, by {_nats(gaps)}; "
         f"intervals apart: {'yes' if clear else 'no'}"
     )
 
@@ -294,6 +292,11 @@ def _blocks_of_one(results: Summary) -> str:
     ])  # fmt: skip
 
 
+def _nats(pairs: Sequence[tuple[float, float]], sign: str = "") -> str:
+    """Differences of nats ± their errors."""
+    return ", ".join(f"{gap:{sign}.4f} ± {error:.4f}" for gap, error in pairs)
+
+
 def _percent(pair: tuple[float, float]) -> str:
     """A difference of nats ± its error as one of perplexity, in percent of the lower one."""
     gap, error = pair
@@ -317,6 +320,10 @@ def _share(found: dict[str, Any]) -> str:
     return f"{found['share']:.1%} [{low:.1%}, {high:.1%}]"
 
 
+def _shares(found: dict[str, Any]) -> str:
+    return ", ".join(f"{share:.1%}" for share in found["by_seed"])
+
+
 def _estimators(results: Summary) -> str:
     parts = [
         "## Estimators and clips: what training with them gives",
@@ -330,18 +337,16 @@ def _estimators(results: Summary) -> str:
             model = f"L{size}-{name}"
             pairs = results.above(model, reference)
             clip = f" U[{CLIPS[name]}]" if name in CLIPS and name != "clip-auto" else ""
-            gaps = ", ".join(f"{gap:+.4f} ± {error:.4f}" for gap, error in pairs)
             rows.append([name + clip, _cell(results.mean(model)), _seed_cells(results, model)[0],
-                         gaps])  # fmt: skip
+                         _nats(pairs, "+")])  # fmt: skip
         # Clips are chosen at the seed that has them all.
         best = min(clips(size), key=lambda name: results.rate(f"L{size}-{name}", 0).mean)
         pairs = results.above(f"L{size}-{best}", reference)
-        cells = ", ".join(f"{gap:+.4f} ± {error:.4f}" for gap, error in pairs)
         parts += [
             markdown_table([f"L' = {size}, trained with", "test perplexity", "seeds",
                    "nats per token above exact_k, by seed"], rows),
             f"`exact_k` better than the best clip of seed 0 ({best}): {verdict(*pairs)}; "
-            f"the clip is {cells} nats above it, by seed.",
+            f"the clip is {_nats(pairs, '+')} nats above it, by seed.",
         ]  # fmt: skip
     return "\n\n".join(parts)
 
@@ -361,9 +366,9 @@ def _initialisation(results: Summary) -> str:
         for name, title in ((f"L{size}", "from scratch"), (f"L{size}-from-ar", "AR"),
                             (f"L{size}-from-mdlm", "MDLM (the paper's way)")):  # fmt: skip
             found = results.record["gap_closed"][name]
-            own = ", ".join(f"{share:.1%}" for share in found["by_seed"])
             rows.append([title, _cell(results.mean(name)), *_seed_cells(results, name),
-                         _share(found), own, f"{results.seconds(name):.0f} s"])  # fmt: skip
+                         _share(found), _shares(found),
+                         f"{results.seconds(name):.0f} s"])  # fmt: skip
         parts.append(markdown_table([f"L' = {size}, started from", "test perplexity, mean of seeds",
                             "seeds", "over seeds", "of the gap from MDLM to AR closed", "by seed",
                             "training, one core"], rows))  # fmt: skip
