@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import platform
+import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -127,7 +128,14 @@ def alternate(
     Raises `InputError` when a work fails, with its reason.
     """
     with ExitStack() as processes:
-        pools = {name: processes.enter_context(ProcessPoolExecutor(1, START)) for name in works}
+
+        def process() -> ProcessPoolExecutor:
+            """A process of one work; Ctrl-C ends it without a word."""
+            silent = signal.SIGINT, signal.SIG_DFL
+            pool = ProcessPoolExecutor(1, START, initializer=signal.signal, initargs=silent)
+            return processes.enter_context(pool)
+
+        pools = {name: process() for name in works}
 
         def ask(name: str, task: Callable[..., Any], argument: Any) -> Any:
             try:
