@@ -45,7 +45,9 @@ def write_corpus(path: Path, kind: str, size: int) -> None:
 
 
 def measure(path: Path, cache: Path) -> dict[str, object]:
-    from blockdiff.data import load_corpus, load_tokenizer, pack, split_documents
+    from blockdiff.data.corpora import load_corpus, split_documents
+    from blockdiff.data.packing import pack
+    from blockdiff.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer("starter")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

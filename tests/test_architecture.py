@@ -42,7 +42,10 @@ FLOORS = [
 # Above floor 2 a network is known by what may be asked of it, not by its class. These may name it:
 # the package's own names, what opens or builds a network, and the applications.
 KNOW_THE_CLASS = ["", "api", "apps*", "commands*", "training.run"]
-LIGHT = ["training.config", "sampling.options", "cli", "commands", "folders", "registry"]
+LIGHT = [
+    *("evaluation.options", "training.config", "sampling.options", "cli", "commands", "folders"),
+    "registry",
+]
 
 
 def module_name(path):

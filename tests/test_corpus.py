@@ -10,6 +10,7 @@ import torch
 from blockdiff.errors import InputError
 from blockdiff.evaluation import corpus as module
 from blockdiff.evaluation.corpus import DEFAULTS, measure_sequences, options_of_run
+from blockdiff.evaluation.options import EvaluateOptions
 from blockdiff.training.config import TrainConfig
 from helpers import random_tokens, tiny_model
 
@@ -73,7 +74,7 @@ def test_the_validation_text_itself_is_measured_whole(tmp_path):
 
 def test_no_such_part_is_refused_before_anything_is_opened(tmp_path):
     with pytest.raises(InputError, match="validation"):
-        module.evaluate_corpus(tmp_path, "d.txt", part="held-out")
+        module.evaluate_corpus(tmp_path, EvaluateOptions("d.txt", part="held-out"))
 
 
 def test_figures_per_byte_are_of_the_whole_corpus():

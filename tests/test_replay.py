@@ -3,16 +3,18 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.models.dit import DiT, DiTConfig
-from blockdiff.replay import Event, Recorder, Recording, record, text_pieces, write_page
+from blockdiff.replay import Event, Recorder, Recording, text_pieces, write_page
 from blockdiff.sampling.generate import stream_tokens
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.step import Step
@@ -20,6 +22,17 @@ from blockdiff.sampling.step import Step
 CHROMIUM = shutil.which("chromium")
 BLOCK = 4
 NEVER = torch.zeros(1, dtype=torch.bool)
+
+
+def record(
+    steps: Iterable[Step], tokenizer: PreTrainedTokenizerFast, prompt_length: int,
+    block_size: int, row: int = 0,
+) -> Recording:  # fmt: skip
+    """The recording of one row of steps that run to their end."""
+    recorder = Recorder(tokenizer, prompt_length, block_size, row)
+    for _ in recorder.follow(steps):
+        pass
+    return recorder.recording()
 
 
 @pytest.fixture(scope="module")

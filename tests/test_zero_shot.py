@@ -13,12 +13,12 @@ import pytest
 from huggingface_hub.utils._http import default_client_factory
 
 from blockdiff import cli
-from blockdiff.commands.zero_shot import ZeroShotOptions
 from blockdiff.data import hub_sets
 from blockdiff.data.corpora import load_corpus
 from blockdiff.data.detokenizers import DETOKENIZERS
 from blockdiff.errors import InputError
 from blockdiff.evaluation import zero_shot as module
+from blockdiff.evaluation.options import ZeroShotOptions
 from blockdiff.evaluation.zero_shot import TEXT_SETS, find_text_sets
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import train
@@ -112,7 +112,7 @@ def test_a_wrong_local_name_costs_nothing(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr(module, "load", work)
+    monkeypatch.setattr(module, "open_to_measure", work)
     monkeypatch.setattr(datasets, "load_dataset", work)
     names = texts.format(file=tmp_path / "news.jsonl", empty=tmp_path / "empty.txt")
     with pytest.raises(SystemExit) as stop:

@@ -47,6 +47,7 @@ WHOLE_NUMBERS: Whole = {
     "timesteps": (1, LARGEST_SIZE),
     "top_k": (1, LARGEST_SIZE),
     "vocab_size": (1, LARGEST_VOCABULARY),
+    "window": (2, LARGEST_SIZE),
     "windows": (0, LARGEST_SIZE),
     "words": (1, LARGEST_SIZE),
     "workers": (1, 1024),
@@ -61,6 +62,7 @@ REAL_NUMBERS: Reals = {
 MEANINGS = {
     "temperature": " (0 is greedy)",
     "top_k": "; leave it out to keep every token",
+    "window": ": of one token nothing is predicted",
     "windows": " (0 is all)",
 }
 
@@ -197,7 +199,7 @@ def options(
             if 0 < number < smallest:
                 raise InputError(f"`{name}` is {value}; it must be at least {smallest:g}")
             object.__setattr__(given, name, number)
-        elif kind == "bool":
+        elif kind.startswith("bool"):
             if not isinstance(value, bool):
                 raise InputError(f"`{name}` is {value!r}; it must be true or false")
         elif "list" in kind and isinstance(value, list | tuple):
@@ -206,6 +208,13 @@ def options(
             object.__setattr__(given, name, list(value))
         elif not isinstance(value, str):
             raise InputError(f"`{name}` is {value!r}; it must be text")
+
+
+def clip(beta: float, omega: float) -> tuple[float, float]:
+    """(β, ω) when 0 ≤ β ≤ ω ≤ 1 and ω > 0; else `InputError`."""
+    if not (0 <= beta <= omega <= 1 and omega > 0):
+        raise InputError(f"`clip` {beta},{omega} must satisfy 0 <= β <= ω <= 1, ω > 0")
+    return beta, omega
 
 
 def warp(temperature: object, top_k: object, top_p: object, top_p_rule: object) -> None:

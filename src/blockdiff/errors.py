@@ -26,3 +26,9 @@ class RunStopped(InputError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for a one-line message."""
+    text = getattr(error, "strerror", None) or str(error).strip()
+    return next(iter(text.splitlines()), type(error).__name__)

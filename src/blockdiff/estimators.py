@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockdiff import checks
 from blockdiff.checks import numbers
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
@@ -29,7 +30,6 @@ from blockdiff.noising import (
     Noise,
     apply_mask,
     bernoulli,
-    check_clip,
     clipped,
     count_in_blocks,
     exact_k,
@@ -153,7 +153,7 @@ def clipped_redraw(
         return replace(
             clipped(x_0, layout, noise, maskable, mask_token_id, beta, omega), unbiased=False
         )
-    check_clip(beta, omega)
+    checks.clip(beta, omega)
     draws = noise.token.shape[0] // x_0.shape[0]
     rate = beta + (omega - beta) * noise.block
     count = torch.arange(size + 1, device=x_0.device, dtype=rate.dtype)

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import file_mode, local_path, try_writing
 
 try:
@@ -112,9 +112,8 @@ def claim(
                 _check_contents(folder, overwrite, can_resume, kinds)
             try_writing(folder)
         except OSError as error:
-            reason = error.strerror or error
             raise InputError(
-                f"`out` {str(folder)!r} cannot be written: {reason}; choose another"
+                f"`out` {str(folder)!r} cannot be written: {first_line(error)}; choose another"
             ) from None
         yield folder
     finally:
@@ -284,7 +283,7 @@ def _lock(folder: Path) -> int | None:
         except OSError as error:
             os.close(handle)
             path.unlink(missing_ok=True)
-            _warn(folder, str(error.strerror or error))
+            _warn(folder, first_line(error))
             return None
         except BaseException:
             os.close(handle)

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from blockdiff import checks
 from blockdiff.categorical import real_dtype, uniform
-from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.schedules import Schedule
 
@@ -204,18 +204,12 @@ def clipped(
 
     At L' = 1 the clip [1, 1] is the paper's tuned schedule: every token masked, with weight 1.
     """
-    check_clip(beta, omega)
+    checks.clip(beta, omega)
     rate = beta + (omega - beta) * noise.block
     return mask_at_rate(
         x_0, layout, noise, maskable, mask_token_id,
         rate=rate, weight=1 / rate, unbiased=beta == 0 and omega == 1,
     )  # fmt: skip
-
-
-def check_clip(beta: float, omega: float) -> None:
-    """Raises `InputError` unless 0 ≤ β ≤ ω ≤ 1 and ω > 0."""
-    if not (0 <= beta <= omega <= 1 and omega > 0):
-        raise InputError(f"clip [{beta}, {omega}] must satisfy 0 <= beta <= omega <= 1, omega > 0")
 
 
 def exact_k(

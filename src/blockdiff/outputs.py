@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 
 
 def to_json(record: object, **options: Any) -> str:
@@ -146,7 +146,7 @@ def new_file(name: str, value: str | os.PathLike[str]) -> Path:
         path.touch(exist_ok=False)
         path.unlink()
     except OSError as error:
-        raise InputError(f"`{name}` {path} cannot be written: {error.strerror or error}") from None
+        raise InputError(f"`{name}` {path} cannot be written: {first_line(error)}") from None
     return path
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from matplotlib.ticker import (
@@ -43,6 +44,28 @@ Curve = Sequence[Mapping[str, float]]
 # has a font with Chinese, Japanese or Korean characters they are not boxes.
 _FAMILIES = [*rcParams["font.family"], *(x for x in _WIDE_FONTS if x in set(get_font_names()))]
 words_as_written = rc_context({"text.parse_math": False, "font.family": _FAMILIES})
+
+
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes side by side, with a faint grid and without the frame's right half."""
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    panels = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axes in panels:
+        bare(axes)
+    return figure, panels
+
+
+def bare(axes: Axes) -> None:
+    """A faint grid; no frame above and on the right."""
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def logarithmic(axis: Axis) -> None:
+    """A logarithmic axis's ticks at 1, 2, 5, 10, …, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(FormatStrFormatter("%g"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(figure: Figure, path: Path | None) -> Figure:
@@ -213,11 +236,8 @@ def _variance_panel(axes: Axes, records: Sequence[Mapping[str, Any]], kind: str)
         axes.errorbar(values[i], i, xerr=[[low[i]], [errors[i]]], fmt="o", color=colours[i],
                       markersize=4, capsize=2, elinewidth=1)  # fmt: skip
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    logarithmic(axes.xaxis)
     for i in where[~seen]:
         axes.annotate("0", (0.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axes.set_ylim(-0.6, len(values) - 0.4)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    bare(axes)

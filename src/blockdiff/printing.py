@@ -5,10 +5,13 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+Row = Sequence[str]
 
 # A model that writes bytes can write an escape sequence; shown as pictures they do nothing.
 _CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
@@ -25,9 +28,32 @@ def plain_console(**options: Any) -> Console:
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
-def table_text(table: Table, width: int) -> str:
-    """A table as lines of text."""
+def make_table(head: Row, rows: Iterable[Row | None], *, left: int = 0, **options: Any) -> Table:
+    """A table whose column `left` is words and the others figures; None parts two rows.
+
+    `options` are rich's: title, caption.
+    """
+    table = Table(**options)
+    for i, heading in enumerate(head):
+        table.add_column(heading, justify="left" if i == left else "right")
+    for row in rows:
+        if row is None:
+            table.add_section()
+        else:
+            table.add_row(*row)
+    return table
+
+
+def table_text(head: Row, rows: Iterable[Row | None], width: int, **options: Any) -> str:
+    """`make_table`'s table as lines of text."""
+    table = make_table(head, rows, **options)
     console = plain_console(width=width, no_color=True)
     with console.capture() as capture:
         console.print(table)
     return printable(capture.get().rstrip())
+
+
+def markdown_table(head: Row, rows: Iterable[Row]) -> str:
+    """A table as Markdown."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

@@ -157,20 +157,6 @@ class Recorder:
         )
 
 
-def record(
-    steps: Iterable[Step],
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_length: int,
-    block_size: int,
-    row: int = 0,
-) -> Recording:
-    """Runs the steps to their end and returns the recording of one row; see `Recorder`."""
-    recorder = Recorder(tokenizer, prompt_length, block_size, row)
-    for _ in recorder.follow(steps):
-        pass
-    return recorder.recording()
-
-
 def text_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text of each token; joined they are the decoded text, special tokens included.
 

@@ -106,6 +106,14 @@ def watch(
     return view.last
 
 
+def new_tokens(step: Step, row: int, start: int, mask_token_id: int) -> int:
+    """A row's tokens behind its prompt so far, those past the end of a finished row not counted."""
+    length = int(step.lengths[row])
+    if length >= 0:
+        return length - start
+    return int((step.tokens[row, start:] != mask_token_id).sum())
+
+
 class _View:
     """Draws the steps it has seen."""
 
@@ -152,7 +160,8 @@ class _View:
     def frame(self, height: int | None = None) -> Group:
         """The panels and the status line; with `height`, at most so many terminal lines."""
         step = self.last
-        counts = [self._count(row) for row in range(len(step.tokens))]
+        counts = [new_tokens(step, row, start, self.mask_token_id)
+                  for row, start in enumerate(self.prompt_lengths)]  # fmt: skip
         shown, room = len(counts), None
         if height is not None:
             # Less the status line, one for rows that do not fit, and the cursor's.
@@ -172,13 +181,6 @@ class _View:
             parts.append(Text(f"and {len(counts) - shown} more", style="dim"))
         parts.append(self._status(sum(counts)))
         return Group(*parts)
-
-    def _count(self, row: int) -> int:
-        """New tokens so far, those past the end of a finished row not counted."""
-        start, length = self.prompt_lengths[row], int(self.last.lengths[row])
-        if length >= 0:
-            return length - start
-        return int((self.last.tokens[row, start:] != self.mask_token_id).sum())
 
     def _title(self, row: int, count: int) -> str:
         return f"text {row + 1} · {int(self.last.nfe[row])} evaluations · {count} tokens"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from types import FrameType
 from typing import Any
@@ -17,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from blockdiff import checks
 from blockdiff.api import continuation, encode_prompts, to_text
 from blockdiff.device import choose_device
-from blockdiff.errors import InputError, RunStopped
+from blockdiff.errors import InputError, RunStopped, first_line
 from blockdiff.models.loading import load
 from blockdiff.models.weights import convert, resolve_precision
 from blockdiff.outputs import local_path, new_file, to_json
@@ -27,8 +24,8 @@ from blockdiff.replay import Recorder, write_page
 from blockdiff.sampling.generate import collect, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.step import Step
-from blockdiff.training.signals import signal_name
-from blockdiff.watch import Timed, watch
+from blockdiff.training.signals import Signals, signal_name
+from blockdiff.watch import Timed, new_tokens, watch
 
 
 def write_texts(
@@ -62,7 +59,7 @@ def write_texts(
     view = _Written(console, tokenizer, given, ids, model.config.mask_token_id)
     shown = not wish.json and not wish.watch
     try:
-        with _stopped_by_signals():
+        with _Stopping():
             if wish.watch and not wish.json:
                 lengths = [len(row) for row in ids]
                 mask = model.config.mask_token_id
@@ -119,15 +116,8 @@ def _work(steps: Iterable[Step], ids: Sequence[Sequence[int]], new: int, mask: i
 
 
 def _fixed(step: Step, ids: Sequence[Sequence[int]], mask: int) -> int:
-    """How many new tokens there are, those past the end of a finished row not counted."""
-    count = 0
-    for row, (prompt, length) in enumerate(zip(ids, step.lengths.tolist(), strict=True)):
-        start = len(prompt)
-        if length >= 0:
-            count += length - start
-        else:
-            count += int((step.tokens[row, start:] != mask).sum())
-    return count
+    """How many new tokens there are in all rows."""
+    return sum(new_tokens(step, row, len(prompt), mask) for row, prompt in enumerate(ids))
 
 
 class _Written:
@@ -193,21 +183,12 @@ class _Stopped(KeyboardInterrupt):
         return RunStopped(f"stopped by {name} after {tokens} tokens", 128 + self.number)
 
 
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Raises `_Stopped` where Ctrl-C or SIGTERM comes; only the main thread can catch them."""
+class _Stopping(Signals):
+    """Raises `_Stopped` where Ctrl-C or SIGTERM comes."""
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        super().note(number, frame)
         raise _Stopped(number)
-
-    former: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        former = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def read_prompts(prompt: str | None, prompt_file: str | None = None) -> list[str]:
@@ -223,8 +204,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None = None) -> list[str
         try:
             text = _decoded(path.read_bytes(), str(path))
         except OSError as error:
-            reason = error.strerror if error.strerror is not None else error
-            raise InputError(f"cannot read the prompts in {path}: {reason}") from None
+            raise InputError(f"cannot read the prompts in {path}: {first_line(error)}") from None
         lines = [line.removesuffix("\r") for line in text.split("\n")]
         prompts = [line for line in lines if line.strip()]
         if not prompts:

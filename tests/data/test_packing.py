@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from blockdiff.data import encoding, packing
-from blockdiff.data.packing import Windows, pack, stream_windows
+from blockdiff.data.packing import StreamedWindows, Windows, pack
 from blockdiff.data.tokenizers import add_mask_token, train_tokenizer
 from blockdiff.errors import InputError
 
@@ -120,7 +120,7 @@ def test_marked_windows_hold_the_text_between_their_marks(tmp_path, eos):
     assert len(windows) == len(whole) // 3
     for i, window in enumerate(windows):
         assert window["x_0"].tolist() == [1, *whole[3 * i : 3 * i + 3], 2]
-    streamed = stream_windows(documents, words, **settings)
+    streamed = StreamedWindows(documents, words, **settings)
     assert stream_of(streamed) == stream_of(windows)
     plain = pack(documents, words, length=5, eos=eos, cache_dir=tmp_path)
     assert plain.key != windows.key
@@ -174,7 +174,7 @@ def test_a_text_that_still_gives_the_mask_is_refused(tmp_path):
     stubborn.backend_tokenizer.add_tokens([AddedToken("b", special=False)])
     for read in (
         lambda: pack(["a b c"], stubborn, length=1, eos=False, cache_dir=tmp_path),
-        lambda: list(stream_windows(["a b c"], stubborn, length=1, eos=False)),
+        lambda: list(StreamedWindows(["a b c"], stubborn, length=1, eos=False)),
     ):
         with pytest.raises(InputError, match="encodes to the mask token 'b'"):
             read()
@@ -236,7 +236,7 @@ def test_a_window_needs_a_token(tokenizer, tmp_path, length):
     with pytest.raises(InputError, match=f"`length` is {length}"):
         pack(DOCUMENTS, tokenizer, length=length, cache_dir=tmp_path)
     with pytest.raises(InputError, match=f"`length` is {length}"):
-        stream_windows(DOCUMENTS, tokenizer, length=length)
+        StreamedWindows(DOCUMENTS, tokenizer, length=length)
 
 
 @pytest.mark.parametrize("across_documents", [False, True])
@@ -272,14 +272,14 @@ def test_a_mark_the_tokenizer_does_not_have(tmp_path, kind):
     with pytest.raises(InputError, match=f"`{kind}` is true.*no {kind.upper()} token"):
         pack(["a"], word_level(), length=1, cache_dir=tmp_path, **marks)
     with pytest.raises(InputError, match=f"`{kind}` is true"):
-        stream_windows(["a"], word_level(), length=1, **marks)
+        StreamedWindows(["a"], word_level(), length=1, **marks)
 
 
 def test_half_a_surrogate_pair(tokenizer, tmp_path):
     with pytest.raises(InputError, match="surrogate pair after 'before '"):
         pack(["before \ud800"], tokenizer, length=1, cache_dir=tmp_path)
     with pytest.raises(InputError, match="surrogate pair after 'before '"):
-        list(stream_windows(["before \ud800"], tokenizer, length=1))
+        list(StreamedWindows(["before \ud800"], tokenizer, length=1))
 
 
 def test_a_cache_that_cannot_be_written(tokenizer, tmp_path):
@@ -553,7 +553,7 @@ def test_windows_load_in_workers(tokenizer, tmp_path):
 def test_a_stream_gives_the_windows_that_packing_gives(tokenizer, tmp_path, monkeypatch, marks):
     monkeypatch.setattr(encoding, "_BATCH", 10)
     packed = pack(DOCUMENTS, tokenizer, length=8, cache_dir=tmp_path, **marks)
-    stream = stream_windows(DOCUMENTS, tokenizer, length=8, **marks)
+    stream = StreamedWindows(DOCUMENTS, tokenizer, length=8, **marks)
     assert stream.length == 8
     for _ in range(2):
         windows = list(stream)
@@ -568,21 +568,21 @@ def test_a_stream_is_read_no_further_than_needed(tokenizer, monkeypatch):
         while True:
             yield "the cat sat on the mat"
 
-    windows = iter(stream_windows(endless(), tokenizer, length=8))
+    windows = iter(StreamedWindows(endless(), tokenizer, length=8))
     assert [len(next(windows)["x_0"]) for _ in range(5)] == [8] * 5
 
 
 def test_stream_workers_share_the_documents(tokenizer):
     documents = [chr(ord("a") + i) * 3 for i in range(20)]
-    stream = stream_windows(documents, tokenizer, length=1, eos=False)
+    stream = StreamedWindows(documents, tokenizer, length=1, eos=False)
     loader = DataLoader(stream, batch_size=None, num_workers=2)
     assert sorted(stream_of(loader)) == sorted(stream_of(stream))
 
 
 def test_a_stream_that_ends_too_soon(tokenizer):
     with pytest.raises(InputError, match="ended after 2 tokens, before one window of 50"):
-        list(stream_windows(["x"], tokenizer, length=50))
-    once = stream_windows(iter(["x" * 10]), tokenizer, length=2)
+        list(StreamedWindows(["x"], tokenizer, length=50))
+    once = StreamedWindows(iter(["x" * 10]), tokenizer, length=2)
     assert list(once)
     with pytest.raises(InputError, match="read only once"):
         list(once)

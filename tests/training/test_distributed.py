@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from blockdiff.data.corpora import load_corpus
-from blockdiff.data.packing import stream_windows
+from blockdiff.data.packing import StreamedWindows
 from blockdiff.data.tokenizers import load_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.training.arguments import micro_batch
@@ -198,11 +198,11 @@ def test_an_endless_stream_begins_again(corpus: Path, tmp_path: Path) -> None:
     """No short last batch, however long the run; a worker without text is no error."""
     run = train(replace(small(corpus, tmp_path / "run"), steps=1), progress=False).folder
     tokenizer = load_tokenizer(str(run))
-    once = [w["x_0"] for w in stream_windows(load_corpus(corpus), tokenizer, length=8)]
-    endless = stream_windows(load_corpus(corpus), tokenizer, length=8, endless=True)
+    once = [w["x_0"] for w in StreamedWindows(load_corpus(corpus), tokenizer, length=8)]
+    endless = StreamedWindows(load_corpus(corpus), tokenizer, length=8, endless=True)
     twice = [w["x_0"] for w in islice(endless, 2 * len(once))]
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=False))
-    one = stream_windows(list(load_corpus(corpus))[-1:], tokenizer, length=8, endless=True)
+    one = StreamedWindows(list(load_corpus(corpus))[-1:], tokenizer, length=8, endless=True)
     loader = DataLoader(one, batch_size=2, num_workers=2, drop_last=True)
     assert [len(batch["x_0"]) for batch in islice(loader, 20)] == [2] * 20
 
@@ -214,7 +214,7 @@ def test_windows_of_a_shared_stream_hold_every_token_once(corpus: Path, tmp_path
     shared: Counter[int] = Counter()
     for process in range(2):
         documents = load_corpus(corpus, streaming=True, process=(process, 2))
-        windows = stream_windows(documents, tokenizer, length=1)
+        windows = StreamedWindows(documents, tokenizer, length=1)
         shared.update(w["x_0"].item() for w in DataLoader(windows, batch_size=None, num_workers=2))
-    alone = stream_windows(load_corpus(corpus), tokenizer, length=1)
+    alone = StreamedWindows(load_corpus(corpus), tokenizer, length=1)
     assert shared == Counter(w["x_0"].item() for w in alone)

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -21,6 +22,7 @@ from blockdiff.errors import InputError
 from blockdiff.training import run as running
 from blockdiff.training.callbacks import read_metrics
 from blockdiff.training.config import RESUMABLE, TrainConfig, load_config, load_record
+from blockdiff.training.record import commit
 from blockdiff.training.run import prepare_data, train
 from blockdiff.training.trainer import BlockDiffusionTrainer
 
@@ -70,6 +72,15 @@ def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def test_the_commit_is_asked_for_without_a_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run killed meanwhile would leave git's index.lock in the user's checkout."""
+    asked = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: asked.append(words) or done)
+    done = subprocess.CompletedProcess([], 0, stdout="")
+    assert commit() == ""
+    assert asked and all(words[:2] == ["git", "--no-optional-locks"] for words in asked)
 
 
 def resumed(out: Path, *words: object) -> None:

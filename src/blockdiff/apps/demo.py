@@ -17,25 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 
 from blockdiff import checks, folders
 from blockdiff.api import TextGeneration, encode_prompts, to_text
 from blockdiff.device import choose_device
 from blockdiff.evaluation.corpus import evaluate_corpus
+from blockdiff.evaluation.options import EvaluateOptions
 from blockdiff.models.dit import DiT
 from blockdiff.models.loading import load
 from blockdiff.outputs import to_json, write_text
 from blockdiff.plots import loss_plot
-from blockdiff.printing import plain_console, printable
+from blockdiff.printing import make_table, markdown_table, plain_console, printable
 from blockdiff.replay import Recorder, write_page
 from blockdiff.sampling.generate import collect, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
@@ -139,7 +137,8 @@ def _demo(folder: Path, minutes: float, recipe: TrainConfig, clock: Clock) -> No
         _Result("AR", ar, _measure(ar_folder, recipe)),
         _Result("BD3-LM L' = 4", bd, _measure(bd_folder, recipe), ar.tokens_seen),
     ]
-    console.print(_table(results))
+    head = ("model", "perplexity ± s.e.", "bits per byte", "tokens seen")
+    console.print(make_table(head, [result.row() for result in results]))
     console.print("4 Three passages, block by block", style="bold")
     model, tokenizer = load(bd_folder, device=choose_device(recipe.device))
     texts = _write(model, tokenizer, folder / "denoising.html")
@@ -200,36 +199,21 @@ class _EndOfPace(TrainerCallback):
     def __init__(self, pace: Pace) -> None:
         self.pace = pace
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         if self.pace.progress(state.global_step, state.max_steps) >= 1:
             control.should_training_stop = True
 
 
 def _measure(folder: Path, recipe: TrainConfig) -> dict[str, object]:
-    return evaluate_corpus(
-        folder,
-        recipe.data,
-        part="validation",
-        validation_fraction=recipe.validation_fraction,
-        split_seed=recipe.seed,
-        windows=MEASURED_WINDOWS,
-        device=recipe.device,
-    )
+    wish = EvaluateOptions(
+        recipe.data, part="validation", validation_fraction=recipe.validation_fraction,
+        split_seed=recipe.seed, windows=MEASURED_WINDOWS,
+    )  # fmt: skip
+    return evaluate_corpus(folder, wish, recipe.device)
 
 
 def _steps(run: Trained) -> int:
     return run.tokens_seen // (RECIPE.batch_size * RECIPE.length)
-
-
-def _table(results: list[_Result]) -> Table:
-    table = Table()
-    for title in ("model", "perplexity ± s.e.", "bits per byte", "tokens seen"):
-        table.add_column(title, justify="left" if title == "model" else "right")
-    for result in results:
-        table.add_row(*result.row())
-    return table
 
 
 def _write(model: DiT, tokenizer: PreTrainedTokenizerBase, page: Path) -> TextGeneration:
@@ -260,6 +244,12 @@ def _gather_metrics(folder: Path, results: list[_Result]) -> None:
 
 
 def _report(results: list[_Result], texts: TextGeneration, seconds: float, seed: int) -> str:
+    head = ("model", "perplexity per token", "bits per byte", "tokens seen", "steps", "training")
+    rows = [
+        (*result.row(), str(_steps(result.run)), f"{result.run.seconds:.0f} s")
+        for result in results
+    ]
+    record = results[0].record
     lines = [
         "# blockdiff demo",
         "",
@@ -267,14 +257,7 @@ def _report(results: list[_Result], texts: TextGeneration, seconds: float, seed:
         f"({platform.machine()}, torch {torch.__version__}), seed {seed}: the `{RECIPE.preset}` "
         f"network, a BPE of {RECIPE.vocab_size} tokens, context {RECIPE.length}, on `pydoc`.",
         "",
-        "| model | perplexity per token | bits per byte | tokens seen | steps | training |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        cells = [*result.row(), str(_steps(result.run)), f"{result.run.seconds:.0f} s"]
-        lines.append(f"| {' | '.join(cells)} |")
-    record = results[0].record
-    lines += [
+        markdown_table(head, rows),
         "",
         f"Measured on {record['sequences']} windows of documents held out of training; ± is one "
         "standard error over windows. The BD3-LM's figure is its bound, exact over masks "

@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from blockdiff.estimators import make_estimator
 from blockdiff.layout import BlockLayout
 from blockdiff.noising import stratified_noise
-from blockdiff.plots import COLOURS, save_figure
+from blockdiff.plots import COLOURS, new_figure, save_figure
 from blockdiff.schedules import SCHEDULES
 
 
@@ -33,10 +33,8 @@ def draw_all(folder: Path) -> list[Path]:
     return drawn
 
 
-def _bare(axes: Axes, title: str) -> None:
+def _title(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
 
 
 def two_stream_mask(path: Path, length: int = 12, block_size: int = 4) -> Figure:
@@ -69,20 +67,19 @@ def two_stream_mask(path: Path, length: int = 12, block_size: int = 4) -> Figure
         handles=[Patch(color=c, label=n) for c, n in zip(colours[1:], names, strict=True)],
         loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=1, frameon=False, fontsize=8,
     )  # fmt: skip
-    axes.set_title(f"L = {length}, L' = {block_size}", loc="left", fontsize=10)
+    _title(axes, f"L = {length}, L' = {block_size}")
     return save_figure(figure, path)
 
 
 def schedules(path: Path) -> Figure:
     """Mask rate and NELBO weight over time."""
-    figure = Figure(figsize=(9, 3.6), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_figure(9, 3.6, 2)
     time = torch.linspace(0.01, 1, 300, dtype=torch.float64)
     for i, (name, schedule) in enumerate(SCHEDULES.items()):
         left.plot(time, schedule.mask_rate(time), color=COLOURS[i], label=name.replace("_", " "))
         right.plot(time, schedule.weight(time), color=COLOURS[i])
-    _bare(left, "Mask rate 1 − α_t")
-    _bare(right, "Weight −α'_t/(1 − α_t)")
+    _title(left, "Mask rate 1 − α_t")
+    _title(right, "Weight −α'_t/(1 − α_t)")
     right.set_yscale("log")
     for axes in (left, right):
         axes.set_xlabel("t")
@@ -104,8 +101,7 @@ def block_weights(
 
 def total_weights(path: Path, size: int = 4) -> Figure:
     """The total weight of a block under three estimators: where Bernoulli's variance comes from."""
-    figure = Figure(figsize=(7.5, 3.6), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(7.5, 3.6)
     bins = np.linspace(0, 4, 81).tolist()
     for i, (name, clip) in enumerate((("bernoulli", None), ("clipped", (0.45, 0.95)))):
         weights = block_weights(name, size, clip)
@@ -116,7 +112,7 @@ def total_weights(path: Path, size: int = 4) -> Figure:
     exact = block_weights("exact_k", size)
     label = f"exact_k: always {exact.mean():.0f}, variance {exact.var():.0f}"
     axes.axvline(1, color=COLOURS[2], linewidth=2, label=label)
-    _bare(axes, f"Total weight of a block of {size} tokens, over {size} (last bin: 4 and more)")
+    _title(axes, f"Total weight of a block of {size} tokens, over {size} (last bin: 4 and more)")
     axes.set_yscale("log")
     axes.set_ylabel("density")
     axes.legend(frameon=False, fontsize=8)
@@ -138,15 +134,14 @@ def weight_of_k(beta: float, omega: float, size: int) -> np.ndarray:
 
 def clip_bias(path: Path, size: int = 8) -> Figure:
     """Why a clipped draw bounds nothing: it leaves out the cases the bound counts equally."""
-    figure = Figure(figsize=(7.5, 3.6), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(7.5, 3.6)
     k = np.arange(1, size + 1)
     clips = ((0.0, 1.0, "U[0, 1] and exact_k"), (0.45, 0.95, "U[0.45, 0.95]"),
              (0.3, 0.8, "U[0.3, 0.8]"), (1.0, 1.0, "all masked"))  # fmt: skip
     for i, (beta, omega, label) in enumerate(clips):
         weight = weight_of_k(beta, omega, size)
         axes.plot(k, weight, "o-", color=COLOURS[i], label=f"{label}: {weight.sum():.2f} in all")
-    _bare(axes, f"What the cross entropy with k of {size} tokens masked counts for")
+    _title(axes, f"What the cross entropy with k of {size} tokens masked counts for")
     axes.set_xlabel("k")
     axes.set_ylim(0, 0.5)
     axes.annotate("all masked: 1 at k = 8", (size, 0.5), ha="right", va="top", fontsize=8)

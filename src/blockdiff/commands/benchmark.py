@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from blockdiff.apps.benchmark.options import BenchmarkOptions, Work
-from blockdiff.commands.options import Command, Given
-from blockdiff.outputs import to_json
+from blockdiff.commands.options import Command, Given, JsonOption, print_record
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,12 @@ def _run(given: Given) -> None:
     from blockdiff.apps.benchmark.report import benchmark, describe
 
     record = benchmark(given.make(WorkOptions).work, options)
-    print(to_json(record, indent=2) if options.json else describe(record))
+    print_record(given, record, describe)
 
 
 COMMAND = Command(
     summary="Time ours against the naive way and the baselines, side by side.",
-    kinds=(WorkOptions, BenchmarkOptions),
+    kinds=(WorkOptions, BenchmarkOptions, JsonOption),
     run=_run,
     places=("work",),
     sections={"work": "Benchmark"},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from blockdiff.commands.evaluate import Precision
 from blockdiff.commands.model import ModelOptions
 from blockdiff.commands.options import Command, Given
+from blockdiff.evaluation.options import Precision
 from blockdiff.sampling.options import SamplingOptions
 
 

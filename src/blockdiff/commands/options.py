@@ -20,7 +20,8 @@ from docstring_parser import parse as parse_docstring
 
 from blockdiff.checks import choices_in
 from blockdiff.commands.hints import hint_option
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
+from blockdiff.outputs import to_json
 from blockdiff.plugins import load_plugin
 
 # Every command has these, and they are read before the others.
@@ -63,6 +64,22 @@ class Command:
     def __post_init__(self) -> None:
         found = {one.name: one for kind in self.kinds for one in options_of(kind, self.places)}
         object.__setattr__(self, "options", found)
+
+
+@dataclass(frozen=True)
+class JsonOption:
+    """How a result is printed.
+
+    Attributes:
+        json: Print JSON.
+    """
+
+    json: bool = False
+
+
+def print_record(given: Given, record: Any, table: Callable[[Any], str]) -> None:
+    """Prints a result as JSON where that is asked for, else its table."""
+    print(to_json(record, indent=2) if given.make(JsonOption).json else table(record), flush=True)
 
 
 def as_typed(message: str, command: Command) -> str:
@@ -164,10 +181,10 @@ def _text(what: str, text: str) -> str:
 
 
 def options_of(kind: type, places: Sequence[str] = ()) -> list[Option]:
-    """An option for every field of a dataclass."""
+    """An option for every field of a dataclass and of those it extends."""
     hints = get_type_hints(kind, include_extras=True)
-    texts = {p.arg_name: " ".join((p.description or "").split())
-             for p in parse_docstring(kind.__doc__ or "").params}  # fmt: skip
+    described = [p for one in kind.__mro__ for p in parse_docstring(one.__doc__ or "").params]
+    texts = {p.arg_name: " ".join((p.description or "").split()) for p in described}
     return [
         Option(f.name, texts[f.name], hints[f.name], f.default, f.name in places)
         for f in fields(kind)
@@ -336,7 +353,7 @@ def read_yaml(path: Path) -> dict[str, yaml.Node]:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror or error}; name a YAML file") from None
+        raise InputError(f"--config {path}: {first_line(error)}; name a YAML file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"--config {path} is not valid UTF-8 (byte {error.start})") from None
     except (yaml.YAMLError, RecursionError) as error:

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiff.commands.evaluate import Precision
 from blockdiff.commands.model import ModelOptions
 from blockdiff.commands.options import Command, Given
 from blockdiff.errors import InputError
+from blockdiff.evaluation.options import Precision
 from blockdiff.outputs import to_json
 from blockdiff.registry import BoundName
 
@@ -110,18 +110,15 @@ def _run(given: Given) -> None:
         for pair, one in zip(pairs, found, strict=True):
             print(to_json({**pair, **asdict(one)}))
         return
-    from rich.table import Table
-
-    table = Table(title=f"−log p(continuation | context) under {place.model}, in nats")
-    for title in ("nats", "± error", "tokens", "greedy"):
-        table.add_column(title, justify="right")
-    table.add_column("continuation")
+    rows = []
     for pair, one in zip(pairs, found, strict=True):
         same = "" if one.greedy is None else "yes" if one.greedy else "no"
         bound = "" if model.config.causal else "≤ "
-        table.add_row(f"{bound}{one.nats:.4f}", f"{one.error:.4f}", str(one.tokens), same,
-                      printable(pair["continuation"]))  # fmt: skip
-    print(table_text(table, 100))
+        rows.append((f"{bound}{one.nats:.4f}", f"{one.error:.4f}", str(one.tokens), same,
+                     printable(pair["continuation"])))  # fmt: skip
+    head = ("nats", "± error", "tokens", "greedy", "continuation")
+    title = f"−log p(continuation | context) under {place.model}, in nats"
+    print(table_text(head, rows, 100, title=title))
 
 
 COMMAND = Command(

@@ -17,7 +17,6 @@ from blockdiff import checks
 from blockdiff.data.files import (
     file_key,
     find_files,
-    first_line,
     format_of,
     read_file,
     require_column,
@@ -25,7 +24,7 @@ from blockdiff.data.files import (
 )
 from blockdiff.data.hub_sets import HubUnreachable, hub_or_copies, quiet_libraries
 from blockdiff.data.pydoc import pydoc_documents
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import local_path
 from blockdiff.progress import track
 
@@ -74,7 +73,6 @@ def load_corpus(
     streaming: bool = False,
     subset: str | None = None,
     process: tuple[int, int] = (0, 1),
-    decompressed_limit: int | None = None,
 ) -> Corpus:
     """Open a corpus; its text is read when it is iterated, file by file.
 
@@ -82,16 +80,16 @@ def load_corpus(
         source: `pydoc` (the documentation of the running Python), a file, a folder, a glob or
             several of these, or the id of a data set on the Hugging Face hub. Files are `.txt`
             (one document each), `.jsonl`/`.json` (one JSON object a line) or `.parquet`, each
-            also compressed (`.gz`, `.xz`); a folder written by `Dataset.save_to_disk` works too.
-            What is named in several ways, by a folder and a file in it for example, is read once.
+            also compressed (`.gz`, `.xz`; to at most $BLOCKDIFF_DECOMPRESSED_LIMIT bytes, 0 for any
+            number, else 200 times its size and at least 1 GiB); a folder written by
+            `Dataset.save_to_disk` works too. What is named in several ways, by a folder and a file
+            in it for example, is read once.
         split: split of a data set; local files have none.
         text_column: the column (JSON key) that holds the text.
         streaming: read a hub data set over the network as it is used instead of downloading it.
             Each process, and each DataLoader worker in it, then gets documents of its own.
         subset: configuration of a hub data set.
         process: (number, count) of this process among those that share a stream.
-        decompressed_limit: how many bytes a compressed file may unpack to, 0 for any number; by
-            default $BLOCKDIFF_DECOMPRESSED_LIMIT, else 200 times its size, at least 1 GiB.
 
     Raises:
         InputError: nothing is there, it cannot be reached or read, or it holds no text. Faults
@@ -122,7 +120,7 @@ def load_corpus(
         else:
             files = {file_key(path): path for path in find_files(one)}
             local_readers += [
-                partial(read_file, path, text_column, decompressed_limit)
+                partial(read_file, path, text_column)
                 for key, path in files.items()
                 if key not in read
             ]

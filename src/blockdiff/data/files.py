@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import local_path
 
 _FORMATS = (".txt", ".jsonl", ".json", ".parquet")
@@ -64,7 +64,7 @@ def find_files(source: str) -> list[Path]:
             raise InputError(f"{source}: no such file or folder")
         files = {file_key(file): file for file in sorted(found, reverse=True) if format_of(file)}
     except OSError as error:
-        raise InputError(_cannot_read(error.filename or source, error)) from error
+        raise InputError(f"cannot read {error.filename or source}: {first_line(error)}") from error
     if not files:
         raise InputError(f"{source}: no text files there; known are {_KNOWN}")
     return sorted(files.values())
@@ -126,11 +126,8 @@ def _matching(folder: Path, pattern: Sequence[str], seen: set[tuple[int, int]]) 
         yield from _matching(folder / part, rest, seen)
 
 
-def read_file(path: Path, text_column: str, decompressed_limit: int | None = None) -> Iterator[str]:
+def read_file(path: Path, text_column: str) -> Iterator[str]:
     """The documents of one file that `find_files` found.
-
-    `decompressed_limit`: how many bytes a compressed file may unpack to, 0 for any number; see
-    `load_corpus`.
 
     Raises:
         InputError: while iterating, naming the file and the line or row that cannot be read.
@@ -138,7 +135,7 @@ def read_file(path: Path, text_column: str, decompressed_limit: int | None = Non
     file_format = format_of(path)
     assert file_format is not None
     suffix, compression = file_format
-    with _opened(path, compression, decompressed_limit) as file:
+    with _opened(path, compression) as file:
         if suffix == ".txt":
             yield _read_text(file, path)
         elif suffix == ".parquet":
@@ -150,7 +147,7 @@ def read_file(path: Path, text_column: str, decompressed_limit: int | None = Non
 
 
 @contextmanager
-def _opened(path: Path, compression: str, limit: int | None) -> Iterator[IO[bytes]]:
+def _opened(path: Path, compression: str) -> Iterator[IO[bytes]]:
     try:
         file_key(path)  # it may have become a pipe since it was found
         if not compression:
@@ -158,26 +155,20 @@ def _opened(path: Path, compression: str, limit: int | None) -> Iterator[IO[byte
                 yield file
         else:
             with _COMPRESSIONS[compression](path, "rb") as unpacked:
-                limited = _Limited(unpacked, path, _limit(path, limit))
+                limited = _Limited(unpacked, path, _limit(path))
                 yield io.BufferedReader(limited, 2**17)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(_cannot_read(path, error)) from error
+        raise InputError(f"cannot read {path}: {first_line(error)}") from error
 
 
-def _cannot_read(path: object, error: Exception) -> str:
-    return f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
-
-
-def _limit(path: Path, limit: int | None) -> int:
+def _limit(path: Path) -> int:
     """How many bytes this file may unpack to; 0 is any number."""
-    if limit is None and os.environ.get(_LIMIT_VARIABLE):
-        text = os.environ[_LIMIT_VARIABLE]
-        if not (text.isascii() and text.isdigit() and len(text) < 20):
-            raise InputError(f"{_LIMIT_VARIABLE} is {text!r}; it must be a number of bytes, or 0")
-        limit = int(text)
-    if limit is None:
-        limit = max(_ALWAYS_UNPACKED, _LARGEST_RATIO * path.stat().st_size)
-    return limit
+    text = os.environ.get(_LIMIT_VARIABLE)
+    if not text:
+        return max(_ALWAYS_UNPACKED, _LARGEST_RATIO * path.stat().st_size)
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise InputError(f"{_LIMIT_VARIABLE} is {text!r}; it must be a number of bytes, or 0")
+    return int(text)
 
 
 class _Limited(io.RawIOBase):
@@ -301,8 +292,3 @@ def text_of(row: Mapping[str, Any], text_column: str, where: str) -> str:
             f"{where}: half a surrogate pair in the text; repair or drop it"
         ) from error
     return text
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, short enough for a one-line message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)

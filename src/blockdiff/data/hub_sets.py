@@ -13,8 +13,7 @@ from contextlib import ExitStack, contextmanager
 from threading import Thread
 from urllib.parse import quote
 
-from blockdiff.data.files import first_line
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 
 PATIENCE = 4.0  # seconds
 _fault: str | None = None  # why the hub is left alone

@@ -19,11 +19,9 @@ from blockdiff.data.corpora import CHANGED, Corpus
 from blockdiff.data.encoding import encode_pieces, mark_windows, utf8
 from blockdiff.data.tokenizers import eos_id, fingerprint
 from blockdiff.data.windows import Windows, build_windows, open_windows
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import local_path
 from blockdiff.progress import track
-
-__all__ = ["StreamedWindows", "Windows", "pack", "stream_windows"]
 
 _FORMAT_VERSION = 2  # part of every key: raise it when the files or the encoding change
 
@@ -64,7 +62,7 @@ def pack(
             corpus is empty, shorter than one window, or not the same when it is read again; a
             text encodes to the mask token; the cache cannot be written.
     """
-    _require_length(length)
+    whole_number("length", length)
     cache = _default_cache() if cache_dir is None else cache_dir
     if iter(documents) is documents:
         documents = list(documents)
@@ -103,13 +101,17 @@ def pack(
         return build_windows(entry, encoded, padding, meta, name)
     except OSError as error:
         raise InputError(
-            f"cannot pack into {cache}: {error.strerror or error}; make room or name another "
+            f"cannot pack into {cache}: {first_line(error)}; make room or name another "
             "folder in the environment variable BLOCKDIFF_CACHE"
         ) from error
 
 
 class StreamedWindows(IterableDataset[dict[str, Tensor]]):
     """Windows packed across documents while a corpus is read; nothing is cached.
+
+    Arguments and windows are those of `pack` across documents. Raises `InputError` for a `length`
+    below 1, or BOS or EOS asked of a tokenizer without; while iterating, for a stream shorter than
+    one window or a text that encodes to the mask token.
 
     Yields `{"x_0": int64 [length]}`. Each DataLoader worker takes its share of the documents (a
     `Corpus` may deal them out itself, else every n-th of n workers) and drops its own tail, or, if
@@ -125,12 +127,12 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
         tokenizer: PreTrainedTokenizerBase,
         *,
         length: int,
-        bos: bool,
-        eos: bool,
+        bos: bool = False,
+        eos: bool = True,
         endless: bool = False,
         window_marks: bool = False,
     ) -> None:
-        _require_length(length)
+        whole_number("length", length)
         encode_pieces((), tokenizer, bos=bos, eos=eos)  # a missing token is refused here
         self.length = length
         self.endless = endless
@@ -170,32 +172,6 @@ class StreamedWindows(IterableDataset[dict[str, Tensor]]):
                 )
             if not self.endless:
                 return
-
-
-def stream_windows(
-    documents: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    length: int,
-    bos: bool = False,
-    eos: bool = True,
-    endless: bool = False,
-    window_marks: bool = False,
-) -> StreamedWindows:
-    """Pack a corpus on the fly; arguments and windows are those of `pack` across documents.
-
-    Raises:
-        InputError: `length` below 1, or BOS or EOS asked of a tokenizer without; while iterating,
-            a stream shorter than one window or a text that encodes to the mask token.
-    """
-    return StreamedWindows(
-        documents, tokenizer, length=length, bos=bos, eos=eos, endless=endless,
-        window_marks=window_marks,
-    )  # fmt: skip
-
-
-def _require_length(length: int) -> None:
-    whole_number("length", length)
 
 
 def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,8 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from blockdiff import checks, folders
 from blockdiff.data.corpora import load_corpus, looks_like_path
-from blockdiff.data.files import first_line
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import staging
 from blockdiff.progress import track
 from blockdiff.starter import packaged

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +17,8 @@ from blockdiff.data.mixture import chained
 from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
-from blockdiff.evaluation.likelihood import check_estimator, likelihood
+from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.evaluation.options import EvaluateOptions, ZeroShotOptions
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
 from blockdiff.models.weights import convert, resolve_precision
@@ -29,6 +29,7 @@ from blockdiff.training.config import held_out
 
 Texts = str | Sequence[str]
 PARTS = ("all", "train", "validation")
+PACKING = ("bos", "eos", "across_documents", "window_marks")
 # How a text is opened and packed where neither the caller nor the model's own run says.
 DEFAULTS: dict[str, Any] = {
     "part": "all", "validation_fraction": 0.05, "split_seed": 0, "text_column": "text",
@@ -57,8 +58,7 @@ def options_of_run(
     if not trained and not _same(data, run.get("validation_data")):
         settings |= told
         return data, settings, settings["part"]
-    packing = ("text_column", "detokenizer", "bos", "eos", "across_documents", "window_marks")
-    settings |= {name: run[name] for name in packing}
+    settings |= {name: run[name] for name in ("text_column", "detokenizer", *PACKING)}
     split = run["validation_split"] or "train"
     if not trained:
         settings |= {"split": split} | told
@@ -127,26 +127,28 @@ def open_documents(
 def open_sequences(
     network: Denoiser,
     words: PreTrainedTokenizerBase,
-    data: str | Sequence[str],
+    data: Texts,
     *,
     length: int | None = None,
-    bos: bool = False,
-    eos: bool = True,
-    across_documents: bool = True,
-    window_marks: bool = False,
     windows: int = 0,
-    **corpus: Any,
+    part: str = "all",
+    **options: Any,
 ) -> tuple[Windows, dict[str, Tensor]]:
-    """A packed corpus (see `open_documents`) and `windows` of it, evenly spread, 0 for all.
+    """A packed corpus and `windows` of it, evenly spread, 0 for all: see `pack_documents`.
 
-    The sequences are x_0 int64 [B, L], and documents [B, L] where windows are padded, on the
-    network's device.
+    `options`: of `open_documents` and of `pack`.
     """
-    name = "the corpus" if corpus.get("part", "all") == "all" else f"its {corpus['part']} part"
+    packing = {name: options.pop(name) for name in PACKING if name in options}
+    documents = open_documents(data, part=part, **options)
+    name = "the corpus" if part == "all" else f"its {part} part"
     return pack_documents(
-        network, words, open_documents(data, **corpus), length=length, bos=bos, eos=eos,
-        across_documents=across_documents, window_marks=window_marks, windows=windows, name=name,
-    )  # fmt: skip
+        network, words, documents, length=length, windows=windows, name=name, **packing
+    )
+
+
+def packed_length(network: Denoiser, length: int | None) -> int:
+    """Tokens of a window: what was asked for, or the network's own context."""
+    return network.config.length if length is None else length
 
 
 def pack_documents(
@@ -155,55 +157,23 @@ def pack_documents(
     documents: Iterable[str],
     *,
     length: int | None = None,
-    bos: bool = False,
-    eos: bool = True,
-    across_documents: bool = True,
-    window_marks: bool = False,
     windows: int = 0,
     name: str = "the corpus",
+    **packing: Any,
 ) -> tuple[Windows, dict[str, Tensor]]:
-    """`open_sequences` of documents that are open; `name`: what messages call them."""
+    """Documents packed into windows, and so many of these.
+
+    The sequences are x_0 int64 [B, L], and documents [B, L] where windows are padded, on the
+    network's device. `name`: what messages call the documents; `packing`: options of `pack`.
+    """
     checks.numbers(windows=windows, length=length)
-    packed = pack(
-        documents,
-        words,
-        length=network.config.length if length is None else length,
-        bos=bos,
-        eos=eos,
-        across_documents=across_documents,
-        window_marks=window_marks,
-        progress=True,
-        name=name,
-    )
+    length = packed_length(network, length)
+    packed = pack(documents, words, length=length, progress=True, name=name, **packing)
     return packed, {name: x.to(network.device) for name, x in stack(packed, windows).items()}
 
 
 def evaluate_corpus(
-    model: str | Path,
-    data: str | Sequence[str],
-    *,
-    part: str | None = None,
-    validation_fraction: float | None = None,
-    split_seed: int | None = None,
-    text_column: str | None = None,
-    split: str | None = None,
-    subset: str | None = None,
-    detokenizer: str | None = None,
-    tokenizer: str | None = None,
-    length: int | None = None,
-    block_size: int | None = None,
-    bos: bool | None = None,
-    eos: bool | None = None,
-    across_documents: bool | None = None,
-    window_marks: bool | None = None,
-    estimator: str = "auto",
-    draws: int = 8,
-    timesteps: int = 1000,
-    windows: int = 0,
-    batch_size: int | None = None,
-    seed: int = 0,
-    precision: str = "float32",
-    device: str | None = None,
+    model: str | Path, wish: EvaluateOptions, device: str | None = None
 ) -> dict[str, object]:
     """Measures a corpus under the model in a folder or hub repository.
 
@@ -211,29 +181,29 @@ def evaluate_corpus(
     (then `part` is what it held out), else as in `DEFAULTS`. Returns `measure_sequences`'s record.
     Raises `InputError` on bad input.
     """
-    checks.numbers(
-        validation_fraction=validation_fraction, split_seed=split_seed, length=length,
-        block_size=block_size, draws=draws, timesteps=timesteps, windows=windows,
-        batch_size=batch_size, seed=seed,
-    )  # fmt: skip
-    check_estimator(estimator)
-    source, corpus, measured = options_of_run(model, data, {
-        "part": part, "validation_fraction": validation_fraction, "split_seed": split_seed,
-        "text_column": text_column, "split": split, "subset": subset, "detokenizer": detokenizer,
-        "bos": bos, "eos": eos, "across_documents": across_documents,
-        "window_marks": window_marks,
-    })  # fmt: skip
-    network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
-    precision = resolve_precision(precision, network.device)
-    convert(network, precision, network.device)
+    source, corpus, measured = options_of_run(
+        model, wish.data, {name: getattr(wish, name) for name in DEFAULTS}
+    )
+    network, words, precision = open_to_measure(model, wish, device)
     packed, sequences = open_sequences(
-        network, words, source, length=length, windows=windows, **corpus
+        network, words, source, length=wish.length, windows=wish.windows, **corpus
     )
     record = measure_sequences(
-        network, packed, sequences, model=str(model), data=source, block_size=block_size,
-        estimator=estimator, draws=draws, timesteps=timesteps, batch_size=batch_size, seed=seed,
+        network, packed, sequences, model=str(model), data=source, block_size=wish.block_size,
+        estimator=wish.estimator, draws=wish.draws, timesteps=wish.timesteps,
+        batch_size=wish.batch_size, seed=wish.seed,
     )  # fmt: skip
     return {**record, "part": measured, "precision": precision}
+
+
+def open_to_measure(
+    model: str | Path, wish: EvaluateOptions | ZeroShotOptions, device: str | None
+) -> tuple[Denoiser, PreTrainedTokenizerBase, str]:
+    """(model, tokenizer, what `precision` became), its weights in that precision."""
+    network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device))
+    precision = resolve_precision(wish.precision, network.device)
+    convert(network, precision, network.device)
+    return network, words, precision
 
 
 def measure_sequences(
@@ -242,32 +212,20 @@ def measure_sequences(
     sequences: dict[str, Tensor],
     *,
     model: str,
-    data: str | Sequence[str],
-    estimator: str = "auto",
-    draws: int = 8,
-    seed: int = 0,
+    data: Texts,
     block_size: int | None = None,
-    timesteps: int = 1000,
-    batch_size: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Measures what `open_sequences` gave; `model` and `data` name the two in the record.
 
-    Returns `Likelihood.record()` with the model, the data and the same figures per UTF-8 byte:
-    nats per token times tokens per byte of the whole corpus.
+    `options` are those of `likelihood`. Returns `Likelihood.record()` with the model, the data and
+    the same figures per UTF-8 byte: nats per token times tokens per byte of the whole corpus.
     """
     with advance(f"{network.config.kind} on {data}", len(sequences["x_0"]), "sequences") as done:
         result = likelihood(
-            network,
-            sequences["x_0"],
-            estimator,
-            draws,
-            seed,
-            block_size=block_size,
-            documents=sequences.get("documents"),
-            timesteps=timesteps,
-            batch_size=batch_size,
-            progress=done,
-        )
+            network, sequences["x_0"], documents=sequences.get("documents"), block_size=block_size,
+            progress=done, **options,
+        )  # fmt: skip
     per_byte = packed.corpus_tokens / packed.bytes
     return {
         "model": model,
@@ -288,25 +246,25 @@ def summary_table(record: dict[str, object]) -> str:
     bound = "" if record["estimator"] == "ar" else "≤ "
     data = record["data"]
     names = data if isinstance(data, str) else ", ".join(map(str, data or []))  # type: ignore[call-overload]
-    table = Table(title=f"{record['model']} on {names} ({record['part']})")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    table.add_column("± standard error", justify="right")
     per_token, error = record["nats_per_token"], record["stderr"]
     assert isinstance(per_token, float) and isinstance(error, float)
-    rows = (
+    figures = (
         ("perplexity per token", "perplexity", record["perplexity_stderr"], 3),
         ("nats per token", "nats_per_token", error, 4),
         ("bits per token", "bits_per_token", error / math.log(2), 4),
         ("bits per byte", "bits_per_byte", record["bits_per_byte_stderr"], 4),
     )
-    for label, key, spread, digits in rows:
-        table.add_row(label, f"{bound}{record[key]:.{digits}f}", f"{spread:.{digits}f}")
+    rows = [
+        (label, f"{bound}{record[key]:.{digits}f}", f"{spread:.{digits}f}")
+        for label, key, spread, digits in figures
+    ]
     masks = record["mask_stderr"]
     assert isinstance(masks, float)
     noise = "none" if masks == 0 else f"{masks:.4f} nats per token"
-    table.caption = (
+    caption = (
         f"{record['kind']}, L' = {record['block_size']}, {record['sequences']} sequences of "
         f"{record['length']} tokens; estimator {record['estimator']}, noise of the masks: {noise}"
     )
-    return table_text(table, 88)
+    title = f"{record['model']} on {names} ({record['part']})"
+    head = ("measure", "value", "± standard error")
+    return table_text(head, rows, 88, title=title, caption=caption)

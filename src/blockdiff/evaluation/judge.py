@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from blockdiff import objectives
-from blockdiff.checks import whole_number
+from blockdiff.checks import numbers
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.device import choose_device
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
@@ -94,25 +94,18 @@ def windows(tokens: int, window: int) -> list[tuple[int, int]]:
     return found
 
 
-def check_window(window: int | None) -> None:
-    """Raises `InputError` unless a judge can read `window` tokens at once; None leaves it open."""
-    if window is not None:
-        whole_number("window", window, 2, meaning=": of one token nothing is predicted")
-
-
 def load_judge(source: str | Path, window: int | None = None, device: str | None = None) -> Judge:
     """A judge from a folder or hub id: any causal LM of `transformers`, or an AR model of ours.
 
     `window`: tokens it reads at once, at most (and by default) 1,024 or what it was made for.
     Raises `InputError` when there is no such model.
     """
-    check_window(window)
+    numbers(window=window)
     reach = WINDOW if window is None else window
     try:
         config = AutoConfig.from_pretrained(str(source))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot open a judge in {source}: {reason}") from None
+        raise InputError(f"cannot open a judge in {source}: {first_line(error)}") from None
     where = choose_device(device)
     if config.model_type == DiTConfig.model_type:
         model, tokenizer = load(source, device=where)
@@ -124,8 +117,7 @@ def load_judge(source: str | Path, window: int | None = None, device: str | None
         network: Any = AutoModelForCausalLM.from_pretrained(str(source), use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot open a judge in {source}: {reason}") from None
+        raise InputError(f"cannot open a judge in {source}: {first_line(error)}") from None
     network.eval().to(where)
     longest = getattr(config, "max_position_embeddings", None)
     longest = WINDOW if longest is None else longest

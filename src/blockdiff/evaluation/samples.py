@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
-from blockdiff import checks
 from blockdiff.data.corpora import load_corpus
 from blockdiff.data.tokenizers import load_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import open_documents
-from blockdiff.evaluation.judge import Judge, check_window, load_judge
+from blockdiff.evaluation.judge import Judge, load_judge
 from blockdiff.evaluation.likelihood import perplexity_of
+from blockdiff.evaluation.options import SampleOptions
+from blockdiff.evaluation.statistics import mean_error, ratio_error
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
 
@@ -122,22 +122,18 @@ def sample_quality(
     if judge is not None:
         with advance(f"{judge.name} reads {len(texts)} texts", None, "windows") as done:
             nats, count = (x.numpy().astype(float) for x in judge.nats(texts, done))
-        rate = nats.sum() / max(count.sum(), 1)
-        residual = float(((nats - rate * count) ** 2).sum())
-        n = len(texts)
-        error = math.sqrt(residual * n / max(n - 1, 1)) / max(count.sum(), 1) if n > 1 else math.nan
-        value = perplexity_of(rate) if count.sum() else math.nan
+        error = ratio_error(nats, count)
+        value = perplexity_of(nats.sum() / count.sum()) if count.sum() else math.nan
         perplexity = Measured(value, value * error if math.isfinite(value) else math.nan)
     # A text without tokens has no entropy, as it has no perplexity.
     entropies = np.array([token_entropy(row) for row in rows if row])
-    some, several = len(entropies) > 0, len(entropies) > 1
-    spread = float(entropies.std(ddof=1) / math.sqrt(len(entropies))) if several else math.nan
+    entropy = float(entropies.mean()) if len(entropies) else math.nan
     lengths = cost["tokens"] if cost and "tokens" in cost else [len(row) for row in rows]
     real = None if reference is None else [list(encode(text)) for text in reference]
     return SampleQuality(
         samples=len(texts),
         perplexity=perplexity,
-        entropy=Measured(float(entropies.mean()) if some else math.nan, spread),
+        entropy=Measured(entropy, mean_error(entropies)),
         distinct={n: _spread(rows, partial(distinct, n=n), seed) for n in ORDERS},
         divergence=None if real is None else _divergences(rows, real, seed),
         length_median=float(np.median(lengths)),
@@ -228,57 +224,41 @@ def shuffled(texts: Sequence[str], seed: int = 0) -> list[str]:
     return out
 
 
-def measure_samples(
-    samples: str,
-    *,
-    judge: str | None = None,
-    window: int | None = None,
-    tokenizer: str | None = None,
-    reference: str | None = None,
-    words: int = 200,
-    seed: int = 0,
-    device: str | None = None,
-    **corpus: Any,
-) -> dict[str, SampleQuality]:
+def measure_samples(wish: SampleOptions) -> dict[str, SampleQuality]:
     """Measures a file of samples; beside it the reference, and its words in random order.
 
     The reference is cut into pieces of `words` words, as many as there are samples. It tells what
     good figures are, and whether the judge can be trusted: it must find shuffled text worse. Raises
     `InputError` on bad input.
     """
-    if judge is None and tokenizer is None:
+    if wish.judge is None and wish.tokenizer is None:
         raise InputError("name a `judge`, or a `tokenizer` whose tokens are counted")
-    check_window(window)
-    checks.numbers(
-        words=words, seed=seed, split_seed=corpus.get("split_seed"),
-        validation_fraction=corpus.get("validation_fraction"),
-    )  # fmt: skip
-    texts, cost = read_samples(samples)
-    critic = None if judge is None else load_judge(judge, window, device)
-    if tokenizer is None:
+    texts, cost = read_samples(wish.samples)
+    critic = None if wish.judge is None else load_judge(wish.judge, wish.window, wish.device)
+    if wish.tokenizer is None:
         assert critic is not None
         encode: Callable[[str], Ids] = critic.encode
     else:
-        encode = partial(load_tokenizer(tokenizer).encode, add_special_tokens=False)
-    measure = partial(sample_quality, encode=encode, judge=critic, seed=seed)
-    if reference is None:
+        encode = partial(load_tokenizer(wish.tokenizer).encode, add_special_tokens=False)
+    measure = partial(sample_quality, encode=encode, judge=critic, seed=wish.seed)
+    if wish.reference is None:
         return {"samples": measure(texts, cost=cost)}
-    pieces = [
-        " ".join(part)
-        for text in open_documents(reference, **corpus)
-        for part in _cut(text.split(), words)
-    ]
-    random.Random(seed).shuffle(pieces)
+    documents = open_documents(
+        wish.reference, part=wish.part, validation_fraction=wish.validation_fraction,
+        split_seed=wish.split_seed, text_column=wish.text_column,
+    )  # fmt: skip
+    pieces = [" ".join(part) for text in documents for part in _cut(text.split(), wish.words)]
+    random.Random(wish.seed).shuffle(pieces)
     real, rest = pieces[: len(texts)], pieces[len(texts) :]
     if not real or not rest:
         raise InputError(
-            f"{reference} gives {len(pieces)} pieces of {words} words: less than the samples and "
-            "something to compare them with; lower `words` or give more text"
+            f"{wish.reference} gives {len(pieces)} pieces of {wish.words} words: less than the "
+            "samples and something to compare them with; lower `words` or give more text"
         )
     return {
         "samples": measure(texts, cost=cost, reference=rest),
         "real text": measure(real, reference=rest),
-        "real, shuffled": measure(shuffled(real, seed), reference=rest),
+        "real, shuffled": measure(shuffled(real, wish.seed), reference=rest),
     }
 
 
@@ -289,17 +269,9 @@ def _cut(words: list[str], size: int) -> list[list[str]]:
 
 def quality_table(found: Mapping[str, SampleQuality]) -> str:
     """Named sets of texts side by side, for people."""
-    table = Table()
-    table.add_column("measure")
-    for name in found:
-        table.add_column(name, justify="right")
-    lines: dict[str, list[str]] = {}
-    for quality in found.values():
-        for label, text in _lines(quality).items():
-            lines.setdefault(label, []).append(text)
-    for label, texts in lines.items():
-        table.add_row(label, *texts)
-    return table_text(table, 110)
+    columns = [_lines(quality) for quality in found.values()]
+    rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
+    return table_text(["measure", *found], rows, 110)
 
 
 def _lines(quality: SampleQuality) -> dict[str, str]:

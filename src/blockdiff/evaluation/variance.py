@@ -15,13 +15,12 @@ at equal compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from blockdiff import checks
@@ -30,7 +29,8 @@ from blockdiff.checks import whole_number
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.estimators import MakeDraw, make_estimator
-from blockdiff.evaluation.corpus import open_sequences, options_of_run
+from blockdiff.evaluation.corpus import DEFAULTS, open_sequences, options_of_run
+from blockdiff.evaluation.options import VarianceOptions
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
@@ -231,61 +231,38 @@ def _analysis(means: Tensor, squares: Tensor, draws: int) -> Spread:
 
 
 def measure_corpus(
-    model: str | Path,
-    data: str | Sequence[str],
-    *,
-    block_sizes: str | None = None,
-    estimators: str | None = None,
-    batch_size: int = 8,
-    batches: int = 8,
-    draws: int = 16,
-    gradient: bool = True,
-    seed: int = 0,
-    tokenizer: str | None = None,
-    device: str | None = None,
-    **corpus: Any,
+    model: str | Path, wish: VarianceOptions, device: str | None = None
 ) -> list[EstimatorVariance]:
     """Measures every estimator at every block size on windows of a corpus.
 
-    `block_sizes` and `estimators`: lists with commas; the model's own block size and
-    `DEFAULT_ESTIMATORS` when left out. Everything is measured on the same windows. `corpus`:
-    `length` and the options of a text; what is None or left out is the run's own, as in
-    `evaluate_corpus`. Raises `InputError` on bad input.
+    Without `block_sizes` and `estimators` it is the model's own block size and
+    `DEFAULT_ESTIMATORS`. Everything is measured on the same windows. Of the text, what is None is
+    the run's own, as in `evaluate_corpus`. Raises `InputError` on bad input.
     """
-    checks.numbers(
-        batch_size=batch_size, batches=batches, draws=draws, seed=seed, **_numbers_of(corpus)
-    )
-    whole_number("draws", draws, 2, meaning=": a variance is one of several")
-    sizes = None if block_sizes is None else parse_sizes(block_sizes)
-    names = list(DEFAULT_ESTIMATORS) if estimators is None else estimators.split(",")
+    sizes = None if wish.block_sizes is None else parse_sizes(wish.block_sizes)
+    names = list(DEFAULT_ESTIMATORS) if wish.estimators is None else wish.estimators.split(",")
     for name in names:
         parse_estimator(name)
-    length = corpus.pop("length", None)
-    source, options, _ = options_of_run(model, data, corpus)
-    network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
+    source, options, _ = options_of_run(
+        model, wish.data, {name: getattr(wish, name) for name in DEFAULTS}
+    )
+    network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device))
     sizes = [network.config.block_size] if sizes is None else sizes
-    wanted = batches * batch_size
-    _, sequences = open_sequences(network, words, source, length=length, windows=wanted, **options)
-    found = []
-    total = len(sizes) * len(names) * batches * draws
-    with advance(f"{model} on {data}", total, "draws") as done:
-        for size in sizes:
-            for name in names:
-                found.append(
-                    variance(
-                        network,
-                        sequences["x_0"],
-                        name,
-                        block_size=size,
-                        batch_size=batch_size,
-                        draws=draws,
-                        gradient=gradient,
-                        seed=seed,
-                        documents=sequences.get("documents"),
-                        progress=done,
-                    )
-                )
-    return found
+    wanted = wish.batches * wish.batch_size
+    _, sequences = open_sequences(
+        network, words, source, length=wish.length, windows=wanted, **options
+    )
+    total = len(sizes) * len(names) * wish.batches * wish.draws
+    with advance(f"{model} on {wish.data}", total, "draws") as done:
+        return [
+            variance(
+                network, sequences["x_0"], name, block_size=size, batch_size=wish.batch_size,
+                draws=wish.draws, gradient=wish.gradient, seed=wish.seed,
+                documents=sequences.get("documents"), progress=done,
+            )
+            for size in sizes
+            for name in names
+        ]  # fmt: skip
 
 
 def parse_sizes(block_sizes: str) -> list[int]:
@@ -299,19 +276,9 @@ def parse_sizes(block_sizes: str) -> list[int]:
     return sizes
 
 
-def _numbers_of(corpus: Mapping[str, Any]) -> dict[str, Any]:
-    """What is a number of the options that say which text is read."""
-    names = ("length", "split_seed", "validation_fraction")
-    return {name: corpus[name] for name in names if name in corpus}
-
-
 def variance_table(found: Sequence[EstimatorVariance]) -> str:
     """What was measured, for people: the least noise of each block size first."""
-    table = Table(title="variance of the loss and of the gradient (trace), at equal passes")
-    table.add_column("L'", justify="right")
-    table.add_column("estimator")
-    for title in ("nats per token", "loss, masks", "loss, data", "gradient, masks", "data"):
-        table.add_column(title, justify="right")
+    rows: list[list[str] | None] = []
     sizes = list(dict.fromkeys(x.block_size for x in found))
     for size in sizes:
         own = [x for x in found if x.block_size == size]
@@ -322,9 +289,12 @@ def variance_table(found: Sequence[EstimatorVariance]) -> str:
                 cells.append(_cell(x.passes * x.gradient.mask, x.passes * x.gradient.mask_stderr))
                 cells.append(_cell(x.gradient.data, x.gradient.data_stderr))
             name = x.estimator + ("" if x.unbiased else " (biased)")
-            table.add_row(str(size), name, _cell(x.loss_mean, x.loss_stderr), *cells)
-        table.add_section()
-    return table_text(table, 120)
+            rows.append([str(size), name, _cell(x.loss_mean, x.loss_stderr), *cells])
+        rows.append(None)
+    title = "variance of the loss and of the gradient (trace), at equal passes"
+    head = ("L'", "estimator", "nats per token", "loss, masks", "loss, data", "gradient, masks",
+            "data")  # fmt: skip
+    return table_text(head, rows, 120, left=1, title=title)
 
 
 def _cell(value: float, error: float) -> str:

@@ -13,19 +13,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from blockdiff import checks
 from blockdiff.data.corpora import kind_of
 from blockdiff.data.detokenizers import DETOKENIZERS
 from blockdiff.data.encoding import encode_pieces, mark_windows
 from blockdiff.data.hub_sets import HubUnreachable, hub_or_copies
-from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.evaluation.corpus import measure_sequences, open_documents, pack_documents
-from blockdiff.evaluation.likelihood import check_estimator
-from blockdiff.models.loading import load
-from blockdiff.models.weights import convert, resolve_precision
+from blockdiff.evaluation.corpus import (
+    measure_sequences,
+    open_documents,
+    open_to_measure,
+    pack_documents,
+    packed_length,
+)
+from blockdiff.evaluation.options import ZeroShotOptions
 from blockdiff.printing import printable, table_text
 
 _PARQUET = "@refs/convert/parquet"
@@ -93,22 +93,11 @@ def find_text_sets(names: str) -> dict[str, TextSet]:
 
 
 def zero_shot(
-    model: str | Path,
-    texts: str,
-    *,
-    tokenizer: str | None = None,
-    length: int | None = None,
-    bos: bool = False,
-    eos: bool = True,
-    window_marks: bool = False,
-    windows: int = 0,
-    estimator: str = "auto",
-    draws: int = 8,
-    seed: int = 0,
-    precision: str = "float32",
-    device: str | None = None,
+    model: str | Path, texts: str, *, device: str | None = None, **options: Any
 ) -> list[dict[str, Any]]:
     """Measures the model on each of `texts` (see `find_text_sets`): what `measure_texts` gives.
+
+    `options` are those of `ZeroShotOptions`.
 
     Example:
         >>> import pathlib, tempfile
@@ -118,30 +107,11 @@ def zero_shot(
         >>> [record["data"] for record in zero_shot("starter", str(file), windows=1)]
         ['notes']
     """
-    return list(
-        measure_texts(
-            model, texts, tokenizer=tokenizer, length=length, bos=bos, eos=eos,
-            window_marks=window_marks, windows=windows,
-            estimator=estimator, draws=draws, seed=seed, precision=precision, device=device,
-        )
-    )  # fmt: skip
+    return list(measure_texts(model, ZeroShotOptions(texts, **options), device))
 
 
 def measure_texts(
-    model: str | Path,
-    texts: str,
-    *,
-    tokenizer: str | None = None,
-    length: int | None = None,
-    bos: bool = False,
-    eos: bool = True,
-    window_marks: bool = False,
-    windows: int = 0,
-    estimator: str = "auto",
-    draws: int = 8,
-    seed: int = 0,
-    precision: str = "float32",
-    device: str | None = None,
+    model: str | Path, wish: ZeroShotOptions, device: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """A record for each text, as soon as it is measured.
 
@@ -153,22 +123,19 @@ def measure_texts(
 
     Raises `InputError` on bad input, and at the end when no text could be measured.
     """
-    checks.numbers(length=length, windows=windows, draws=draws, seed=seed)
-    check_estimator(estimator)
+    texts = wish.texts if isinstance(wish.texts, str) else ",".join(wish.texts)
     sets = find_text_sets(texts)
     opened = {
         name: open_documents(**asdict(one))
         for name, one in sets.items()
         if kind_of(one.data)[1] != "hub"
     }
-    network, words = load(model, tokenizer=tokenizer, device=choose_device(device))
-    precision = resolve_precision(precision, network.device)
-    convert(network, precision, network.device)
+    network, words, precision = open_to_measure(model, wish, device)
     # What would stop every text, before the first is downloaded.
-    network.config.choose_block_size(None, length)
-    encode_pieces([], words, bos=bos, eos=eos)
-    if window_marks:
-        mark_windows([], words, network.config.length if length is None else length)
+    network.config.choose_block_size(None, wish.length)
+    encode_pieces([], words, bos=wish.bos, eos=wish.eos)
+    if wish.window_marks:
+        mark_windows([], words, packed_length(network, wish.length))
     unmeasured: dict[str, list[str]] = {}
     with ExitStack() as hub:
         for name, one in sets.items():
@@ -177,12 +144,12 @@ def measure_texts(
                     hub.enter_context(hub_or_copies(one.data))
                     opened[name] = open_documents(**asdict(one))
                 packed, sequences = pack_documents(
-                    network, words, opened.pop(name), length=length, bos=bos, eos=eos,
-                    window_marks=window_marks, windows=windows,
+                    network, words, opened.pop(name), length=wish.length, windows=wish.windows,
+                    bos=wish.bos, eos=wish.eos, window_marks=wish.window_marks,
                 )  # fmt: skip
                 record = measure_sequences(
-                    network, packed, sequences, model=str(model), data=name, estimator=estimator,
-                    draws=draws, seed=seed,
+                    network, packed, sequences, model=str(model), data=name,
+                    estimator=wish.estimator, draws=wish.draws, seed=wish.seed,
                 )  # fmt: skip
             except InputError as error:
                 reason = error.reason if isinstance(error, HubUnreachable) else str(error)
@@ -202,21 +169,22 @@ def zero_shot_table(records: Sequence[dict[str, Any]]) -> str:
     measured = [r for r in records if "error" not in r]
     first = measured[0]
     bound = "" if first["estimator"] == "ar" else "≤ "
-    table = Table(title=f"{first['model']} on texts it was not trained on")
-    for heading in ("text", "perplexity ± s.e.", "nats per token", "bits per byte", "tokens"):
-        table.add_column(heading, justify="left" if heading == "text" else "right")
-    for r in measured:
-        table.add_row(
+    rows = [
+        (
             r["data"],
             f"{bound}{r['perplexity']:.2f} ± {r['perplexity_stderr']:.2f}",
             f"{bound}{r['nats_per_token']:.4f} ± {r['stderr']:.4f}",
             f"{bound}{r['bits_per_byte']:.4f} ± {r['bits_per_byte_stderr']:.4f}",
             f"{r['counted_tokens']:,}",
         )
-    table.caption = (
+        for r in measured
+    ]
+    caption = (
         f"{first['kind']}, L' = {first['block_size']}, sequences of {first['length']} tokens; "
         f"estimator {first['estimator']}"
     )
-    text = table_text(table, 100)
+    title = f"{first['model']} on texts it was not trained on"
+    head = ("text", "perplexity ± s.e.", "nats per token", "bits per byte", "tokens")
+    text = table_text(head, rows, 100, title=title, caption=caption)
     missing = ", ".join(printable(r["data"]) for r in records if "error" in r)
     return f"{text}\nnot measured: {missing}" if missing else text

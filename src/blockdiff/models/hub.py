@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.outputs import staging
@@ -219,9 +219,9 @@ def resolve(source: str | Path) -> Path:
     except HFValidationError:
         raise InputError(f"{source} is neither a folder nor a hub id (owner/name)") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"no folder {source}, and the hub could not give a repository of that name: {reason}"
+            f"no folder {source}, and the hub could not give a repository of that name: "
+            f"{first_line(error)}"
         ) from None
 
 
@@ -229,7 +229,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        raise InputError(f"cannot read {path}: {first_line(error)}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
@@ -286,7 +286,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        raise InputError(f"cannot read {path}: {first_line(error)}") from None
     except SafetensorError as error:
         raise InputError(
             f"{path} is truncated or no safetensors file ({error}); fetch or save it again"

@@ -11,10 +11,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from blockdiff.outputs import to_json, write_text
 
+Logs = dict[str, float] | None
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -25,9 +26,7 @@ class MetricsLog(TrainerCallback):
         self.path = folder / METRICS_FILE
         self.tokens_per_step = tokens_per_step
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         self._clock = (time.perf_counter(), state.global_step)
         if state.is_world_process_zero:
             # What an interrupted run logged past its last checkpoint will be logged again.
@@ -36,12 +35,7 @@ class MetricsLog(TrainerCallback):
             write_text(self.path, text)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kw: Any,
+        self, args: Any, state: TrainerState, *more: Any, logs: Logs = None, **kw: Any
     ) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
@@ -56,9 +50,7 @@ class MetricsLog(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(to_json({**line, **logs}) + "\n")
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         self._clock = (time.perf_counter(), state.global_step)  # validation is not training time
 
 
@@ -88,9 +80,7 @@ class ProgressBar(TrainerCallback):
             console=Console(stderr=True),
         )
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         if state.is_world_process_zero:
             if self.bar.console.is_terminal:
                 self.bar.start()
@@ -99,19 +89,12 @@ class ProgressBar(TrainerCallback):
             )
             self.begin = (time.perf_counter(), state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
         if state.is_world_process_zero:
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kw: Any,
+        self, args: Any, state: TrainerState, *more: Any, logs: Logs = None, **kw: Any
     ) -> None:
         if state.is_world_process_zero and logs and "loss" in logs:
             since, step = self.begin

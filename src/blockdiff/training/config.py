@@ -285,9 +285,7 @@ class TrainConfig:
             raise InputError(
                 f"`clip` {self.clip!r} is neither auto nor of the form 0.45,0.95"
             ) from None
-        if not (0 <= beta <= omega <= 1 and omega > 0):
-            raise InputError(f"`clip` {self.clip} must satisfy 0 <= β <= ω <= 1, ω > 0")
-        return beta, omega
+        return checks.clip(beta, omega)
 
     @property
     def effective_block_size(self) -> int:

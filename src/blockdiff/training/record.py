@@ -52,7 +52,8 @@ def commit() -> str:
     folder = Path(__file__).parents[1]
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
+        # No lock on the index: a run killed in this moment would leave it behind.
+        command = ["git", "--no-optional-locks", "-C", str(folder), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

@@ -24,7 +24,7 @@ from blockdiff.attention import choose_backend
 from blockdiff.data.corpora import Corpus, load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
 from blockdiff.data.mixture import MixedStream, MixedWindows, chained
-from blockdiff.data.packing import Windows, pack, require_cache, stream_windows
+from blockdiff.data.packing import StreamedWindows, Windows, pack, require_cache
 from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
@@ -402,7 +402,7 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
     whole = {**options, "across_documents": config.across_documents, "progress": progress}
     windows: Dataset[dict[str, Tensor]]
     if config.streaming:
-        streams = [stream_windows(text, tokenizer, endless=True, **options) for text in texts]
+        streams = [StreamedWindows(text, tokenizer, endless=True, **options) for text in texts]
         windows = streams[0]
         if len(streams) > 1:
             windows = MixedStream(streams, weights, config.seed, process[0])

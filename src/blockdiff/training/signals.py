@@ -25,10 +25,11 @@ class Signals:
     def __enter__(self) -> Signals:
         self._former: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._note) for number in _CAUGHT}
+            self._former = {number: signal.signal(number, self.note) for number in _CAUGHT}
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """What is done about the first one."""
         self.received = number
         self._restore()
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 import multiprocessing
 import platform
+import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -99,14 +102,14 @@ def measure_machine(device: torch.device) -> Machine:
     read = source.nbytes / min(_timed(lambda: source.sum(), device) for _ in range(4))
     # Each byte is read once and written once.
     copy = 2 * source.nbytes / min(_timed(lambda: target.copy_(source), device) for _ in range(4))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return Machine(
         name, torch.get_num_threads(), rate(torch.float32), rate(torch.bfloat16), read / 1e9,
         copy / 1e9,
     )  # fmt: skip
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The processor's name and the vector formats that matter here, where Linux tells them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -124,80 +127,73 @@ def alternate(
 
     Raises `InputError` when a work fails, with its reason.
     """
-    workers: dict[str, tuple[Any, Connection]] = {}
-    try:
+    with ExitStack() as processes:
+
+        def process() -> ProcessPoolExecutor:
+            """A process of one work; Ctrl-C ends it without a word."""
+            silent = signal.SIGINT, signal.SIG_DFL
+            pool = ProcessPoolExecutor(1, START, initializer=signal.signal, initargs=silent)
+            return processes.enter_context(pool)
+
+        pools = {name: process() for name in works}
+
+        def ask(name: str, task: Callable[..., Any], argument: Any) -> Any:
+            try:
+                return pools[name].submit(task, argument).result()
+            except BrokenProcessPool:
+                raise InputError(f"{name}: the process ended; is there memory for it?") from None
+            except Exception as error:
+                # What is too large for the machine needs no more than its line.
+                if not isinstance(error, RuntimeError | MemoryError | InputError):
+                    traceback.print_exception(error)
+                raise InputError(f"{name} failed: {type(error).__name__}: {error}") from None
+
         for name, work in works.items():
-            here, there = START.Pipe()
-            process = START.Process(target=_serve, args=(there, work, str(device)), daemon=True)
-            process.start()
-            there.close()
-            workers[name] = (process, here)
-            _answer(here, name)  # built
+            ask(name, _build, work)
         seconds: dict[str, list[float]] = {name: [] for name in works}
         peaks: dict[str, int | None] = {}
         counts: dict[str, dict[str, float]] = {}
         with advance("Timing", (warm_ups + repeats) * len(works), "runs") as done:
-            for name, (_, pipe) in workers.items():
+            for name in works:
                 for _ in range(warm_ups):
-                    _ask(pipe, name)
+                    ask(name, _repeat, device)
                     done(1)
             for _ in range(repeats):
-                for name, (_, pipe) in workers.items():
-                    taken, peaks[name], counts[name] = _ask(pipe, name)
+                for name in works:
+                    taken, peaks[name], counts[name] = ask(name, _repeat, device)
                     seconds[name].append(taken)
                     done(1)
-        return {name: Timing(name, seconds[name], peaks[name], counts[name]) for name in works}
-    finally:
-        for process, pipe in workers.values():
-            pipe.close()
-            process.join(timeout=5)
-            process.terminate()
+    return {name: Timing(name, seconds[name], peaks[name], counts[name]) for name in works}
 
 
-def _ask(pipe: Connection, name: str) -> Any:
-    pipe.send("run")
-    return _answer(pipe, name)
+# Of a work's own process: what it runs, and how long that took last.
+_run: Run
+_taken = SHORTEST
 
 
-def _answer(pipe: Connection, name: str) -> Any:
-    try:
-        good, answer = pipe.recv()
-    except EOFError:
-        raise InputError(f"{name}: the process ended; is there memory for it?") from None
-    if not good:
-        raise InputError(f"{name} failed: {answer}")
-    return answer
+def _build(work: Work) -> None:
+    global _run
+    if work.tuned:
+        keep_freed_memory()
+    _run = work.make(*work.arguments)
 
 
-def _serve(pipe: Connection, work: Work, device_name: str) -> None:
-    """A worker: builds the work, then runs it each time it is asked."""
-    device = torch.device(device_name)
-    try:
-        if work.tuned:
-            keep_freed_memory()
-        run = work.make(*work.arguments)
-        pipe.send((True, None))
-        taken = SHORTEST
-        while True:
-            pipe.recv()
-            # A process that waited for its turn starts with cold caches and sleeping threads:
-            # what is short is run until it counts.
-            times = max(1, min(100, math.ceil(SHORTEST / taken)))
-            counts: dict[str, float] = {}
+def _repeat(device: torch.device) -> tuple[float, int | None, dict[str, float]]:
+    """(seconds a run, peak memory, what was counted).
 
-            def timed() -> None:
-                for _ in range(times):  # noqa: B023 - called at once
-                    counts.update(run() or {})  # noqa: B023
+    A process that waited for its turn starts with cold caches and sleeping threads: what is short
+    is run until it counts.
+    """
+    global _taken
+    times = max(1, min(100, math.ceil(SHORTEST / _taken)))
+    counts: dict[str, float] = {}
 
-            taken = _timed(timed, device) / times
-            pipe.send((True, (taken, _peak(device), counts)))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
-    except Exception as error:
-        # What is too large for the machine needs no more than its line.
-        if not isinstance(error, RuntimeError | MemoryError | InputError):
-            traceback.print_exc()
-        pipe.send((False, f"{type(error).__name__}: {error}"))
+    def timed() -> None:
+        for _ in range(times):
+            counts.update(_run() or {})
+
+    _taken = _timed(timed, device) / times
+    return _taken, _peak(device), counts
 
 
 def ratio(slow: Timing, fast: Timing) -> dict[str, float]:

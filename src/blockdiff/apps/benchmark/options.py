@@ -36,7 +36,6 @@ class BenchmarkOptions:
         tokens: New tokens a row (sample).
         top_p: Top-p cut of every sampler (sample).
         repeats: Timed repeats of each alternative.
-        json: Print one JSON object.
         device: cpu, cuda, cuda:1, mps, or auto (cuda, else mps, else cpu).
     """
 
@@ -52,7 +51,6 @@ class BenchmarkOptions:
     tokens: int = 64
     top_p: float = 0.9
     repeats: int = 5
-    json: bool = False
     device: str = "auto"
 
     def __post_init__(self) -> None:

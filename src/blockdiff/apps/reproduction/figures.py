@@ -6,30 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FormatStrFormatter
 
 from blockdiff.apps.reproduction.plan import BLOCK_SIZES, COMPARED
 from blockdiff.apps.reproduction.results import Results
-from blockdiff.plots import COLOURS, save_figure
+from blockdiff.plots import COLOURS, logarithmic, new_figure, save_figure
 
 # name in a plot, name of the jobs, colour
 FAMILIES = (("AR", "ar", 0), ("BD3-LM L' = 4", "L4", 2), ("BD3-LM L' = 8", "L8", 4),
             ("BD3-LM L' = 16", "L16", 5), ("MDLM", "mdlm", 1), ("SEDD", "sedd", 3))  # fmt: skip
 
 
-def _figure(width: float = 7.5, height: float = 4.6) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def perplexity_by_block_size(results: Results, path: Path) -> Figure:
     """Each model's perplexity over L', a point for every seed, AR and SEDD as lines."""
-    figure, axes = _figure()
+    figure, (axes,) = new_figure(7.5, 4.6)
     sizes = [*BLOCK_SIZES, results.scale.length]
     names = [*(f"L{size}" for size in BLOCK_SIZES), "mdlm"]
     models = [results.nats(name).rate for name in names]
@@ -63,7 +54,7 @@ def perplexity_by_block_size(results: Results, path: Path) -> Figure:
 
 def clip_course(results: Results, path: Path) -> Figure:
     """β and ω of the searched clip over training."""
-    figure, axes = _figure()
+    figure, (axes,) = new_figure(7.5, 4.6)
     for i, size in enumerate(COMPARED):
         lines = [m for m in results[f"s0-L{size}-clip-auto"]["metrics"] if "clip_beta" in m]
         tokens = [m["tokens"] for m in lines]
@@ -83,8 +74,7 @@ def clip_course(results: Results, path: Path) -> Figure:
 
 def quality_by_nfe(results: Results, path: Path) -> Figure:
     """Generative perplexity and divergence of the samples over network evaluations."""
-    figure = Figure(figsize=(11, 4.6), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_figure(11, 4.6, 2)
     real = results["samples-real"]["real"]
     panels = (
         (left, "perplexity", "generative perplexity"),
@@ -109,13 +99,9 @@ def quality_by_nfe(results: Results, path: Path) -> Figure:
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         if key == "perplexity":
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            logarithmic(axes.yaxis)
         axes.set_xlabel("network evaluations a sample")
         axes.set_ylabel(label)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False,
         fontsize=8,
@@ -131,7 +117,7 @@ def _figure_of(quality: dict[str, Any], key: str) -> dict[str, float]:
 
 def length_histogram(results: Results, path: Path) -> Figure:
     """How long texts are that end by themselves, beside real passages."""
-    figure, axes = _figure()
+    figure, (axes,) = new_figure(7.5, 4.6)
     longest = results.scale.long_tokens
     bins = np.linspace(0, longest, 33).tolist()
     real = results["samples-real"]["lengths"]

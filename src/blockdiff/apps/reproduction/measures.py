@@ -8,7 +8,8 @@ from typing import Any
 
 from blockdiff.apps.reproduction.plan import sizes
 from blockdiff.apps.reproduction.results import Summary
-from blockdiff.apps.reproduction.wording import label, table, verdict
+from blockdiff.apps.reproduction.wording import label, verdict
+from blockdiff.printing import markdown_table
 
 # Generative perplexities of OpenWebText models at L = 1,024.
 PAPER_GENERATION = {"ar": "14.1", "L4": "25.7", "mdlm": "46.8"}
@@ -39,7 +40,7 @@ def variances(results: Summary) -> str:
             rows.append([name, f"{r['loss_mean']:.3f}", loss, gradient, less_loss, less_gradient])
         parts.append(f"L' = {size}: `exact_k`, stratified, below Bernoulli: {_less_noise(found)}.")
         parts.append(
-            table(
+            markdown_table(
                 ["estimator", "nats per token", "variance of the loss", "of the gradient (trace)",
                  "loss", "gradient"], rows,
             )
@@ -89,12 +90,12 @@ def generation(results: Summary) -> str:
         "At one token a step, by generative perplexity:\n\n" + "\n".join(_sample_order(results)),
         "At the nearest NFE that MDLM was sampled with, by generative perplexity:\n\n"
         + "\n".join(_at_equal_nfe(results)),
-        table(["model", "tokens", "steps a block", "NFE", "gen. perplexity", "entropy",
+        markdown_table(["model", "tokens", "steps a block", "NFE", "gen. perplexity", "entropy",
                "distinct-2", "divergence, 2-grams", "tokens/s", "paper, OWT, L = 1,024"], rows),
         "![lengths](lengths.png)",
         "Texts that end by themselves (or at "
         f"{results.scale.long_tokens} tokens; SEDD at its context):",
-        table(["model", "median", "max", "ended"], lengths),
+        markdown_table(["model", "median", "max", "ended"], lengths),
     ])  # fmt: skip
 
 

@@ -55,10 +55,6 @@ class Scale:
     long_tokens: int = 512
 
     @property
-    def tokens_a_step(self) -> int:
-        return self.batch_size * self.length
-
-    @property
     def fine_steps(self) -> int:
         return max(1, round(self.steps * self.fine_share))
 

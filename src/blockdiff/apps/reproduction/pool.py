@@ -33,7 +33,6 @@ from blockdiff.training.record import commit
 PLAN_FILE, TOKENIZER = "plan.json", "tokenizer"
 # What `overwrite` replaces.
 KINDS = ("reproduction", "run", "demo")
-MOST_WORKERS = 1024
 SPLIT_SEED = 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -20,13 +19,15 @@ from typing import Any
 
 import torch
 
+from blockdiff.apps.benchmark.compare import processor_name
 from blockdiff.apps.reproduction import figures
 from blockdiff.apps.reproduction.measures import generation, variances
 from blockdiff.apps.reproduction.plan import CLIPS, COMPARED, LONGER, Scale, clips, sizes
 from blockdiff.apps.reproduction.results import Rate, Results, Summary, apart, over_seeds
-from blockdiff.apps.reproduction.wording import NAMES, label, table, verdict
+from blockdiff.apps.reproduction.wording import NAMES, label, verdict
 from blockdiff.outputs import to_json, write_text
 from blockdiff.plots import variance_plot
+from blockdiff.printing import markdown_table
 
 # LM1B perplexities.
 PAPER_PERPLEXITY = {"ar": "22.83", "L4": "28.23", "mdlm": "31.78"}
@@ -164,7 +165,7 @@ def _models(results: Results) -> list[str]:
 def _machine() -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "torch": torch.__version__,
         "blockdiff": version("blockdiff"),
     }
@@ -174,15 +175,6 @@ def _commits(results: Results) -> dict[str, int]:
     """How many jobs each commit of the code did; "unknown" where it was no git checkout."""
     found = Counter(results[name].get("commit") or "unknown" for name in results.jobs)
     return dict(found.most_common())
-
-
-def _processor() -> str:
-    """The processor's own name where Linux tells it, and what counts for speed here."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8") if info.is_file() else ""
-    name = re.search(r"model name\s*: (.*)", text)
-    extras = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in text]
-    return " ".join([name[1].strip() if name else platform.machine(), *extras])
 
 
 def _cell(model: Rate, bound: bool = True) -> str:
@@ -232,14 +224,13 @@ def _perplexities(results: Summary) -> str:
         how = " started from MDLM, the paper's way" if name == "L4-from-mdlm" else ""
         holds = min([found["interval_95"][0], *found["by_seed"]]) >= 0.40
         enough = "" if name in ("L8", "L16") else f"; at least 40%: {_yes(holds)}"
-        own = ", ".join(f"{share:.1%}" for share in found["by_seed"])
         shares.append(
-            f"- {label(name)}{how}: {_share(found)}; seeds {own}"
+            f"- {label(name)}{how}: {_share(found)}; seeds {_shares(found)}"
             f"{_between(found, '.1%', '; over seeds ')}{enough}"
         )
     return "\n\n".join([
         "## Perplexity by block size\n\n![perplexity](perplexity.png)",
-        table(["model", "test perplexity, mean of seeds", "seeds", "over seeds",
+        markdown_table(["model", "test perplexity, mean of seeds", "seeds", "over seeds",
                "training, one core", "paper, LM1B"], rows),
         "Is each better than the next? Window by window, in nats per token, at every seed both "
         "have (± s.e. over windows), and whether the 95% intervals of the means are apart:\n\n"
@@ -259,9 +250,8 @@ def _order(results: Summary, names: Sequence[str]) -> list[str]:
 
 def _pair(results: Summary, a: str, b: str, clear: bool) -> str:
     gaps = results.above(b, a)
-    cells = ", ".join(f"{gap:.4f} ± {error:.4f}" for gap, error in gaps)
     return (
-        f"- {label(a)} < {label(b)}: {verdict(*gaps)}, by {cells}; "
+        f"- {label(a)} < {label(b)}: {verdict(*gaps)}, by {_nats(gaps)}; "
         f"intervals apart: {'yes' if clear else 'no'}"
     )
 
@@ -294,12 +284,17 @@ def _blocks_of_one(results: Summary) -> str:
         "schedule) `clipped` draws what `exact_k` draws, weight for weight (a test asserts it), so "
         "one run stands for both. The linear schedule masks each token with probability 1/2; the "
         "paper's control takes the loss of as many tokens, at random, from AR.",
-        table(["L' = 1", "test perplexity", "seeds", "above AR of the same seed, by seed",
+        markdown_table(["L' = 1", "test perplexity", "seeds", "above AR of the same seed, by seed",
                "paper, LM1B, 16B tokens"], rows),
         f"The linear schedule above AR that counts as many tokens: {rest}.",
         f"Within 2% of AR by `exact_k` ({labels[best].partition(', ')[2]}): "
         f"{verdict(*room)}, {', '.join(map(_percent, gaps))} by seed.",
     ])  # fmt: skip
+
+
+def _nats(pairs: Sequence[tuple[float, float]], sign: str = "") -> str:
+    """Differences of nats ± their errors."""
+    return ", ".join(f"{gap:{sign}.4f} ± {error:.4f}" for gap, error in pairs)
 
 
 def _percent(pair: tuple[float, float]) -> str:
@@ -325,6 +320,10 @@ def _share(found: dict[str, Any]) -> str:
     return f"{found['share']:.1%} [{low:.1%}, {high:.1%}]"
 
 
+def _shares(found: dict[str, Any]) -> str:
+    return ", ".join(f"{share:.1%}" for share in found["by_seed"])
+
+
 def _estimators(results: Summary) -> str:
     parts = [
         "## Estimators and clips: what training with them gives",
@@ -338,18 +337,16 @@ def _estimators(results: Summary) -> str:
             model = f"L{size}-{name}"
             pairs = results.above(model, reference)
             clip = f" U[{CLIPS[name]}]" if name in CLIPS and name != "clip-auto" else ""
-            gaps = ", ".join(f"{gap:+.4f} ± {error:.4f}" for gap, error in pairs)
             rows.append([name + clip, _cell(results.mean(model)), _seed_cells(results, model)[0],
-                         gaps])  # fmt: skip
+                         _nats(pairs, "+")])  # fmt: skip
         # Clips are chosen at the seed that has them all.
         best = min(clips(size), key=lambda name: results.rate(f"L{size}-{name}", 0).mean)
         pairs = results.above(f"L{size}-{best}", reference)
-        cells = ", ".join(f"{gap:+.4f} ± {error:.4f}" for gap, error in pairs)
         parts += [
-            table([f"L' = {size}, trained with", "test perplexity", "seeds",
+            markdown_table([f"L' = {size}, trained with", "test perplexity", "seeds",
                    "nats per token above exact_k, by seed"], rows),
             f"`exact_k` better than the best clip of seed 0 ({best}): {verdict(*pairs)}; "
-            f"the clip is {cells} nats above it, by seed.",
+            f"the clip is {_nats(pairs, '+')} nats above it, by seed.",
         ]  # fmt: skip
     return "\n\n".join(parts)
 
@@ -369,11 +366,11 @@ def _initialisation(results: Summary) -> str:
         for name, title in ((f"L{size}", "from scratch"), (f"L{size}-from-ar", "AR"),
                             (f"L{size}-from-mdlm", "MDLM (the paper's way)")):  # fmt: skip
             found = results.record["gap_closed"][name]
-            own = ", ".join(f"{share:.1%}" for share in found["by_seed"])
             rows.append([title, _cell(results.mean(name)), *_seed_cells(results, name),
-                         _share(found), own, f"{results.seconds(name):.0f} s"])  # fmt: skip
-        parts.append(table([f"L' = {size}, started from", "test perplexity, mean of seeds", "seeds",
-                            "over seeds", "of the gap from MDLM to AR closed", "by seed",
+                         _share(found), _shares(found),
+                         f"{results.seconds(name):.0f} s"])  # fmt: skip
+        parts.append(markdown_table([f"L' = {size}, started from", "test perplexity, mean of seeds",
+                            "seeds", "over seeds", "of the gap from MDLM to AR closed", "by seed",
                             "training, one core"], rows))  # fmt: skip
     lines = _order(results, PAPERS_ORDER)
     parts.append("The order of block sizes the paper's way:\n\n" + "\n".join(lines))
@@ -400,4 +397,4 @@ def _times(results: Summary) -> str:
     rows = [[kind, str(len(x)), f"{sum(x) / 60:.1f}"] for kind, x in kinds.items()]
     total = sum(map(sum, kinds.values())) / 60
     rows.append(["all", str(len(results.jobs)), f"{total:.1f}"])
-    return "## Time\n\n" + table(["jobs", "number", "processor minutes"], rows)
+    return "## Time\n\n" + markdown_table(["jobs", "number", "processor minutes"], rows)

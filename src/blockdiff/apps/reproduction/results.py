@@ -23,6 +23,7 @@ import numpy as np
 
 from blockdiff.apps.reproduction.plan import Scale, plan
 from blockdiff.apps.reproduction.work import result_path
+from blockdiff.evaluation.statistics import mean_error, ratio_error
 
 Z = 1.96
 # Student's t at 97.5 % for 1, 2, … degrees of freedom; beyond, the last is a little too wide.
@@ -57,20 +58,12 @@ class Nats:
     @property
     def rate(self) -> Rate:
         mean = float(self.nats.sum() / self.tokens.sum())
-        return Rate(mean, _ratio_error(self.nats, self.tokens))
+        return Rate(mean, ratio_error(self.nats, self.tokens))
 
     def minus(self, other: Nats) -> tuple[float, float]:
         """Difference of nats per token and its standard error, window by window."""
         gap = self.nats - other.nats
-        return float(gap.sum() / self.tokens.sum()), _ratio_error(gap, self.tokens)
-
-
-def _ratio_error(nats: np.ndarray, tokens: np.ndarray) -> float:
-    count = len(nats)
-    if count < 2:
-        return math.nan
-    residual = nats - nats.sum() / tokens.sum() * tokens
-    return float(math.sqrt((residual**2).sum() * count / (count - 1)) / tokens.sum())
+        return float(gap.sum() / self.tokens.sum()), ratio_error(gap, self.tokens)
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float] | None:
@@ -80,9 +73,9 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float] | None:
     """
     if len(values) < 2:
         return None
-    half = T[min(len(values) - 1, len(T)) - 1] * float(np.std(values, ddof=1))
+    half = T[min(len(values) - 1, len(T)) - 1] * mean_error(np.array(values))
     mean = float(np.mean(values))
-    return mean - half / math.sqrt(len(values)), mean + half / math.sqrt(len(values))
+    return mean - half, mean + half
 
 
 class _Jobs:

@@ -1,8 +1,6 @@
-"""What the report's parts share: names, verdicts and tables."""
+"""What the report's parts share: names and verdicts."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
 
 NAMES = {"ar": "AR", "mdlm": "MDLM", "sedd": "SEDD"}
 
@@ -18,9 +16,3 @@ def verdict(*gaps: tuple[float, float]) -> str:
     if all(gap > 1.96 * error for gap, error in gaps):
         return "**yes**"
     return "**no**" if all(gap < -1.96 * error for gap, error in gaps) else "**unclear**"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

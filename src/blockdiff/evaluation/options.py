@@ -1,0 +1,192 @@
+"""What a measurement can be told; imports nothing heavy, for the command line's sake."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from blockdiff import checks
+from blockdiff.registry import BoundName
+from blockdiff.training.config import Detokenizer
+
+Part = Literal["all", "train", "validation"]
+Precision = Literal["auto", "float32", "bf16", "int8"]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """A text to measure on.
+
+    Attributes:
+        data: Corpus: pydoc, files (txt, jsonl, parquet; .xz and .gz too), a folder, or a hub id;
+            may be given several times.
+        part: all, or the train or validation documents of the split training made; of the text
+            the model was trained on, what its run held out, else all. There, what is left out
+            below is as in that run, too.
+        validation_fraction: Share of the text held out in that split; else 0.05.
+        split_seed: Seed of that split; else 0.
+        text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
+        split: Split of a hub data set.
+        subset: Subset of a hub data set.
+        tokenizer: Folder or hub id of the tokenizer, where the model has none.
+        length: Tokens per sequence; the model's own context when left out.
+        bos: Put a beginning-of-text token before each document.
+        eos: Put an end-of-text token behind each document; else true.
+        across_documents: Let windows run across documents; otherwise pad at each document's end.
+        window_marks: Begin every window with a beginning-of-text token and end it with an
+            end-of-text token.
+        detokenizer: What undoes a benchmark's own marks.
+    """
+
+    data: str | list[str]
+    part: Part | None = None
+    validation_fraction: float | None = None
+    split_seed: int | None = None
+    text_column: str | None = None
+    split: str | None = None
+    subset: str | None = None
+    tokenizer: str | None = None
+    length: int | None = None
+    bos: bool | None = None
+    eos: bool | None = None
+    across_documents: bool | None = None
+    window_marks: bool | None = None
+    detokenizer: Detokenizer | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for sizes and names that cannot be meant."""
+        checks.options(self, {}, {})
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(TextOptions):
+    """Measure the likelihood of a text under a model.
+
+    Attributes:
+        block_size: Block size L'; the model's own when left out.
+        estimator: What bounds the likelihood: auto is enumerate up to L' = 4, else exact_k.
+        draws: Noised copies per sequence, where masks are not enumerated.
+        timesteps: Time steps T of d3pm.
+        windows: Sequences measured, evenly spread; 0 is all of them.
+        batch_size: Sequences per pass; chosen by size when left out.
+        seed: Seed of the masks.
+        precision: Weights; auto is bf16 where the processor is made for it.
+    """
+
+    block_size: int | None = None
+    estimator: BoundName = "auto"
+    draws: int = 8
+    timesteps: int = 1000
+    windows: int = 0
+    batch_size: int | None = None
+    seed: int = 0
+    precision: Precision = "float32"
+
+
+@dataclass(frozen=True)
+class VarianceOptions(TextOptions):
+    """Measure how noisy the estimators of the bound are: loss and gradient, masks and data apart.
+
+    Attributes:
+        block_sizes: Block sizes L', for example 1,4,16; the model's own when left out.
+        estimators: Which, with commas, for example bernoulli:cosine,clipped:0.3:0.8,
+            exact_k+stratified; all of the paper's and ours when left out.
+        batch_size: Sequences in a batch; the variance is that of a batch's mean.
+        batches: Batches, each with its own text.
+        draws: Draws of masks for each batch.
+        gradient: Measure the gradient too.
+        seed: Seed of the masks.
+    """
+
+    block_sizes: str | None = None
+    estimators: str | None = None
+    batch_size: int = 8
+    batches: int = 8
+    draws: int = 16
+    gradient: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        meaning = ": a variance is one of several"
+        checks.whole_number("draws", self.draws, 2, checks.LARGEST_TEXT, meaning)
+
+
+@dataclass(frozen=True)
+class ZeroShotOptions:
+    """Perplexity on texts the model was not trained on: the paper's, or any other, in one table.
+
+    A text that cannot be measured is named, and the others are measured.
+
+    Attributes:
+        texts: With commas: ptb, wikitext2, wikitext103, lm1b, lambada, ag_news, pubmed, arxiv (from
+            the Hugging Face hub), files, or hub ids, with :DETOKENIZER after those that need one,
+            for example news.txt:lm1b.
+        tokenizer: Folder or hub id of the tokenizer, where the model has none.
+        length: Tokens per sequence; the model's own context when left out.
+        bos: Put a beginning-of-text token before each document.
+        eos: Put an end-of-text token behind each document.
+        window_marks: Begin every window with a beginning-of-text token and end it with an
+            end-of-text token; with --no-eos as the paper does.
+        windows: Sequences measured of each text, evenly spread; 0 is all of them.
+        estimator: What bounds the likelihood: auto is enumerate up to L' = 4, else exact_k.
+        draws: Noised copies per sequence, where masks are not enumerated.
+        seed: Seed of the masks.
+        precision: Weights; auto is bf16 where the processor is made for it.
+    """
+
+    texts: str | list[str] = "ptb,wikitext103,lm1b,lambada,ag_news,pubmed,arxiv"
+    tokenizer: str | None = None
+    length: int | None = None
+    bos: bool = False
+    eos: bool = True
+    window_marks: bool = False
+    windows: int = 0
+    estimator: BoundName = "auto"
+    draws: int = 8
+    seed: int = 0
+    precision: Precision = "float32"
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for sizes and names that cannot be meant."""
+        checks.options(self, {}, {})
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Measure generated texts: perplexity under a judge, entropy, diversity, distance from text.
+
+    Attributes:
+        samples: What `generate --json` printed (.json), or a corpus of texts.
+        judge: Causal language model (folder or hub id) for generative perplexity, for example
+            gpt2-large, or an AR model of this package.
+        window: Tokens the judge reads at once; 1024, moved by half, or what it was made for.
+        tokenizer: Folder or hub id of the tokenizer whose tokens are counted; the judge's own when
+            left out.
+        reference: Corpus of real text, for the n-gram divergence; the judge is tried on it too.
+        part: all, or the train or validation documents of the split training made.
+        validation_fraction: Share of the text held out in that split.
+        split_seed: Seed of that split.
+        text_column: Column of the reference that holds the text.
+        words: Words in each piece of the reference.
+        seed: Seed of resampling and shuffling.
+        device: cpu, cuda, cuda:1, mps, or auto (cuda, else mps, else cpu).
+    """
+
+    samples: str
+    judge: str | None = None
+    window: int | None = None
+    tokenizer: str | None = None
+    reference: str | None = None
+    part: Part = "all"
+    validation_fraction: float = 0.05
+    split_seed: int = 0
+    text_column: str = "text"
+    words: int = 200
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for sizes and names that cannot be meant."""
+        numbers = ("window", "words", "seed", "split_seed", "validation_fraction")
+        checks.numbers(**{name: getattr(self, name) for name in numbers})
