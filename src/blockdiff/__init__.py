@@ -22,8 +22,10 @@ if TYPE_CHECKING:
         register_schedule,
         register_stopping_rule,
     )
-    from blockdiff.sampling.generate import Step
+    from blockdiff.sampling.engine import Engine
     from blockdiff.sampling.options import SamplingOptions
+    from blockdiff.sampling.orders.base import Order
+    from blockdiff.sampling.step import Step
     from blockdiff.schedules import Schedule
     from blockdiff.training.config import TrainConfig
     from blockdiff.training.run import train
@@ -55,7 +57,9 @@ _HOMES = {
     "register_stopping_rule": "registry",
     "Schedule": "schedules",
     "SamplingOptions": "sampling.options",
-    "Step": "sampling.generate",
+    "Step": "sampling.step",
+    "Engine": "sampling.engine",
+    "Order": "sampling.orders.base",
     "TrainConfig": "training.config",
     "train": "training.run",
 }
@@ -64,9 +68,11 @@ __all__ = [
     "BlockLayout",
     "DiT",
     "DiTConfig",
+    "Engine",
     "Estimator",
     "InputError",
     "Likelihood",
+    "Order",
     "SamplingOptions",
     "Schedule",
     "Step",

@@ -21,8 +21,9 @@ from blockdiff.data.tokenizers import bos_id
 from blockdiff.errors import InputError
 from blockdiff.models.dit import DiT
 from blockdiff.models.loading import load
-from blockdiff.sampling.generate import Generation, Step, generate_tokens, stream_tokens
+from blockdiff.sampling.generate import Generation, generate_tokens, stream_tokens
 from blockdiff.sampling.options import SamplingKeywords, SamplingOptions
+from blockdiff.sampling.step import Step
 
 __all__ = ["TextGeneration", "encode_prompts", "generate", "load", "stream", "to_text"]
 

@@ -20,6 +20,8 @@ from blockdiff.errors import InputError
 
 if TYPE_CHECKING:
     from blockdiff.estimators import Estimator
+    from blockdiff.sampling.orders.base import Order
+    from blockdiff.sampling.stopping import StoppingRule
     from blockdiff.schedules import Schedule
 
 T = TypeVar("T")
@@ -182,8 +184,20 @@ ESTIMATORS: Registry[Estimator] = Registry(
     needs_clip="clipped clipped_redraw",
 )
 OBJECTIVES: Registry[Any] = Registry("objective")
-ORDERS: Registry[Any] = Registry("order")
-STOPPING_RULES: Registry[Any] = Registry("stopping rule")
+ORDERS: Registry[Order] = Registry(
+    "order",
+    ("wanted", "mask_rate", "choose", "needs_steps", "only", "fills_block"),
+    {
+        "blockdiff.sampling.orders.scheduled": "first_hitting ancestral analytic",
+        "blockdiff.sampling.orders.threshold": "threshold",
+    },
+    needs_steps="ancestral analytic",
+)
+STOPPING_RULES: Registry[StoppingRule] = Registry(
+    "stopping rule",
+    ("length", "rejects"),
+    {"blockdiff.sampling.stopping": "eos second_eos low_entropy"},
+)
 
 register_schedule = SCHEDULES.register
 register_estimator = ESTIMATORS.register
@@ -196,3 +210,4 @@ ScheduleName = Annotated[str, Choices(SCHEDULES)]
 EstimatorName = Annotated[str, Choices(ESTIMATORS)]
 BoundName = Annotated[str, Choices(ESTIMATORS, "unbiased", ("auto",))]
 ObjectiveName = Annotated[str, Choices(OBJECTIVES)]
+OrderName = Annotated[str, Choices(ORDERS)]

@@ -236,11 +236,14 @@ def _parts(modulation: Modulation | None, condition: Tensor | None) -> tuple[Ten
 
 
 class Chosen:
-    """Positions bool [B, T] that are wanted, found once per pass: asking makes a GPU wait."""
+    """Positions that are wanted: bool [B, T], found once per pass, since asking makes a GPU wait.
 
-    def __init__(self, at: Tensor) -> None:
-        self.shape = at.shape
-        self.index = at.flatten().nonzero().squeeze(-1)
+    Or their places int64 [P] in a tensor [B, T] of the `shape` given, where the host knows them.
+    """
+
+    def __init__(self, at: Tensor, shape: torch.Size | None = None) -> None:
+        self.shape = at.shape if shape is None else shape
+        self.index = at.flatten().nonzero().squeeze(-1) if shape is None else at
 
     def of(self, x: Tensor) -> Tensor:
         """x [B, S ≥ T, …] at the chosen ones of its last T positions, [P, …] in row-major order."""
