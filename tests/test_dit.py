@@ -39,7 +39,7 @@ def logits(model, *args, **kwargs):
 
 
 def inputs_of(module, run):
-    """Operators of what goes into a module while `run` runs."""
+    """Shapes of what goes into a module while `run` runs."""
     shapes = []
     handle = module.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     with torch.no_grad():
