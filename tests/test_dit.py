@@ -17,7 +17,7 @@ from blockdiff.models.loss import subs_nll_from_logits
 from blockdiff.noising import addressed_noise, exact_k
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.options import SamplingOptions
-from blockdiff.training.ema import make_ema
+from blockdiff.training.ema import Average
 from helpers import Operators, random_masks, random_tokens, tiny_model
 
 BACKENDS = pytest.mark.parametrize("backend", ["dense", "blockwise", "flex"])
@@ -39,7 +39,7 @@ def logits(model, *args, **kwargs):
 
 
 def inputs_of(module, run):
-    """Operators of what goes into a module while `run` runs."""
+    """Shapes of what goes into a module while `run` runs."""
     shapes = []
     handle = module.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     with torch.no_grad():
@@ -334,7 +334,7 @@ def test_a_copy_of_a_compiled_model_is_its_own():
         layer.dropout = 0.5
     model.train()
     model.compile_layers(backend="eager")
-    average = make_ema(model, 0.9)
+    average = Average(model, 0.9)
     average.eval()
     x_0 = random_tokens(model, 2, 16)
     model(x_0, x_0=x_0)

@@ -22,7 +22,7 @@ from blockdiff import objectives
 from blockdiff.estimators import make_estimator
 from blockdiff.noising import stratified_noise
 from blockdiff.training.config import TrainConfig
-from blockdiff.training.ema import make_ema
+from blockdiff.training.ema import Average
 from blockdiff.training.parallel import (
     gathered,
     mixed_precision,
@@ -62,7 +62,7 @@ def by_recipe(model, mesh) -> None:
     }
     given["fsdp_version"] = given.pop("version")
     given["transformer_cls_names_to_wrap"] = given.pop("transformer_layer_cls_to_wrap").split(",")
-    plugin = FullyShardedDataParallelPlugin(**given, cpu_ram_efficient_loading=False)
+    plugin = FullyShardedDataParallelPlugin(**given)
     accelerator = SimpleNamespace(
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=True,
         torch_device_mesh={("all",): mesh}, device=torch.device("cpu"),
@@ -81,7 +81,7 @@ def compare(
     rank, count = distributed.get_rank(), distributed.get_world_size()
     alone = tiny_model(vocab_size=12, length=16, block_size=4, **settings)
     sharded = copy.deepcopy(alone)
-    averages = make_ema(alone, 0.9), make_ema(sharded, 0.9)
+    averages = Average(alone, 0.9), Average(sharded, 0.9)
     shard(sharded, mesh)
     layers = list(sharded.layers)
     assert all(isinstance(unit, FSDPModule) for unit in [sharded, *layers])

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from blockdiff.training.config import TrainConfig
-from blockdiff.training.ema import make_ema
+from blockdiff.training.ema import Average
 from blockdiff.training.run import train
 from blockdiff.training.trainer import BlockDiffusionTrainer
+from helpers import Operators
 
 STEPS, WARMUP = 6, 2
 RUNS: dict[str, dict[str, Any]] = {
@@ -153,7 +154,7 @@ def test_the_masks_of_a_step_are_the_same_however_it_is_cut(tmp_path: Path) -> N
 def test_the_average_follows_its_decay(decay: float) -> None:
     """d = min(decay, (1 + n)/(10 + n)) after n updates; the first takes the weights as they are."""
     model = nn.Linear(1, 1)
-    ema = make_ema(model, decay)
+    ema = Average(model, decay)
     expected = 0.0
     for n in range(40):
         value = math.sin(n) + 2
@@ -167,9 +168,11 @@ def test_the_average_follows_its_decay(decay: float) -> None:
 def test_an_average_asks_its_device_nothing() -> None:
     """A tensor on `meta` has no values: whoever read one, as a GPU would be waited for, fails."""
     model = nn.Linear(3, 2, device="meta")
-    ema = make_ema(model, 0.9)
+    ema = Average(model, 0.9)
     assert ema.n_averaged.device.type == "cpu"
-    for _ in range(3):
-        ema.update_parameters(model)
+    with Operators() as seen:
+        for _ in range(3):
+            ema.update_parameters(model)
     assert int(ema.n_averaged) == 3
+    assert "_foreach_lerp_" in seen.names and "_to_copy" not in seen.names
     assert not any(p.requires_grad for p in ema.parameters())

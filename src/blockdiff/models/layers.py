@@ -51,10 +51,10 @@ def split_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tens
 def _plain_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, ...]:
     """In plain operators, which a compiler fuses."""
     cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    first, second = torch.stack([q, k]).chunk(2, dim=-1)
+    parts = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    first, second = parts[:2].chunk(2, dim=-1)
     q, k = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return q, k, v
+    return q, k, parts[2]
 
 
 class _Heads(torch.autograd.Function):

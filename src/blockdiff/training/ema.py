@@ -1,4 +1,4 @@
-"""The moving average of the weights, by torch's own `AveragedModel`.
+"""The moving average of the weights, a torch `AveragedModel`.
 
     ema ← d·ema + (1 − d)·weights,  d = min(decay, (1 + n)/(10 + n)) after n updates
 
@@ -8,25 +8,35 @@ weights after 5,000 steps.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
 
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
+class Average(AveragedModel):
+    """A copy of a model, its `module`, that follows it: call `update_parameters` after every step.
 
-def make_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model that follows it; call `update_parameters` after every step.
-
-    Where the model is sharded, shard `module` like it first (`parallel.shard_like`): then no step
-    gathers anything. `n_averaged`, the count of updates, stays on the host: asked on a GPU it would
-    be waited for.
+    Where the model is sharded, shard `module` like it first (`parallel.shard_like`): each process
+    then averages its own part. `n_averaged`, the count of updates, stays on the host, and torch's
+    own update, which a GPU is waited for at, is replaced.
     """
 
-    def average(averaged: Tensors, current: Tensors, _: Tensor | int) -> None:
-        n = int(ema.n_averaged)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, n)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.n_averaged = self.n_averaged.cpu()
+        self.decay = decay
+        self.requires_grad_(False)
 
-    ema = AveragedModel(model, multi_avg_fn=average)
-    ema.n_averaged = ema.n_averaged.cpu()
-    ema.requires_grad_(False)
-    return ema
+    def update_parameters(self, model: nn.Module) -> None:
+        """One update by the weights as they are now; the first takes them as they are."""
+        n = int(self.n_averaged)
+        d = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        torch._foreach_lerp_(_parts(self.module), _parts(model), 1 - d)
+        self.n_averaged += 1
+
+
+def _parts(model: nn.Module) -> list[Tensor]:
+    """The parameters, or what this process has of them."""
+    own = (p.detach() for p in model.parameters())
+    return [p.to_local() if isinstance(p, DTensor) else p for p in own]

@@ -81,15 +81,12 @@ def shard_layers(
 def shard_like(module: nn.Module, model: nn.Module) -> None:
     """Shards a whole copy of a model's weights as the model's own are; nothing where they are not.
 
-    Every process keeps its part of what it has, without a word to the others.
+    Every process gets its part of what the first one has; all must call together.
     """
     for name, like in model.named_parameters():
         own = module.get_parameter(name)
         if isinstance(like, DTensor) and not isinstance(own, DTensor):
-            part = distribute_tensor(
-                own.data, like.device_mesh, like.placements, src_data_rank=None
-            )
-            _set(module, name, part)
+            _set(module, name, distribute_tensor(own.data, like.device_mesh, like.placements))
 
 
 @contextmanager

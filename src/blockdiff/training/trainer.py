@@ -48,7 +48,7 @@ from blockdiff.training.arguments import reporters, training_arguments
 from blockdiff.training.checkpoints import checkpoint_step, checkpoints, newest_checkpoint, seal
 from blockdiff.training.clipping import WHOLE, best_clip, clip_variances
 from blockdiff.training.config import TrainConfig
-from blockdiff.training.ema import make_ema
+from blockdiff.training.ema import Average
 from blockdiff.training.signals import Signals
 
 NEVER = 2**62  # a step no run comes to
@@ -75,7 +75,7 @@ class BlockDiffusionTrainer(Trainer):
         self.signals = Signals()
         self.eval_windows = eval_windows
         self.use_clip(config.clip_range() or (WHOLE if config.searches_clip else None))
-        self.ema = make_ema(model, config.ema) if config.ema else None
+        self.ema = Average(model, config.ema) if config.ema else None
         self.ema_updates = 0  # of the average that was carried over from another run
         self._micro = (-1, 0)
         self._first_bad_step = torch.tensor(NEVER)
