@@ -36,6 +36,7 @@ README = Path(__file__).parents[1] / "README.md"
 SMALLER = {
     "train": ["--steps", "2", "--batch-size", "2", "--eval-windows", "2", "--report-to", "none"],
     "evaluate": ["--windows", "2"],
+    "score": [],
     "zero-shot": ["--windows", "2"],
     "variance": ["--draws", "2", "--batches", "2", "--batch-size", "1", "--estimators", "paired"],
     "evaluate-samples": ["--words", "20"],

@@ -7,14 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from blockdiff.api import TextGeneration, generate, load, stream
+    from blockdiff.api import TextGeneration, generate, load, score, stream
     from blockdiff.errors import InputError
     from blockdiff.estimators import Estimator
     from blockdiff.evaluation.likelihood import Likelihood, likelihood
+    from blockdiff.evaluation.score import Score
     from blockdiff.layout import BlockLayout
     from blockdiff.models.config import DiTConfig
     from blockdiff.models.dit import DiT
     from blockdiff.models.hub import load_model, save_model
+    from blockdiff.objectives import Objective
     from blockdiff.registry import (
         register_estimator,
         register_objective,
@@ -40,9 +42,12 @@ _HOMES = {
     "TextGeneration": "api",
     "generate": "api",
     "load": "api",
+    "score": "api",
     "stream": "api",
+    "Score": "evaluation.score",
     "InputError": "errors",
     "Estimator": "estimators",
+    "Objective": "objectives",
     "Likelihood": "evaluation.likelihood",
     "likelihood": "evaluation.likelihood",
     "BlockLayout": "layout",
@@ -72,9 +77,11 @@ __all__ = [
     "Estimator",
     "InputError",
     "Likelihood",
+    "Objective",
     "Order",
     "SamplingOptions",
     "Schedule",
+    "Score",
     "Step",
     "TextGeneration",
     "TrainConfig",
@@ -88,6 +95,7 @@ __all__ = [
     "register_schedule",
     "register_stopping_rule",
     "save_model",
+    "score",
     "stream",
     "train",
 ]

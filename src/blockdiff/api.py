@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from blockdiff.checks import numbers
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.errors import InputError
+from blockdiff.evaluation.score import score_tokens
 from blockdiff.models.dit import DiT
 from blockdiff.models.loading import load
 from blockdiff.sampling.generate import Generation, generate_tokens, stream_tokens
@@ -260,3 +261,62 @@ def _encode(
             f"the prompt contains the mask token {tokenizer.mask_token!r}; take it out"
         )
     return start + list(tokenizer.encode(prompt, add_special_tokens=False))
+
+
+def score(
+    model: DiT,
+    context: str | Sequence[str],
+    continuation: str | Sequence[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> Any:
+    """How likely a continuation is, given its beginning: a `Score`.
+
+    A list of either, or of both, gives a list of `Score`s; one context may have several
+    continuations. Beginnings start with the tokenizer's beginning-of-text token, as prompts do, and
+    blanks at the end of one are counted as part of the continuation, since most tokenizers join a
+    blank with the word behind it. `options`: those of `score_tokens`, for example `draws`, `seed`,
+    `greedy`. Raises `InputError` on bad input.
+
+    Example:
+        >>> import blockdiff
+        >>> model, tokenizer = blockdiff.load("starter")
+        >>> good, bad = blockdiff.score(
+        ...     model, "The function returns", [" a list.", " q zx."], tokenizer=tokenizer
+        ... )
+        >>> good.nats < bad.nats, good.error
+        (True, 0.0)
+    """
+    single = isinstance(context, str) and isinstance(continuation, str)
+    before = [context] if isinstance(context, str) else _listing(context)
+    after = [continuation] if isinstance(continuation, str) else _listing(continuation)
+    if isinstance(context, str):
+        before = before * len(after)
+    elif isinstance(continuation, str):
+        after = after * len(before)
+    if len(before) != len(after):
+        raise InputError(
+            f"there are {len(before)} contexts and {len(after)} continuations; give as many"
+        )
+    pairs = [_encode_pair(model, *pair, tokenizer) for pair in zip(before, after, strict=True)]
+    found = score_tokens(model, [pair[0] for pair in pairs], [pair[1] for pair in pairs], **options)
+    return found[0] if single else found
+
+
+def _encode_pair(
+    model: DiT, context: Any, continuation: Any, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[int], list[int]]:
+    """The tokens of a beginning and of what follows it."""
+    if not isinstance(context, str) or not isinstance(continuation, str):
+        raise InputError("`context` and `continuation` must be texts, or lists of texts")
+    bare = context.rstrip()
+    continuation = context[len(bare) :] + continuation
+    before = _encode(model, bare, tokenizer)
+    if not continuation:
+        return before, []
+    whole = _encode(model, bare + continuation, tokenizer)
+    if whole[: len(before)] == before:
+        return before, whole[len(before) :]
+    start = len(_encode(model, "", tokenizer))  # a token reaches across the seam: both apart
+    return before, _encode(model, continuation, tokenizer)[start:]

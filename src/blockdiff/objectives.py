@@ -6,11 +6,16 @@
 MDLM is `bd3lm` at L' = L. So is SEDD, whose network is fed σ and answers with scores in place of
 probabilities: the model's own loss is then the score entropy (see `models.loss`), under the same
 weights. No objective asks which estimator made its draw.
+
+Each is an `Objective`, known by its name, which the model's configuration holds: trainer and
+likelihood ask the object, and never which of them it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +23,7 @@ from torch import Tensor
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Context, DenoiserOutput
 from blockdiff.noising import Draw
+from blockdiff.registry import OBJECTIVES, register_objective
 
 # A `Denoiser`, or one wrapped by DDP.
 Forward = Callable[..., DenoiserOutput]
@@ -82,3 +88,61 @@ def _place(values: Tensor, where: Tensor) -> Tensor:
     return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(
         where, values
     )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a model is trained by and measured with.
+
+    Attributes:
+        name: What it is chosen by; the model's configuration keeps it.
+        nats: (model, x_0, what, layout, context) → nats per token [B, L], whose sum over the
+            tokens that count is the loss. `what` is the `Draw` of x_0; without noise it is
+            `maskable` bool [B, L], and there is no `context`.
+        blocks: Which block sizes its models have: the one asked for ("any"), 1 ("one") or the
+            context L ("whole").
+        network: Fields of the network's configuration, for example {"causal": True}.
+        noised: Whether it reads noised copies of the text. Without, its nats are the exact
+            likelihood.
+        bound: What measures such a model, if not `nats`: as that, and an upper bound on the
+            negative log-likelihood whenever the draw is unbiased.
+
+    Example:
+        >>> import blockdiff
+        >>> from blockdiff.objectives import bd3lm
+        >>> blockdiff.Objective("mine", bd3lm, blocks="whole").block_size(1024, 4)
+        1024
+    """
+
+    name: str
+    nats: Callable[..., Tensor]
+    blocks: Literal["any", "one", "whole"] = "any"
+    network: Mapping[str, Any] = field(default_factory=dict)
+    noised: bool = True
+    bound: Callable[..., Tensor] | None = None
+
+    @property
+    def any_blocks(self) -> bool:
+        return self.blocks == "any"
+
+    def block_size(self, length: int, block_size: int) -> int:
+        """L' of its models at context `length` where `block_size` was asked for."""
+        return {"any": block_size, "one": 1, "whole": length}[self.blocks]
+
+    def counted(self, x_0: Tensor, keep_first: bool, documents: Tensor | None = None) -> Tensor:
+        """`maskable_positions`; without noise not position 0, which no token comes before."""
+        return maskable_positions(x_0, keep_first or not self.noised, documents)
+
+
+for _objective in (
+    Objective("bd3lm", bd3lm),
+    Objective("mdlm", bd3lm, "whole"),
+    Objective("sedd", bd3lm, "whole", {"score": True, "time_conditioning": True}),
+    Objective("ar", ar, "one", {"causal": True}, noised=False),
+):
+    register_objective(_objective)
+
+
+def objective_of(config: Any) -> Objective:
+    """The objective a model's configuration names."""
+    return OBJECTIVES.find(config.objective)

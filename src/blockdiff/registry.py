@@ -20,6 +20,7 @@ from blockdiff.errors import InputError
 
 if TYPE_CHECKING:
     from blockdiff.estimators import Estimator
+    from blockdiff.objectives import Objective
     from blockdiff.sampling.orders.base import Order
     from blockdiff.sampling.stopping import StoppingRule
     from blockdiff.schedules import Schedule
@@ -64,6 +65,17 @@ class Registry(Mapping[str, T], Generic[T]):
 
         Registering the same object again does nothing. Raises `InputError` for another object of a
         name that is taken, a name that cannot stand in a list, or an object that lacks something.
+
+        Example:
+            >>> from blockdiff import Schedule
+            >>> from blockdiff.registry import Registry
+            >>> cubic = Schedule(
+            ...     name="cubic", alpha=lambda t: 1 - t**3, mask_rate=lambda t: t**3,
+            ...     weight=lambda t: 3 / t, inverse=lambda rate: rate ** (1 / 3),
+            ... )
+            >>> mine = Registry("schedule")  # blockdiff.register_schedule is that of SCHEDULES
+            >>> mine.register(cubic) is cubic, list(mine)
+            (True, ['cubic'])
         """
         name = getattr(thing, "name", None)
         if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -183,7 +195,12 @@ ESTIMATORS: Registry[Estimator] = Registry(
     unbiased="enumerate exact_k paired bernoulli d3pm",
     needs_clip="clipped clipped_redraw",
 )
-OBJECTIVES: Registry[Any] = Registry("objective")
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective",
+    ("nats", "block_size", "network", "noised", "counted"),
+    {"blockdiff.objectives": "bd3lm mdlm sedd ar"},
+    any_blocks="bd3lm",
+)
 ORDERS: Registry[Order] = Registry(
     "order",
     ("wanted", "mask_rate", "choose", "needs_steps", "only", "fills_block"),

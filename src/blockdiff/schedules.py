@@ -27,6 +27,15 @@ class Schedule:
     `alpha(t)`: probability that a token is clean. `mask_rate(t)` = 1 − alpha(t), computed without
     the cancellation. `weight(t)` = −α'/(1 − α), in units of 1/time. `inverse(rate)`: the time at
     which the mask rate is `rate`.
+
+    Example:
+        >>> import torch, blockdiff
+        >>> cubic = blockdiff.Schedule(
+        ...     name="cubic", alpha=lambda t: 1 - t**3, mask_rate=lambda t: t**3,
+        ...     weight=lambda t: 3 / t, inverse=lambda rate: rate ** (1 / 3),
+        ... )
+        >>> cubic.inverse(cubic.mask_rate(torch.tensor(0.5)))
+        tensor(0.5000)
     """
 
     name: str

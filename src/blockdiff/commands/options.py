@@ -22,6 +22,10 @@ from blockdiff.checks import choices_in
 from blockdiff.commands.hints import hint_option
 from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import to_json
+from blockdiff.plugins import load_plugin
+
+# Every command has these, and they are read before the others.
+FIRST = {"--config", "--plugin"}
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,13 @@ def as_typed(message: str, command: Command) -> str:
     """
 
     def possible(found: re.Match[str]) -> str:
-        return found[0] if found[1] in command.options else ""
+        has = found[1] in command.options or f"--{found[1]}" in FIRST
+        return found[0] if has else ""
 
     def typed(found: re.Match[str]) -> str:
         option = command.options.get(found[1])
+        if f"--{found[1]}" in FIRST:
+            return f"--{found[1]}"
         if option is None or (option.by_place and option.is_required):
             return found[1]
         return option.flag
@@ -193,11 +200,18 @@ class Parser(click.Command):
             ["config", "--config"], multiple=True, is_eager=True, expose_value=False,
             callback=self._read_config, metavar="FILE", help="YAML file with these options.",
         )  # fmt: skip
+        self.plugin = click.Option(
+            ["plugin", "--plugin"], multiple=True, is_eager=True, expose_value=False,
+            callback=lambda ctx, param, names: [load_plugin(name) for name in names],
+            metavar="MODULE|FILE.py",
+            help="What registers schedules, estimators, objectives, … of your own; may be given "
+            "several times.",
+        )  # fmt: skip
         self.places = click.Argument(["places"], nargs=-1, type=click.UNPROCESSED)
         examples = "\n".join(f"  {example}" for example in command.examples)
         super().__init__(
             name,
-            params=[self.config, *command.options.values(), self.places],
+            params=[self.config, self.plugin, *command.options.values(), self.places],
             help=command.summary,
             short_help=command.summary,
             epilog=f"\b\nExamples:\n{examples}",
@@ -220,7 +234,7 @@ class Parser(click.Command):
         for name, option in self.command.options.items():
             title = self.command.sections.get(name, title)
             found.setdefault(title, []).append(option.get_help_record(ctx) or ("", ""))
-        others = [self.config, self.get_help_option(ctx)]
+        others = [self.config, self.plugin, self.get_help_option(ctx)]
         found["Command line"] = [one.get_help_record(ctx) or ("", "") for one in others if one]
         for title, records in found.items():
             with formatter.section(title):
@@ -246,11 +260,13 @@ class Parser(click.Command):
     def _switches(self, words: Sequence[str]) -> list[str]:
         """The words as click reads them: what is given by place behind a `--`.
 
-        A bare `--switch` becomes `--switch=true`, `--no-switch` false; values are left alone.
+        A bare `--switch` becomes `--switch=true`, `--no-switch` false; values are left alone. What
+        others depend on, a plugin's names for example, comes first.
         """
         switches = {o.flag: o for o in self.command.options.values() if o.is_switch}
-        takes_value = {o.flag for o in self.command.options.values()} - set(switches) | {"--config"}
+        takes_value = {o.flag for o in self.command.options.values()} - set(switches) | FIRST
         found: list[str] = []
+        first: list[str] = []
         places: list[str] = []
         left = list(words)
         while left:
@@ -263,14 +279,14 @@ class Parser(click.Command):
             if not word.startswith("-") or word == "-" or " " in name:
                 places.append(word)
             elif equals or not flag.startswith("--"):
-                found.append(flag + equals + value)
+                (first if flag in FIRST else found).append(flag + equals + value)
             elif flag in takes_value:
                 # A prompt may be any text; elsewhere an option's name is a value left out.
                 if not left:
                     raise InputError(f"{flag} needs a value")
                 if left[0] in takes_value | set(switches) and flag != "--prompt":
                     raise InputError(f"{flag} needs a value, not the option {left[0]}")
-                found += [flag, left.pop(0)]
+                (first if flag in FIRST else found).extend([flag, left.pop(0)])
             elif flag in switches:
                 says = left.pop(0) if left and left[0].lower() in ("true", "false") else "true"
                 found.append(f"{flag}={says}")
@@ -278,7 +294,7 @@ class Parser(click.Command):
                 found.append(f"--{flag[5:]}=false")
             else:
                 found.append(word)
-        return [*found, "--", *places]
+        return [*first, *found, "--", *places]
 
     def _given(self, ctx: click.Context) -> dict[str, Any]:
         given, typed = {}, set()
@@ -311,7 +327,7 @@ class Parser(click.Command):
 
     def _unknown(self, what: str, name: str) -> str:
         flags = [option.flag[2:] for option in self.command.options.values()]
-        near = hint_option(name, [*flags, "config", "help"])
+        near = hint_option(name, [*flags, "config", "plugin", "help"])
         dash = "--" if what == "option" else ""
         hint = f"did you mean {dash}{near}?" if near else f"see blockdiff {self.name} --help"
         return f"unknown {what} {name}; {hint}"
@@ -321,6 +337,11 @@ class Parser(click.Command):
         for path in paths:
             for key, node in read_yaml(Path(path)).items():
                 name = key.replace("-", "_")
+                if name == "plugin":
+                    nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+                    for one in nodes:
+                        load_plugin(str(one.value))
+                    continue
                 if name not in self.command.options:
                     raise InputError(f"{path}: {self._unknown('key', key)}")
                 found[name] = _value(f"{path}: {key}", node, self.command.options[name])

@@ -210,7 +210,7 @@ def _require_windows(counts: dict[str, Any], length: int, name: str) -> None:
         )
 
 
-def stack(windows: Windows, count: int) -> dict[str, Tensor]:
+def stack(windows: Any, count: int) -> dict[str, Tensor]:
     """Up to `count` windows (0: all), evenly spread, as tensors [B, L]."""
     total = len(windows)
     count = min(count, total) if count else total

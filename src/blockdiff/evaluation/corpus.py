@@ -13,14 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from blockdiff import checks
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
+from blockdiff.data.mixture import chained
 from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
 from blockdiff.evaluation.likelihood import likelihood
-from blockdiff.evaluation.options import EvaluateOptions, ZeroShotOptions
+from blockdiff.evaluation.options import EvaluateOptions, Opening, TextOptions
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
-from blockdiff.models.precision import convert, resolve_precision
+from blockdiff.models.weights import convert, resolve_precision
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
 from blockdiff.starter import packaged
@@ -33,7 +34,7 @@ PACKING = ("bos", "eos", "across_documents", "window_marks")
 DEFAULTS: dict[str, Any] = {
     "part": "all", "validation_fraction": 0.05, "split_seed": 0, "text_column": "text",
     "split": "train", "subset": None, "detokenizer": "none", "bos": False, "eos": True,
-    "across_documents": True, "window_marks": False,
+    "across_documents": True, "window_marks": False, "apart": False,
 }  # fmt: skip
 
 
@@ -50,8 +51,10 @@ def options_of_run(
     told = {name: value for name, value in given.items() if value is not None}
     checks.one_of("part", told.get("part", "all"), PARTS)
     run = held_out(packaged(model)) or {}
+    mixed = run.get("data_weights") is not None
     trained = _same(data, run.get("data"))
-    settings = dict(DEFAULTS)
+    trained |= mixed and any(_same(data, one) for one in run["data"])
+    settings = {**DEFAULTS, "apart": mixed}
     if not trained and not _same(data, run.get("validation_data")):
         settings |= told
         return data, settings, settings["part"]
@@ -76,6 +79,11 @@ def options_of_run(
     return data, settings, part
 
 
+def text_options(wish: TextOptions) -> dict[str, Any]:
+    """What was said of the options of `DEFAULTS`; None for the others."""
+    return {name: getattr(wish, name, None) for name in DEFAULTS}
+
+
 def _same(data: Texts, other: Texts | None) -> bool:
     """Whether two names are of the same text."""
     if not (isinstance(data, str) and isinstance(other, str)) or data == other:
@@ -97,10 +105,21 @@ def open_documents(
     split: str = "train",
     subset: str | None = None,
     detokenizer: str = "none",
+    apart: bool = False,
 ) -> Iterable[str]:
-    """The documents of a corpus, or of the part of it that training saw or held out."""
+    """The documents of a corpus, or of the part of it that training saw or held out.
+
+    `apart`: several texts are split each on its own, as a mixture's are.
+    """
     checks.one_of("part", part, PARTS)
     checks.numbers(validation_fraction=validation_fraction, split_seed=split_seed)
+    if apart and not isinstance(data, str):
+        each: dict[str, Any] = {
+            "part": part, "validation_fraction": validation_fraction, "split_seed": split_seed,
+            "text_column": text_column, "split": split, "subset": subset,
+            "detokenizer": detokenizer,
+        }  # fmt: skip
+        return chained(", ".join(data), [open_documents(one, **each) for one in data])
     documents = detokenized(
         load_corpus(data, split=split, text_column=text_column, subset=subset), detokenizer
     )
@@ -167,9 +186,7 @@ def evaluate_corpus(
     (then `part` is what it held out), else as in `DEFAULTS`. Returns `measure_sequences`'s record.
     Raises `InputError` on bad input.
     """
-    source, corpus, measured = options_of_run(
-        model, wish.data, {name: getattr(wish, name) for name in DEFAULTS}
-    )
+    source, corpus, measured = options_of_run(model, wish.data, text_options(wish))
     network, words, precision = open_to_measure(model, wish, device)
     packed, sequences = open_sequences(
         network, words, source, length=wish.length, windows=wish.windows, **corpus
@@ -183,7 +200,7 @@ def evaluate_corpus(
 
 
 def open_to_measure(
-    model: str | Path, wish: EvaluateOptions | ZeroShotOptions, device: str | None
+    model: str | Path, wish: Opening, device: str | None
 ) -> tuple[Denoiser, PreTrainedTokenizerBase, str]:
     """(model, tokenizer, what `precision` became), its weights in that precision."""
     network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -18,12 +18,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from blockdiff import checks, objectives
+from blockdiff import checks
 from blockdiff.errors import InputError
 from blockdiff.estimators import Estimator, MakeDraw, make_estimator
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import Noise, addressed_noise, independent_groups
+from blockdiff.objectives import objective_of
 from blockdiff.registry import ESTIMATORS, SCHEDULES, Choices, name_of
 from blockdiff.schedules import Schedule
 
@@ -46,6 +47,7 @@ class Likelihood:
 
     `nats` [B] float64: the bound (for AR the exact value) of each sequence, averaged over draws.
     `tokens` [B]: how many tokens of each sequence count. `nats_per_token`: total over total.
+    `errors` [B] float64: what `mask_stderr` is for each sequence alone, in nats.
     `stderr`: its standard error over sequences, which holds the noise of the text and of the masks;
     NaN for a single sequence. `mask_stderr`: the part due to the masks alone, 0 when there is none
     (`exact`) and NaN with a single draw; from the spread of independent groups of draws (see
@@ -69,6 +71,7 @@ class Likelihood:
     estimator: str
     draws: int
     exact: bool
+    errors: Tensor | None = None
 
     @property
     def bits_per_token(self) -> float:
@@ -85,7 +88,7 @@ class Likelihood:
 
     def record(self) -> dict[str, object]:
         """Everything but the per-sequence tensors, for JSON."""
-        fields = {k: v for k, v in asdict(self).items() if not isinstance(v, Tensor)}
+        fields = {k: v for k, v in vars(self).items() if not isinstance(v, Tensor | None)}
         return {
             **fields,
             "bits_per_token": self.bits_per_token,
@@ -109,6 +112,8 @@ def likelihood(
     timesteps: int = 1000,
     keep_first: bool | None = None,
     documents: Tensor | None = None,
+    maskable: Tensor | None = None,
+    rows: Tensor | None = None,
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
     processes: PartialState | None = None,
@@ -117,12 +122,17 @@ def likelihood(
 
     `estimator`: "auto" (`enumerate` up to L' = 4, else `exact_k`), or one that is unbiased, by its
     name or as an object, with the `schedule` and `timesteps` it may read; AR models ignore it.
-    `draws` noised copies
-    per sequence (pairs for `paired`); every draw of a sequence shares one pass over its clean
-    tokens. The noise depends on `seed` and the sequence's number only, never on the batching.
-    `keep_first` defaults to the model's own setting; `progress` is called with the number of
-    sequences done. `processes` share the sequences, and each gets the result of all. Raises
-    `InputError` for biased draws, sizes below 1, or tokens outside the vocabulary.
+    `draws` noised copies per sequence (pairs for `paired`); every draw of a sequence shares one
+    pass over its clean tokens. The noise depends on `seed` and the sequence's number only, never on
+    the batching; `rows` int64 [B] are these numbers, 0, 1, … when left out.
+
+    `maskable` bool [B, L]: the tokens that count; the others are given and stay clean, so that what
+    is measured is −log p(tokens that count | those given before or among them). Whatever it says,
+    padding does not count, nor does position 0 under `keep_first`, the model's own by default.
+
+    `progress` is called with the number of sequences done. `processes` share the sequences, and
+    each gets the result of all. Raises `InputError` for biased draws, sizes below 1, or tokens
+    outside the vocabulary.
 
     Example:
         >>> import torch, blockdiff
@@ -139,15 +149,18 @@ def likelihood(
     layout = BlockLayout(x_0.shape[1], model.config.choose_block_size(block_size, x_0.shape[1]))
     if keep_first is None:
         keep_first = model.config.keep_first
-    maskable = objectives.maskable_positions(x_0, keep_first, documents)
-    if model.config.causal:
-        estimator, draws, maskable = "ar", 1, maskable.clone()
-        maskable[:, 0] = False
-    elif estimator == "auto":
+    objective = objective_of(model.config)
+    counted = objective.counted(x_0, keep_first, documents)
+    if maskable is not None:
+        if maskable.shape != x_0.shape or maskable.dtype != torch.bool:
+            raise InputError(f"maskable must be bool {list(x_0.shape)}, as x_0 is")
+        counted &= maskable.to(x_0.device)
+    if estimator == "auto":
         small = layout.block_size <= AUTO_ENUMERATE and not model.config.time_conditioning
         estimator = "enumerate" if small else "exact_k"
-    name, random = name_of(estimator), estimator != "ar" and ESTIMATORS.find(estimator).random
-    if name != "ar" and not random and model.config.time_conditioning:
+    name = name_of(estimator) if objective.noised else "ar"
+    random = objective.noised and ESTIMATORS.find(estimator).random
+    if objective.noised and not random and model.config.time_conditioning:
         raise InputError(
             f"{name} leaves no time to condition on, and this model is conditioned on it: "
             "use exact_k"
@@ -155,23 +168,25 @@ def likelihood(
     if not random:
         draws = 1
     tokens = tokens_per_pass(model)
-    rows = max(1, tokens // (2 * x_0.shape[1])) if batch_size is None else batch_size
+    at_once = max(1, tokens // (2 * x_0.shape[1])) if batch_size is None else batch_size
+    numbers = torch.arange(len(x_0), device=x_0.device) if rows is None else rows.to(x_0.device)
     was_training = model.training
     model.eval()
     per_draw = []
     mine = torch.arange(len(x_0), device=x_0.device)
     if processes is not None:
         mine = mine[processes.process_index :: processes.num_processes]
-    for index in mine.split(rows) if len(mine) else ():
+    for index in mine.split(at_once) if len(mine) else ():
         part = layout if documents is None else replace(layout, documents=documents[index])
-        if name == "ar":
-            nats = objectives.ar(model, x_0[index], maskable[index], part)
+        if not objective.noised:
+            nats = objective.nats(model, x_0[index], counted[index], part)
             nats = nats.cpu().double().sum(-1)[None]
         else:
             nats = _bound(
-                model, x_0[index], index, maskable[index], part,
-                make=make_estimator(estimator, schedule, timesteps=timesteps), name=name,
-                random=random, draws=draws, seed=seed, budget=tokens,
+                model, x_0[index], numbers[index], counted[index], part,
+                bound=objective.bound or objective.nats,
+                make=make_estimator(estimator, schedule, timesteps=timesteps),
+                name=name, random=random, draws=draws, seed=seed, budget=tokens,
             )  # fmt: skip
         per_draw.append(nats)
         if progress is not None:
@@ -181,7 +196,7 @@ def likelihood(
         found = gather_object([(mine.cpu(), per_draw)])
         order = torch.cat([index for index, _ in found]).argsort()
         per_draw = [torch.cat([nats for _, parts in found for nats in parts], dim=1)[:, order]]
-    return _summary(torch.cat(per_draw, dim=1), maskable.sum(-1).cpu(), name, not random)
+    return _summary(torch.cat(per_draw, dim=1), counted.sum(-1).cpu(), name, not random)
 
 
 def check_estimator(estimator: str | Estimator) -> None:
@@ -226,6 +241,7 @@ def _bound(
     maskable: Tensor,
     layout: BlockLayout,
     *,
+    bound: Callable[..., Tensor],
     make: MakeDraw,
     name: str,
     random: bool,
@@ -249,7 +265,7 @@ def _bound(
         total = torch.zeros(len(x_0), dtype=torch.float64)
         copies = max(1, budget // (2 * x_0.numel()))
         for part in draw.split(copies * len(x_0)):
-            tokens = objectives.bd3lm(model, x_0, part, layout, context)
+            tokens = bound(model, x_0, part, layout, context)
             total += tokens.cpu().double().sum(-1)
         nats.append(total)
     return torch.stack(nats)
@@ -266,8 +282,10 @@ def _summary(per_draw: Tensor, tokens: Tensor, estimator: str, exact: bool) -> L
     stderr = math.nan
     if sequences > 1:
         stderr = math.sqrt(residual * sequences / (sequences - 1)) / total
-    mask_stderr = 0.0 if exact else math.nan
+    variances = torch.full_like(nats, 0.0 if exact else math.nan)
     if not exact and draws > 1:
         groups = per_draw.unflatten(0, (independent_groups(draws), -1)).mean(1)
-        mask_stderr = math.sqrt((groups.var(0) / len(groups)).sum().item()) / total
-    return Likelihood(nats, tokens, rate, stderr, mask_stderr, estimator, draws, exact)
+        variances = groups.var(0) / len(groups)
+    mask_stderr = math.sqrt(variances.sum().item()) / total
+    errors = variances.sqrt()
+    return Likelihood(nats, tokens, rate, stderr, mask_stderr, estimator, draws, exact, errors)

@@ -23,18 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockdiff import checks, objectives
+from blockdiff import checks
 from blockdiff.categorical import fold_seed, real_dtype
 from blockdiff.checks import whole_number
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.estimators import MakeDraw, make_estimator
-from blockdiff.evaluation.corpus import DEFAULTS, open_sequences, options_of_run
+from blockdiff.evaluation.corpus import open_sequences, options_of_run, text_options
 from blockdiff.evaluation.options import VarianceOptions
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
 from blockdiff.noising import Noise, stratified_noise
+from blockdiff.objectives import objective_of
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
 from blockdiff.registry import ESTIMATORS
@@ -144,7 +145,8 @@ def variance(
             f"{len(x_0)} sequences in batches of {batch_size} and {draws} draws: a variance needs "
             "at least two batches and two draws"
         )
-    if model.config.causal:
+    objective = objective_of(model.config)
+    if not objective.noised:
         raise InputError("an AR model's loss has no noise of masks; give a diffusion model")
     layout = BlockLayout(x_0.shape[1], model.config.choose_block_size(block_size, x_0.shape[1]))
     was_training = model.training
@@ -156,14 +158,14 @@ def variance(
     for d in range(batches):
         rows = x_0[d * batch_size : (d + 1) * batch_size]
         own = None if documents is None else documents[d * batch_size : (d + 1) * batch_size]
-        maskable = objectives.maskable_positions(rows, model.config.keep_first, own)
+        maskable = objective.counted(rows, model.config.keep_first, own)
         total = torch.zeros(sum(p.numel() for p in parameters) if gradient else 0)
         for r in range(draws):
             noise = _noise(batch_size, layout, fold_seed(seed, d, r), stratified, rows.device)
             draw = make(rows, layout, noise, maskable, model.config.mask_token_id)
             unbiased, passes = draw.unbiased, len(draw.x_t) // len(rows)
             with torch.set_grad_enabled(gradient):
-                nats = objectives.bd3lm(model, rows, draw, replace(layout, documents=own))
+                nats = objective.nats(model, rows, draw, replace(layout, documents=own))
                 loss = nats.sum() / maskable.sum().clamp(min=1)
             losses[d, r] = loss.item()
             if gradient:
@@ -241,9 +243,7 @@ def measure_corpus(
     names = list(DEFAULT_ESTIMATORS) if wish.estimators is None else wish.estimators.split(",")
     for name in names:
         parse_estimator(name)
-    source, options, _ = options_of_run(
-        model, wish.data, {name: getattr(wish, name) for name in DEFAULTS}
-    )
+    source, options, _ = options_of_run(model, wish.data, text_options(wish))
     network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device))
     sizes = [network.config.block_size] if sizes is None else sizes
     wanted = wish.batches * wish.batch_size

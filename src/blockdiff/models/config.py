@@ -36,7 +36,8 @@ class DiTConfig(PreTrainedConfig):
     `keep_first`: position 0 is never masked and has no loss. `clip`: the (β, ω) a clipped run was
     last trained with, for information. `initial_shift`: standard deviation of the adaLN shifts at
     initialisation. `initial_gate`: the adaLN gates there; 0 makes every layer start as the
-    identity, 1 as a plain transformer layer.
+    identity, 1 as a plain transformer layer. `objective`: the name of what it is trained by (see
+    `objectives.Objective`); by default that of its kind.
 
     Example:
         >>> import blockdiff
@@ -67,6 +68,7 @@ class DiTConfig(PreTrainedConfig):
         initial_shift: float = 0.0,
         initial_gate: float = 0.0,
         clip: tuple[float, float] | None = None,
+        objective: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -88,6 +90,7 @@ class DiTConfig(PreTrainedConfig):
         self.initial_shift = initial_shift
         self.initial_gate = initial_gate
         self.clip = list(clip) if clip is not None else None
+        self.objective = objective or self.kind
         _check_sizes(self)
         kwargs.pop("tie_word_embeddings", None)
         super().__init__(**kwargs)

@@ -64,6 +64,7 @@ class Conventions(Protocol):
     time_conditioning: bool
     keep_first: bool
     clip: list[float] | None
+    objective: str
     block_size: int
     causal: bool
 

@@ -24,6 +24,7 @@ from blockdiff.errors import InputError, first_line
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.outputs import staging
+from blockdiff.registry import OBJECTIVES
 from blockdiff.starter import packaged
 
 WEIGHTS = "model.safetensors"
@@ -76,6 +77,11 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> DiT
         raise InputError(
             f"{folder}: model_type {raw.get('model_type')!r} is neither blockdiff nor a released "
             "BD3-LM, MDLM, SEDD or AR configuration"
+        )
+    if config.objective not in OBJECTIVES:
+        raise InputError(
+            f"{folder} was trained by the objective {config.objective!r}, which nothing has "
+            "registered; name the module or file that does as `plugin`"
         )
     names = {rename.get(name, name): name for name in files}
     model = _described(lambda it: _empty(it, len(names)), config, folder)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockdiff import objectives
 from blockdiff.estimators import make_estimator
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import addressed_noise
+from blockdiff.objectives import objective_of
 
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
 STEP = 0.05
@@ -67,7 +67,8 @@ def clip_variances(
     """
     config = model.config
     layout = BlockLayout(x_0.shape[1], config.block_size, documents=documents)
-    maskable = objectives.maskable_positions(x_0, config.keep_first, documents)
+    objective = objective_of(config)
+    maskable = objective.counted(x_0, config.keep_first, documents)
     counted = maskable.unflatten(-1, (layout.blocks, layout.block_size)).sum(-1)
     noise = addressed_noise(torch.arange(len(x_0), device=x_0.device), layout, seed)
     was_training = model.training
@@ -77,7 +78,7 @@ def clip_variances(
     for beta, omega in clip_grid(layout.block_size):
         draws = make_estimator(estimator, clip=(beta, omega))
         draw = draws(x_0, layout, noise, maskable, config.mask_token_id)
-        nats = objectives.bd3lm(model, x_0, draw, layout, context)
+        nats = objective.nats(model, x_0, draw, layout, context)
         by_block = nats.unflatten(-1, (layout.blocks, layout.block_size)).sum(-1)
         per_token = (by_block / counted.clamp(min=1))[counted > 0]
         found.append(ClipVariance(beta, omega, float(per_token.double().var())))

@@ -6,8 +6,9 @@ Imports nothing heavy, so that `blockdiff train --help` answers at once.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,15 @@ from typing import Any, Literal
 from blockdiff import checks
 from blockdiff.errors import InputError
 from blockdiff.outputs import local_path, to_json, write_text
-from blockdiff.registry import ESTIMATORS, EstimatorName, ScheduleName
+from blockdiff.registry import (
+    ESTIMATORS,
+    OBJECTIVES,
+    Choices,
+    EstimatorName,
+    ObjectiveName,
+    ScheduleName,
+)
 
-Objective = Literal["bd3lm", "mdlm", "sedd", "ar"]
 Preset = Literal["nano", "micro", "small", "medium"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bf16"]
@@ -43,6 +50,8 @@ WHOLE_NUMBERS: dict[str, tuple[int, int]] = {
     "eval_windows": (0, checks.LARGEST_SIZE),
     "eval_draws": (1, checks.LARGEST_SIZE),
     "save_every": (1, checks.LARGEST_SIZE),
+    "keep_last": (1, checks.LARGEST_SIZE),
+    "keep_every": (0, checks.LARGEST_SIZE),
 }
 # option → the ends of its range, and whether each end itself is left out
 REAL_NUMBERS: dict[str, tuple[float, float, bool, bool]] = {
@@ -69,6 +78,8 @@ class TrainConfig:
         validation_split: Split of a hub data set to validate on: of validation_data, or of data.
         validation_fraction: Share of the text held out when neither is given.
         text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
+        data_weights: Shares of the corpora of data, one each, for example 0.7,0.3: windows are
+            drawn from each in that proportion. Left out, they are one text.
         split: Split of a hub data set.
         subset: Subset (configuration) of a hub data set.
         detokenizer: What undoes a benchmark's own marks.
@@ -110,6 +121,8 @@ class TrainConfig:
         precision: float32, bf16 (autocast), or auto: bf16 where the processor is made for it.
         backend: Attention.
         compile: Compile the layers with torch.compile.
+        checkpoint_activations: Compute a layer's activations again in the backward: less memory,
+            a third more work.
         device: cpu, cuda, cuda:1, mps, or auto (cuda, else mps, else cpu).
         seed: Seed of weights, data order, masks and dropout, at most 2³² − 1.
         workers: Data loading processes.
@@ -118,6 +131,11 @@ class TrainConfig:
         eval_windows: Windows validated on; 0 is all of them.
         eval_draws: Noised copies per window where masks cannot be enumerated.
         save_every: Steps between checkpoints.
+        keep_last: Newest checkpoints that are kept.
+        keep_every: Keep for good, too, the first checkpoint at or after every so many steps; 0
+            keeps none.
+        trainer_args: name=value of any other field of transformers.TrainingArguments, for example
+            adam_beta2=0.95; may be given several times.
         report_to: Where metrics go beside metrics.jsonl: tensorboard, wandb, or none.
         resume: Continue the run in out from its last checkpoint.
         overwrite: Replace the run in out.
@@ -130,6 +148,7 @@ class TrainConfig:
 
     out: str = "runs/train"
     data: str | list[str] = "pydoc"
+    data_weights: str | None = None
     validation_data: str | list[str] | None = None
     validation_split: str | None = None
     validation_fraction: float = 0.05
@@ -145,7 +164,7 @@ class TrainConfig:
     eos: bool = True
     across_documents: bool = True
     window_marks: bool = False
-    objective: Objective = "bd3lm"
+    objective: ObjectiveName = "bd3lm"
     length: int = 128
     block_size: int = 4
     preset: Preset = "nano"
@@ -171,6 +190,7 @@ class TrainConfig:
     precision: Precision = "auto"
     backend: Backend = "auto"
     compile: bool = False
+    checkpoint_activations: bool = False
     device: str = "auto"
     seed: int = 0
     workers: int = 0
@@ -179,13 +199,29 @@ class TrainConfig:
     eval_windows: int = 256
     eval_draws: int = 4
     save_every: int = 500
+    keep_last: int = 2
+    keep_every: int = 0
+    trainer_args: str | list[str] | None = None
     report_to: str = "tensorboard"
     resume: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Raises `InputError` for sizes and names that cannot be meant."""
+        """Raises `InputError` for sizes and names that cannot be meant.
+
+        An object in the place of a name is registered: run.json holds names.
+        """
+        for name, choices in checks.choices_of(TrainConfig).items():
+            value = getattr(self, name)
+            if isinstance(choices, Choices) and choices.takes(value):
+                object.__setattr__(self, name, choices.registry.register(value).name)
+        extra = self.trainer_args
+        if isinstance(extra, Mapping):  # as Python's users write it
+            extra = [f"{name}={_told(value)}" for name, value in extra.items()] or None
+        extra = [extra] if isinstance(extra, str) else extra
+        object.__setattr__(self, "trainer_args", extra)
         checks.options(self, WHOLE_NUMBERS, REAL_NUMBERS, smallest=checks.SMALLEST)
+        self.mixture()
         for reporter in self.report_to.split(","):
             checks.one_of("report_to", reporter, REPORTERS)
         if not (self.tokenizer or self.init_from) and self.vocab_size < 258:
@@ -202,7 +238,7 @@ class TrainConfig:
             )
         if self.resume and self.overwrite:
             raise InputError("`resume` and `overwrite` exclude each other; choose one")
-        if self.objective == "bd3lm" and self.length % self.block_size:
+        if OBJECTIVES.has(self.objective, "any_blocks") and self.length % self.block_size:
             raise InputError(
                 f"`block_size` {self.block_size} does not divide `length` {self.length}; "
                 "choose a divisor"
@@ -214,6 +250,25 @@ class TrainConfig:
             )
         if self.time_conditioning and not self.adaln:
             raise InputError("`time_conditioning` needs `adaln`: it is adaLN that reads the time")
+
+    def mixture(self) -> tuple[list[str | list[str]], list[float]]:
+        """(the corpora to mix, their shares, whose sum is 1); one, of all texts, without weights.
+
+        Raises `InputError` for weights that are not one positive number for each of `data`.
+        """
+        if self.data_weights is None:
+            return [self.data], [1.0]
+        sources = [self.data] if isinstance(self.data, str) else self.data
+        try:
+            weights = [float(part) for part in self.data_weights.split(",")]
+        except ValueError:
+            weights = []
+        if len(weights) != len(sources) or not all(0 < weight < math.inf for weight in weights):
+            raise InputError(
+                f"`data_weights` {self.data_weights!r} must be {len(sources)} numbers above 0, one "
+                "for each `data`, for example 0.7,0.3"
+            )
+        return list(sources), [weight / sum(weights) for weight in weights]
 
     @property
     def searches_clip(self) -> bool:
@@ -235,18 +290,18 @@ class TrainConfig:
     @property
     def effective_block_size(self) -> int:
         """L' of the model to train: 1 for AR, L for MDLM."""
-        sizes = {"ar": 1, "mdlm": self.length, "sedd": self.length}
-        return sizes.get(self.objective, self.block_size)
+        return OBJECTIVES.find(self.objective).block_size(self.length, self.block_size)
 
 
 # What a resumed run may be told anew: it changes what is watched, where and for how long it runs.
 RESUMABLE = frozenset(
     {"out", "steps", "minutes", "resume", "overwrite", "workers", "log_every", "eval_every",
-     "eval_windows", "eval_draws", "save_every", "report_to", "device"}
+     "eval_windows", "eval_draws", "save_every", "keep_last",
+     "keep_every", "report_to", "device"}
 )  # fmt: skip
 # What decides which text a run never saw.
-HELD_OUT = ("data", "split", "subset", "text_column", "detokenizer", "validation_data",
-            "validation_split", "validation_fraction", "seed", "bos", "eos",
+HELD_OUT = ("data", "data_weights", "split", "subset", "text_column", "detokenizer",
+            "validation_data", "validation_split", "validation_fraction", "seed", "bos", "eos",
             "across_documents", "window_marks")  # fmt: skip
 
 CONFIG_FILE = "run.json"
@@ -277,13 +332,33 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def load_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in `folder`; raises `InputError` when there is none."""
+    """The configuration of the run in `folder`; raises `InputError` when there is none.
+
+    So it does where a name is a plugin's: which plugin that was is told, and never imported.
+    """
+    options = _options(folder)
+    for name, choices in checks.choices_of(TrainConfig).items():
+        value = options.get(name)
+        if isinstance(choices, Choices) and isinstance(value, str) and value not in choices:
+            used = load_record(folder).get("plugins") or ["MODULE or FILE.py"]
+            raise InputError(
+                f"the run in {folder} has the {name} {value!r}, which nothing has registered; give "
+                f"`plugin` {' '.join(map(str, used))}"
+            )
+    return _config(folder, options)
+
+
+def _options(folder: Path) -> dict[str, Any]:
     options = {name: value for name, value in _read(folder).items() if name != RECORD}
     unknown = options.keys() - {field.name for field in fields(TrainConfig)}
     if unknown:
         raise InputError(
             f"{folder / CONFIG_FILE} does not describe a run: there is no option {min(unknown)!r}"
         )
+    return options
+
+
+def _config(folder: Path, options: dict[str, Any]) -> TrainConfig:
     try:
         return TrainConfig(**options)
     except InputError as error:
@@ -304,8 +379,9 @@ def held_out(folder: str | Path) -> dict[str, Any] | None:
     """
     if not os.path.isfile(Path(folder) / CONFIG_FILE):
         return None
-    config = load_config(Path(folder))
-    return {name: getattr(config, name) for name in HELD_OUT}
+    options = _options(Path(folder))
+    told = {name: options[name] for name in HELD_OUT if name in options}
+    return {name: getattr(_config(Path(folder), told), name) for name in HELD_OUT}
 
 
 def merge_resumed(asked: TrainConfig, given: Collection[str] | None = None) -> TrainConfig:

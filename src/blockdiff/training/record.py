@@ -14,9 +14,8 @@ from typing import Any
 import torch
 import transformers
 
-from blockdiff.data.packing import StreamedWindows
-from blockdiff.data.windows import Windows
 from blockdiff.errors import InputError
+from blockdiff.plugins import loaded_plugins
 from blockdiff.training.config import TrainConfig
 
 # In the place of a fingerprint: a stream is never read to its end.
@@ -24,7 +23,7 @@ UNKNOWN = "a stream has no fingerprint"
 
 
 def session(device: torch.device) -> dict[str, Any]:
-    """Of one process that trains: start (UTC), command line, device, versions and commit."""
+    """Of one process that trains: start (UTC), command, device, plugins, versions and commit."""
     name = device.type
     if device.type == "cuda":
         name = f"{device} ({torch.cuda.get_device_name(device)})"
@@ -34,6 +33,7 @@ def session(device: torch.device) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "device": name,
+        "plugins": loaded_plugins(),
         "versions": {
             "blockdiff": version("blockdiff"),
             "torch": torch.__version__,
@@ -64,9 +64,9 @@ def commit() -> str:
         return ""
 
 
-def fingerprint(windows: Windows | StreamedWindows) -> str:
+def fingerprint(windows: object) -> str:
     """A hash of text, tokenizer and packing; of a stream, words that say there is none."""
-    return windows.key if isinstance(windows, Windows) else UNKNOWN
+    return str(getattr(windows, "key", UNKNOWN))
 
 
 def check_data(config: TrainConfig, record: dict[str, Any], data: dict[str, str]) -> None:

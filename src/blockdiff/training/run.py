@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerState, get_scheduler, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -22,23 +23,30 @@ from blockdiff import folders
 from blockdiff.attention import choose_backend
 from blockdiff.data.corpora import Corpus, load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
+from blockdiff.data.mixture import MixedStream, MixedWindows, chained
 from blockdiff.data.packing import StreamedWindows, Windows, pack, require_cache
 from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
+from blockdiff.estimators import make_estimator
+from blockdiff.layout import BlockLayout
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import WEIGHTS, load_model, resolve, save_model
 from blockdiff.models.loading import check_tokenizer, require_own, settle_mask
-from blockdiff.models.precision import resolve_precision
+from blockdiff.models.weights import resolve_precision
+from blockdiff.noising import Draw, stratified_noise
 from blockdiff.outputs import staging, to_json, write_text
+from blockdiff.registry import OBJECTIVES
+from blockdiff.training.arguments import extra_arguments, micro_batch, reporters
 from blockdiff.training.callbacks import MetricsLog, ProgressBar, read_metrics
 from blockdiff.training.checkpoints import (
     checkpoint_step,
     newest_checkpoint,
     remove_unfinished,
 )
+from blockdiff.training.clipping import WHOLE
 from blockdiff.training.config import (
     Precision,
     TrainConfig,
@@ -47,9 +55,10 @@ from blockdiff.training.config import (
     merge_resumed,
     save_config,
 )
+from blockdiff.training.parallel import gathered, recompute_activations
 from blockdiff.training.record import check_data, fingerprint, session
 from blockdiff.training.signals import stopped_by
-from blockdiff.training.trainer import BlockDiffusionTrainer, micro_batch, reporters
+from blockdiff.training.trainer import BlockDiffusionTrainer
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class TrainingData:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    train: Windows | StreamedWindows
+    train: Dataset[dict[str, Tensor]]
     validation: dict[str, Tensor]
     fingerprints: dict[str, str] = field(default_factory=dict)
 
@@ -185,6 +194,8 @@ def _train(
     reporters(config)
     micro_batch(config, processes.num_processes)
     config = _with_precision(config, where)
+    _try_estimator(config)
+    extra_arguments(config)
     set_seed(config.seed)
     checkpoint = None
     if stored is not None:
@@ -198,7 +209,7 @@ def _train(
     check_data(config, record, data.fingerprints)
     model = build_model(config, data.tokenizer, start)
     if processes.is_main_process:
-        record = _begin(config, data, where, record)
+        record = _begin(config, data, where, record, model.config)
     processes.wait_for_everyone()
     tokens_per_step = config.batch_size * config.length
     bar = ProgressBar(f"{model.config.kind} → {config.out}", tokens_per_step)
@@ -222,18 +233,36 @@ def _train(
             seconds = float(made.metrics["train_runtime"])
         steps = trainer.state.global_step
         # Before it is measured: whatever comes of that, the model is there.
-        if trainer.is_world_process_zero():
-            save_model(trainer.averaged_model, out)
+        _save(trainer, out)
         metrics = _last_validation(trainer) or trainer.evaluate()
     finally:
         bar.stop()
+    if config.searches_clip:  # the validation may have found another
+        _save(trainer, out)
     if trainer.is_world_process_zero():
-        if config.searches_clip:  # the validation may have found another
-            save_model(trainer.averaged_model, out)
         result = {"steps": steps, "metrics": metrics, "seconds": round(seconds, 1)}
         save_config(config, out, record | {"finished": result})
     seen = steps * tokens_per_step
     return Trained(out, metrics, seen, seconds, processes.is_main_process, steps - before)
+
+
+def _save(trainer: BlockDiffusionTrainer, out: Path) -> None:
+    with gathered(trainer.averaged_model):
+        if trainer.is_world_process_zero():
+            save_model(trainer.averaged_model, out)
+
+
+def _try_estimator(config: TrainConfig) -> None:
+    """Draws masks once, so that an estimator that cannot is refused before the text is read."""
+    if OBJECTIVES.find(config.objective).noised:
+        layout = BlockLayout(config.length, config.effective_block_size)
+        noise = stratified_noise(1, layout, torch.Generator().manual_seed(0))
+        clip = config.clip_range() or (WHOLE if config.searches_clip else None)
+        make = make_estimator(config.estimator, config.schedule, clip, config.timesteps)
+        x_0 = torch.zeros(1, config.length, dtype=torch.int64)
+        draw = make(x_0, layout, noise, torch.ones_like(x_0, dtype=torch.bool), 1)
+        if not isinstance(draw, Draw) or draw.x_t.shape[-1] != config.length:
+            raise InputError(f"the estimator {config.estimator} gave no Draw of {config.length}")
 
 
 def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -250,7 +279,11 @@ def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
 
 
 def _begin(
-    config: TrainConfig, data: TrainingData, device: torch.device, record: dict[str, Any]
+    config: TrainConfig,
+    data: TrainingData,
+    device: torch.device,
+    record: dict[str, Any],
+    sizes: DiTConfig,
 ) -> dict[str, Any]:
     """Puts run.json and the tokenizer into the folder, for which an earlier run makes room.
 
@@ -262,7 +295,9 @@ def _begin(
         record = {name: value for name, value in record.items() if name != "finished"}
         record["resumed"] = [*record.get("resumed", []), now]
     else:
-        became = {"precision": config.precision, "backend": choose_backend(config.backend, device)}
+        head_dim = sizes.hidden_size // sizes.num_attention_heads
+        backend = choose_backend(config.backend, device, head_dim)
+        became = {"precision": config.precision, "backend": backend}
         record = {**now, "resolved": became, "data": data.fingerprints}
     if not config.resume:
         folders.clear(out)
@@ -347,42 +382,62 @@ def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> Trai
     require_cache()
     progress = process[0] == 0
     tokenizer = _known_tokenizer(config)
-    held = "the text held out to validate on"
-    corpus = _open(config, config.data, config.split, process if config.streaming else None)
-    documents: Iterable[str] = corpus
-    held_out: Iterable[str]
-    if config.validation_data is not None or config.validation_split is not None:
-        split = config.validation_split or "train"
-        held_out = list(_open(config, config.validation_data or config.data, split))
-    elif config.streaming:
-        raise InputError("a streamed corpus needs `validation_data` or `validation_split`")
-    else:
-        held += f" (`validation_fraction` {config.validation_fraction:g})"
-        documents, held_out = split_documents(
-            corpus, config.validation_fraction, config.seed, progress=progress
-        )
+    sources, weights = config.mixture()
+    texts, held_out = [], []
+    for source in sources:
+        corpus = _open(config, source, config.split, process if config.streaming else None)
+        text, held = _split(config, source, corpus, progress)
+        texts.append(text)
+        held_out.append(held)
+    if config.validation_data is not None:  # one text for all of a mixture
+        held_out = held_out[:1]
     if tokenizer is None:
         if config.streaming:
             raise InputError("a streamed corpus needs a `tokenizer`")
-        tokenizer = train_tokenizer(documents, config.vocab_size)
+        tokenizer = train_tokenizer(chained("the corpus", texts), config.vocab_size)
     options: dict[str, Any] = {
         "length": config.length, "bos": config.bos, "eos": config.eos,
         "window_marks": config.window_marks,
     }  # fmt: skip
     whole = {**options, "across_documents": config.across_documents, "progress": progress}
-    windows: Windows | StreamedWindows
+    windows: Dataset[dict[str, Tensor]]
     if config.streaming:
-        windows = StreamedWindows(documents, tokenizer, endless=True, **options)
+        streams = [StreamedWindows(text, tokenizer, endless=True, **options) for text in texts]
+        windows = streams[0]
+        if len(streams) > 1:
+            windows = MixedStream(streams, weights, config.seed, process[0])
     else:
-        windows = pack(documents, tokenizer, **whole)
+        windows = _mixed([pack(text, tokenizer, **whole) for text in texts], weights)
         if len(windows) < config.batch_size:
             raise InputError(
                 f"{config.data} fills {len(windows)} windows of {config.length} tokens, less than "
                 f"a batch of {config.batch_size}: give more text, or lower `batch_size` or `length`"
             )
-    validation = pack(held_out, tokenizer, name=held, **whole)
+    name = "the text held out to validate on"
+    if config.validation_data is None and config.validation_split is None:
+        name += f" (`validation_fraction` {config.validation_fraction:g})"
+    packed = [pack(text, tokenizer, name=name, **whole) for text in held_out]
+    validation = _mixed(packed, weights, repeat=False)
     fingerprints = {"train": fingerprint(windows), "validation": fingerprint(validation)}
     return TrainingData(tokenizer, windows, stack(validation, config.eval_windows), fingerprints)
+
+
+def _split(
+    config: TrainConfig, source: str | list[str], corpus: Corpus, progress: bool
+) -> tuple[Iterable[str], Iterable[str]]:
+    """(text to train on, text held out) of one corpus of the run, or of all that are not mixed."""
+    if config.validation_data is not None or config.validation_split is not None:
+        split = config.validation_split or "train"
+        return corpus, list(_open(config, config.validation_data or source, split))
+    if config.streaming:
+        raise InputError("a streamed corpus needs `validation_data` or `validation_split`")
+    return split_documents(corpus, config.validation_fraction, config.seed, progress=progress)
+
+
+def _mixed(
+    parts: list[Windows], weights: list[float], *, repeat: bool = True
+) -> Windows | MixedWindows:
+    return parts[0] if len(parts) == 1 else MixedWindows(parts, weights, repeat=repeat)
 
 
 def _open(
@@ -394,7 +449,7 @@ def _open(
         split=split,
         text_column=config.text_column,
         streaming=process is not None,
-        subset=config.subset if data == config.data else None,
+        subset=None if data == config.validation_data != config.data else config.subset,
         process=process or (0, 1),
     )
     return detokenized(corpus, config.detokenizer)
@@ -424,7 +479,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
     From an AR model a block diffusion model takes every weight; its adaLN, which AR does not have,
     starts with open gates and no shift or scale, so at first it computes exactly what AR did.
     """
-    causal = config.objective == "ar"
+    objective = OBJECTIVES.find(config.objective)
     sizes: dict[str, Any] = dict(PRESETS[config.preset])
     adaln = config.adaln
     if start is not None:
@@ -437,10 +492,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
             vocab_size=start.config.vocab_size if start is not None else len(tokenizer),
             length=config.length,
             block_size=config.effective_block_size,
-            causal=causal,
             adaln=adaln,
-            time_conditioning=config.time_conditioning or config.objective == "sedd",
-            score=config.objective == "sedd",
             dropout=config.dropout,
             keep_first=True,
             mask_token_id=tokenizer.mask_token_id,
@@ -449,12 +501,15 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
             initial_shift=config.initial_shift,
             initial_gate=0.0 if start is None else 1.0,
             clip=config.clip_range(),
-            **sizes,
+            objective=objective.name,
+            **{"time_conditioning": config.time_conditioning, **objective.network, **sizes},
         )
     )
     model.attention_backend = config.backend
     if start is not None:
         _take_weights(model, start)
+    if config.checkpoint_activations:
+        recompute_activations(model)
     if config.compile:
         model.compile_layers()
     return model

@@ -13,18 +13,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -35,110 +32,30 @@ from transformers import (
 )
 from transformers.integrations import (
     TensorBoardCallback,
-    get_available_reporting_integrations,
 )
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from blockdiff import objectives
 from blockdiff.categorical import fold_seed
-from blockdiff.checks import one_of
-from blockdiff.data.packing import StreamedWindows
 from blockdiff.errors import InputError, RunStopped
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
-from blockdiff.models.precision import resolve_precision
-from blockdiff.noising import stratified_noise
-from blockdiff.training.checkpoints import checkpoints, newest_checkpoint, seal
+from blockdiff.noising import Draw, stratified_noise
+from blockdiff.objectives import objective_of
+from blockdiff.training import parallel
+from blockdiff.training.arguments import reporters, training_arguments
+from blockdiff.training.checkpoints import checkpoint_step, checkpoints, newest_checkpoint, seal
 from blockdiff.training.clipping import WHOLE, best_clip, clip_variances
 from blockdiff.training.config import TrainConfig
-from blockdiff.training.ema import make_ema, update_ema
+from blockdiff.training.ema import make_ema
 from blockdiff.training.signals import Signals
 
 NEVER = 2**62  # a step no run comes to
 EMA_WEIGHTS = "ema.safetensors"
 CLIP = "clip.json"
-# Checkpoints of a run that are kept: the last, and the one before should it be damaged.
-KEPT = 2
 # Validation windows a search for a clip looks at.
 CLIP_WINDOWS = 128
-
-
-def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArguments:
-    """transformers' arguments for a run; checkpoints go to `out/checkpoints`."""
-    schedulers = {
-        "constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine",
-    }  # fmt: skip
-    arguments = TrainingArguments(
-        output_dir=str(Path(config.out) / "checkpoints"),
-        max_steps=config.steps,
-        per_device_train_batch_size=micro_batch(config, PartialState().num_processes),
-        gradient_accumulation_steps=config.accumulate,
-        learning_rate=config.lr,
-        lr_scheduler_type=schedulers[config.lr_schedule],
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        adam_epsilon=1e-8,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=resolve_precision(config.precision, device) == "bf16",
-        use_cpu=device.type == "cpu",
-        seed=config.seed,
-        data_seed=config.seed,
-        logging_strategy="steps",
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=config.save_every,
-        eval_strategy="steps" if config.eval_every else "no",
-        eval_steps=config.eval_every or None,
-        dataloader_drop_last=True,
-        dataloader_num_workers=config.workers,
-        remove_unused_columns=False,
-        report_to=[name for name in reporters(config) if name != "tensorboard"],
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,  # every weight has a part in every step
-    )
-    if arguments.n_gpu > 1:
-        # transformers would split batches by DataParallel; torchrun is the way to use them all.
-        arguments._n_gpu = 1
-    return arguments
-
-
-def micro_batch(config: TrainConfig, processes: int) -> int:
-    """Windows that go through the network at once in each of `processes`.
-
-    Raises `InputError` when a step's windows cannot be shared out equally.
-    """
-    parts = processes * config.accumulate
-    if config.batch_size % parts:
-        raise InputError(
-            f"`batch_size` {config.batch_size} cannot be cut into equal parts for {processes} "
-            f"processes of {config.accumulate} micro-batches; make it a multiple of {parts}"
-        )
-    return config.batch_size // parts
-
-
-def reporters(config: TrainConfig) -> list[str]:
-    """Where metrics go beside metrics.jsonl.
-
-    Raises `InputError` for a name transformers does not know or whose package is missing.
-    """
-    names = [name.strip() for name in config.report_to.split(",")]
-    names = [name for name in names if name not in ("", "none")]
-    there = get_available_reporting_integrations()
-    for name in names:
-        one_of("report_to", name, INTEGRATION_TO_CALLBACK)
-        if name not in there:
-            raise InputError(
-                f"`report_to` {name} needs a package that is not installed; leave it out, or "
-                f"install {name} first"
-            )
-    return names
 
 
 class BlockDiffusionTrainer(Trainer):
@@ -171,9 +88,13 @@ class BlockDiffusionTrainer(Trainer):
             callbacks=[_Bookkeeping(self), *_tensorboard(config), *callbacks],
         )
         if self.ema is not None:
-            self.ema.to(self.args.device)
-        if self.is_fsdp_enabled and self.ema is None:
-            raise InputError("a sharded (FSDP) run is measured and saved by its `ema`; give one")
+            self.ema.module.to(self.args.device)
+        parallel.allow_tf32(self.args.bf16, self.args.device)
+        if self.is_fsdp_enabled:
+            if self.ema is None:
+                raise InputError("a sharded run is measured and saved by its `ema`; give one")
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = parallel.mixed_precision(self.args.bf16)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         # The loss is already divided by the tokens of the whole step.
@@ -186,7 +107,7 @@ class BlockDiffusionTrainer(Trainer):
         self.estimator = make_estimator(run.estimator, run.schedule, clip, run.timesteps)
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        if not isinstance(self.train_dataset, StreamedWindows):
+        if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         # Each process already reads documents of its own; accelerate would deal them out again.
         return DataLoader(
@@ -208,17 +129,17 @@ class BlockDiffusionTrainer(Trainer):
         x_0, documents = inputs["x_0"], inputs.get("documents")
         first = self._begin_micro_batch(len(x_0))
         core: Denoiser = self.accelerator.unwrap_model(model)
-        maskable = self._counted(core, x_0, documents)
+        objective = objective_of(core.config)
         layout = BlockLayout(x_0.shape[1], core.config.block_size, documents=documents)
-        if core.config.causal:
-            nats = objectives.ar(model, x_0, maskable, layout)
-        else:
+        maskable = objective.counted(x_0, core.config.keep_first, documents)
+        what: Tensor | Draw = maskable
+        if objective.noised:
             seed = fold_seed(self.run.seed, self.state.global_step)
             generator = torch.Generator(x_0.device).manual_seed(seed)
             noise = stratified_noise(self.run.batch_size, layout, generator)
             noise = noise.rows(first, first + len(x_0))
-            draw = self.estimator(x_0, layout, noise, maskable, core.config.mask_token_id)
-            nats = objectives.bd3lm(model, x_0, draw, layout)
+            what = self.estimator(x_0, layout, noise, maskable, core.config.mask_token_id)
+        nats = objective.nats(model, x_0, what, layout)
         # Gradients are averaged over processes, so each counts its share of the step's tokens.
         tokens = torch.as_tensor(num_items_in_batch, device=nats.device, dtype=torch.float32)
         loss = nats.sum() * self.accelerator.num_processes / tokens.clamp(min=1)
@@ -233,20 +154,14 @@ class BlockDiffusionTrainer(Trainer):
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> Tensor:
         """Tokens of a whole step that count: padding makes micro-batches unequal."""
-        core: Denoiser = self.accelerator.unwrap_model(self.model)
+        config = self.accelerator.unwrap_model(self.model).config
+        counted = objective_of(config).counted
         counts = [
-            self._counted(core, batch["x_0"], batch.get("documents")).sum()
+            counted(batch["x_0"], config.keep_first, batch.get("documents")).sum()
             for batch in batch_samples
         ]
         tokens = torch.stack(counts).sum().float().to(device)
         return cast(Tensor, self.accelerator.reduce(tokens, reduction="sum"))
-
-    @staticmethod
-    def _counted(core: Denoiser, x_0: Tensor, documents: Tensor | None) -> Tensor:
-        maskable = objectives.maskable_positions(x_0, core.config.keep_first, documents)
-        if core.config.causal:
-            maskable[:, 0] = False  # nothing predicts it
-        return maskable
 
     def received_signal(self) -> int:
         """The signal that some process received; 0 for none. All processes ask together."""
@@ -293,12 +208,20 @@ class BlockDiffusionTrainer(Trainer):
 
     @property
     def averaged_model(self) -> PreTrainedModel:
-        """The EMA of the weights, or the weights themselves without one."""
+        """The EMA of the weights, or the weights themselves without one.
+
+        Of a sharded run it is sharded: `parallel.gathered` has it whole.
+        """
         own = self.accelerator.unwrap_model(self.model)
         return cast(PreTrainedModel, own if self.ema is None else self.ema.module)
 
     def evaluate(self, *unused: object, **options: object) -> dict[str, float]:
-        with _own_precision(self.averaged_model):
+        """The likelihood of the validation windows, in the run's precision."""
+        device = self.args.device.type
+        with (
+            parallel.gathered(self.averaged_model),
+            torch.autocast(device, torch.bfloat16, enabled=self.args.bf16),
+        ):
             return self._measure(cast(Denoiser, self.averaged_model))
 
     def _measure(self, model: Denoiser) -> dict[str, float]:
@@ -349,19 +272,28 @@ class BlockDiffusionTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # a half-written one of the same step
             folder.mkdir(parents=True)
-            if self.ema is not None:
-                self._require_finite(self.ema.module)
-                updates = {"updates_before": str(self.ema_updates)}
-                save_file(self.ema.module.state_dict(), folder / EMA_WEIGHTS, metadata=updates)
             (folder / CLIP).write_text(json.dumps(self.clip), encoding="utf-8")
+        if self.ema is not None:
+            with parallel.gathered(self.ema.module):
+                self._require_finite(self.ema.module)
+                if self.args.should_save:
+                    updates = {"updates_before": str(self.ema_updates)}
+                    save_file(self.ema.module.state_dict(), folder / EMA_WEIGHTS, metadata=updates)
         self.accelerator.wait_for_everyone()  # the folder is there for all
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # and holds every process's part
         if self.args.should_save:
             seal(folder)
             # Only now, so that the newest whole one is there whatever happens.
-            for old in [f for f in checkpoints(Path(self.run.out)) if f != folder][KEPT - 1 :]:
-                shutil.rmtree(old)
+            older = [found for found in checkpoints(Path(self.run.out)) if found != folder]
+            for old in older[self.run.keep_last - 1 :]:
+                if not self._stays(checkpoint_step(old)):
+                    shutil.rmtree(old)
+
+    def _stays(self, step: int) -> bool:
+        """Whether this is the first checkpoint at or after a multiple of `keep_every`."""
+        every = self.run.keep_every
+        return 0 < every <= step and step % every < self.run.save_every
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -378,23 +310,6 @@ class BlockDiffusionTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not estimated: transformers' formula is for one stream of tokens."""
         return 0
-
-
-@contextmanager
-def _own_precision(model: nn.Module) -> Iterator[None]:
-    """The model as it will be saved, without the autocast that accelerate put around `forward`.
-
-    `encode` has none, so that keys and queries would differ in their number format.
-    """
-    wrapped = model.__dict__.get("forward")
-    original = model.__dict__.get("_original_forward")
-    if original is not None:
-        model.forward = original
-    try:
-        yield
-    finally:
-        if original is not None:
-            model.__dict__["forward"] = wrapped
 
 
 class _TensorBoard(TensorBoardCallback):
@@ -422,18 +337,22 @@ class _Bookkeeping(TrainerCallback):
     def __init__(self, trainer: BlockDiffusionTrainer) -> None:
         self.trainer = trainer
 
+    def _network(self) -> nn.Module:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.n_averaged.fill_(self.trainer.ema_updates + state.global_step)
+            parallel.shard_like(self.trainer.ema.module, self._network())
         self.begin = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         if self.trainer.ema is not None:
-            update_ema(self.trainer.ema, self.trainer.accelerator.unwrap_model(self.trainer.model))
+            self.trainer.ema.update_parameters(self._network())
         minutes = self.trainer.run.minutes
         if minutes and time.perf_counter() - self.begin > 60 * minutes:
             control.should_training_stop = control.should_save = True
