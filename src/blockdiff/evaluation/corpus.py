@@ -18,7 +18,7 @@ from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
 from blockdiff.evaluation.likelihood import likelihood
-from blockdiff.evaluation.options import EvaluateOptions, ZeroShotOptions
+from blockdiff.evaluation.options import EvaluateOptions, Opening, TextOptions
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
 from blockdiff.models.weights import convert, resolve_precision
@@ -77,6 +77,11 @@ def options_of_run(
         if run["validation_data"] not in (None, run["data"]):
             data, settings["subset"] = run["validation_data"], None
     return data, settings, part
+
+
+def text_options(wish: TextOptions) -> dict[str, Any]:
+    """What was said of the options of `DEFAULTS`; None for the others."""
+    return {name: getattr(wish, name, None) for name in DEFAULTS}
 
 
 def _same(data: Texts, other: Texts | None) -> bool:
@@ -181,9 +186,7 @@ def evaluate_corpus(
     (then `part` is what it held out), else as in `DEFAULTS`. Returns `measure_sequences`'s record.
     Raises `InputError` on bad input.
     """
-    source, corpus, measured = options_of_run(
-        model, wish.data, {name: getattr(wish, name) for name in DEFAULTS}
-    )
+    source, corpus, measured = options_of_run(model, wish.data, text_options(wish))
     network, words, precision = open_to_measure(model, wish, device)
     packed, sequences = open_sequences(
         network, words, source, length=wish.length, windows=wish.windows, **corpus
@@ -197,7 +200,7 @@ def evaluate_corpus(
 
 
 def open_to_measure(
-    model: str | Path, wish: EvaluateOptions | ZeroShotOptions, device: str | None
+    model: str | Path, wish: Opening, device: str | None
 ) -> tuple[Denoiser, PreTrainedTokenizerBase, str]:
     """(model, tokenizer, what `precision` became), its weights in that precision."""
     network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from blockdiff import checks
 from blockdiff.registry import BoundName
@@ -11,6 +11,15 @@ from blockdiff.training.config import Detokenizer
 
 Part = Literal["all", "train", "validation"]
 Precision = Literal["auto", "float32", "bf16", "int8"]
+
+
+class Opening(Protocol):
+    """Options that say how a model is opened to be measured."""
+
+    @property
+    def tokenizer(self) -> str | None: ...
+    @property
+    def precision(self) -> Precision: ...
 
 
 @dataclass(frozen=True)

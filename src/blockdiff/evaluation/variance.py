@@ -29,7 +29,7 @@ from blockdiff.checks import whole_number
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.estimators import MakeDraw, make_estimator
-from blockdiff.evaluation.corpus import DEFAULTS, open_sequences, options_of_run
+from blockdiff.evaluation.corpus import open_sequences, options_of_run, text_options
 from blockdiff.evaluation.options import VarianceOptions
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
@@ -243,9 +243,7 @@ def measure_corpus(
     names = list(DEFAULT_ESTIMATORS) if wish.estimators is None else wish.estimators.split(",")
     for name in names:
         parse_estimator(name)
-    source, options, _ = options_of_run(
-        model, wish.data, {name: getattr(wish, name) for name in DEFAULTS}
-    )
+    source, options, _ = options_of_run(model, wish.data, text_options(wish))
     network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device))
     sizes = [network.config.block_size] if sizes is None else sizes
     wanted = wish.batches * wish.batch_size
