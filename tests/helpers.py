@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.sampling.generate import Step, stream_tokens
+from blockdiff.sampling.generate import stream_tokens
 from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.step import Step
 
 # The first part that is in a parameter's name gives its standard deviation.
 _SCALES = (

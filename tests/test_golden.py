@@ -3,13 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import blockdiff
-from blockdiff.cache import BlockCache
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import released_config, released_weights
@@ -79,17 +79,19 @@ def test_cached_logits_by_decoding(name):
     """Each block decoded after its clean prefix, which was itself decoded block by block."""
     model, io = golden_model(name)
     config, x_0, x_t = model.config, io["x0"], io["xt"]
-    size, rows = config.block_size, torch.arange(len(x_0))
-    cache = BlockCache(len(x_0), 2, 4, 16, config.length, size)
-    every = torch.ones(len(x_0), size, dtype=torch.bool)
+    size, rows = config.block_size, np.arange(len(x_0))
+    cache = model.new_cache(len(x_0), config.length, size)
+    cache.admit(rows, np.full(len(rows), size), np.full(len(rows), config.length))
+    every = torch.arange(x_0[:, :size].numel())
     out = []
     with torch.no_grad():
         for start in range(0, config.length, size):
             block = slice(start, start + size)
             position = torch.arange(start, start + size).expand(len(x_0), -1)
-            out.append(model.decode(x_t[:, block], position, cache, every))
-            model.decode(x_0[:, block], position, cache, every)
-            cache.append_staged(rows)
+            mask = cache.visible(0, size, rows < 0)
+            out.append(model.decode(x_t[:, block], position, cache, every, mask=mask))
+            model.decode(x_0[:, block], position, cache, every, mask=mask)
+            cache.append_staged(rows, 0)
     logits = torch.stack([part.view(len(x_0), size, -1) for part in out], 1).flatten(1, 2)
     close(logits[:, :-size], io["cached_logits"])  # the file leaves the last block out
     close(logits, io["logits"])

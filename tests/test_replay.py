@@ -13,8 +13,9 @@ from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.models.dit import DiT, DiTConfig
 from blockdiff.replay import Event, Recorder, Recording, record, text_pieces, write_page
-from blockdiff.sampling.generate import Step, stream_tokens
+from blockdiff.sampling.generate import stream_tokens
 from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.step import Step
 
 CHROMIUM = shutil.which("chromium")
 BLOCK = 4

@@ -8,8 +8,9 @@ from rich.console import Console
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.models.dit import DiT, DiTConfig
-from blockdiff.sampling.generate import Step, stream_tokens
+from blockdiff.sampling.generate import stream_tokens
 from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.step import Step
 from blockdiff.watch import watch
 
 BLOCK = 4

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
         register_schedule,
         register_stopping_rule,
     )
-    from blockdiff.sampling.generate import Step
+    from blockdiff.sampling.engine import Engine
     from blockdiff.sampling.options import SamplingOptions
+    from blockdiff.sampling.orders.base import Order
+    from blockdiff.sampling.step import Step
     from blockdiff.schedules import Schedule
     from blockdiff.training.config import TrainConfig
     from blockdiff.training.run import train
@@ -60,7 +62,9 @@ _HOMES = {
     "register_stopping_rule": "registry",
     "Schedule": "schedules",
     "SamplingOptions": "sampling.options",
-    "Step": "sampling.generate",
+    "Step": "sampling.step",
+    "Engine": "sampling.engine",
+    "Order": "sampling.orders.base",
     "TrainConfig": "training.config",
     "train": "training.run",
 }
@@ -69,10 +73,12 @@ __all__ = [
     "BlockLayout",
     "DiT",
     "DiTConfig",
+    "Engine",
     "Estimator",
     "InputError",
     "Likelihood",
     "Objective",
+    "Order",
     "SamplingOptions",
     "Schedule",
     "Score",

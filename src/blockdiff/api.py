@@ -22,8 +22,9 @@ from blockdiff.errors import InputError
 from blockdiff.evaluation.score import score_tokens
 from blockdiff.models.dit import DiT
 from blockdiff.models.loading import load
-from blockdiff.sampling.generate import Generation, Step, generate_tokens, stream_tokens
+from blockdiff.sampling.generate import Generation, generate_tokens, stream_tokens
 from blockdiff.sampling.options import SamplingKeywords, SamplingOptions
+from blockdiff.sampling.step import Step
 
 __all__ = ["TextGeneration", "encode_prompts", "generate", "load", "stream", "to_text"]
 

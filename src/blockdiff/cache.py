@@ -1,132 +1,210 @@
-"""Keys and values of clean blocks, for decoding.
+"""Keys and values of the clean blocks before each row's current one.
 
-The cache is exact: a clean block attends to itself and to the blocks before it (M_BC), never to a
-later one, so its keys and values do not change once it is finished. They are stored rotated; RoPE
-is relative, so they stay valid while the window slides.
+A row has C slots, used as a ring: once they are full, a new block overwrites the oldest, which is
+the sliding window. Everything is aligned to blocks, since C and each append are multiples of the
+row's block size. In memory the tokens of the evaluation that is under way lie in front of the ring,
+so that what attention reads is one view, and never a copy:
 
-Memory is allocated once, in one buffer per layer. The tokens of the current evaluation are written
-in front of the ring of cached tokens, so attention reads one contiguous view and nothing is copied:
+    [ … | T staged tokens | slot 0, slot 1, … slot C − 1 ]
 
-    | a block just finished | the block being written | ring of C finished tokens |
-              K                          K                         C
+An evaluation stages up to two blocks of each row side by side: a finished block, clean, which is
+appended afterwards, and the noised one behind it. Columns are counted so that the first `clean` of
+the T columns end with the finished blocks, and the noised blocks begin after them; a row whose
+block is shorter, or which has none, leaves its columns unused. How many tokens each row has is
+known on the host, and no question about it waits for the device.
 
-Shapes: n rows, M layers, H heads, C capacity in tokens, K block size, D head width, T ≤ 2K tokens
-of an evaluation.
+Shapes: n rows, M layers, H key/value heads, D head width, T staged tokens, C capacity.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array = NDArray[Any]
+
+
+class LayerShape(NamedTuple):
+    """Key/value heads of a layer, and the widths of a head's keys and of its values."""
+
+    heads: int
+    key_width: int
+    value_width: int
 
 
 class BlockCache:
-    """A ring of C token slots per row.
-
-    Rows advance on their own: `lengths` [n] counts the tokens each row has appended so far, and
-    token p lies in slot p mod C. Appending past the capacity overwrites the oldest tokens, which
-    is the sliding window. Everything is aligned to blocks, since C and each append are multiples
-    of the block size. `rows` [n] says which rows of the caller's these are.
-    """
+    """A growing number of rows; `layers` are the network's, in order."""
 
     def __init__(
         self,
+        layers: Sequence[LayerShape],
         rows: int,
-        layers: int,
-        heads: int,
-        head_dim: int,
         capacity: int,
         block_size: int,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.block_size, self.front = block_size, 2 * block_size
-        shape = (layers, rows, heads, self.front + capacity, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.rows = torch.arange(rows, device=device)
-        self.capacity = capacity
+        """Room for `rows` rows of `capacity` tokens in blocks of `block_size`; more is made."""
+        self.layers, self.dtype, self.device = list(layers), dtype, torch.device(device)
         self.folded: Any = None  # what a network computes once for all evaluations with this cache
-        self._begin = self.front
-        self._used = 0
+        self.rows = np.empty(0, np.int64)  # which rows of the caller's these are
+        self.lengths, self.sizes, self.capacities = (self.rows.copy() for _ in range(3))
+        self.used = 0  # slots that hold a token of some row
+        self._front = self._room = self._places = 0
+        # Layers of one shape share a tensor: [M, places, H, front + room, D].
+        self._stacks: dict[LayerShape, tuple[Tensor, Tensor]] = {}
+        self._reserve(rows, capacity, block_size)
+
+    def admit(self, rows: Array, block_sizes: Array, capacities: Array) -> None:
+        """Adds empty rows, each with a block size and a capacity of its own."""
+        self.rows = np.concatenate([self.rows, rows])
+        self.sizes = np.concatenate([self.sizes, block_sizes])
+        self.capacities = np.concatenate([self.capacities, capacities])
+        self.lengths = np.concatenate([self.lengths, np.zeros_like(rows)])
+        self._reserve(len(self.rows), int(capacities.max()), int(block_sizes.max()))
+
+    def _reserve(self, rows: int, capacity: int, block_size: int) -> None:
+        """Makes the tensors larger where they are too small; what they hold is kept."""
+        if rows <= self._places and capacity <= self._room and 2 * block_size <= self._front:
+            return
+        old, front, held = dict(self._stacks), self._front, len(self.lengths)
+        if rows > self._places:
+            self._places = max(rows, 2 * self._places)
+        self._room, self._front = max(capacity, self._room), max(2 * block_size, self._front)
+        for shape in dict.fromkeys(self.layers):
+            size = self.layers.count(shape), self._places, shape.heads, self._front + self._room
+            made = tuple(
+                torch.zeros(*size, width, dtype=self.dtype, device=self.device)
+                for width in (shape.key_width, shape.value_width)
+            )
+            for new, kept in zip(made, old.get(shape, ()), strict=False):
+                part = kept[:, :held, :, front:]
+                new[:, : part.shape[1], :, self._front : self._front + part.shape[3]] = part
+            self._stacks[shape] = made[0], made[1]
+        counted = dict.fromkeys(self._stacks, 0)
+        self._of_layer = []
+        for shape in self.layers:
+            keys, values = self._stacks[shape]
+            self._of_layer.append((keys[counted[shape]], values[counted[shape]]))
+            counted[shape] += 1
 
     def stage(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Puts keys and values [n, H, T, D] in front of the ring; what attention reads.
 
-        Both [n, H, T + used, D], the T tokens first; comes after `visible` of the same T tokens.
+        Both [n, H, T + used, D], the T tokens first.
         """
-        tokens = keys.shape[2]
-        begin = self.front - tokens
-        all_keys = self.keys[layer].narrow(2, begin, tokens + self._used)
-        all_values = self.values[layer].narrow(2, begin, tokens + self._used)
-        all_keys.narrow(2, 0, tokens).copy_(keys)
-        all_values.narrow(2, 0, tokens).copy_(values)
-        return all_keys, all_values
+        rows, tokens = len(keys), keys.shape[2]
+        found = []
+        for store, own in zip(self._of_layer[layer], (keys, values), strict=True):
+            part = store[:rows].narrow(2, self._front - tokens, tokens + self.used)
+            part.narrow(2, 0, tokens).copy_(own)
+            found.append(part)
+        return found[0], found[1]
 
-    def visible(self, tokens: int, finished: Tensor | None = None) -> Tensor | None:
-        """What each of T = `tokens` may attend to: bool [n, 1, 1 or T, T + used], None for all.
+    def visible(self, clean: int, noised: int, finished: Array) -> Tensor | None:
+        """What each of T = `clean` + `noised` columns may attend to; None where that is all.
 
-        Without `finished` every token sees all T and the row's ring. With it, T = 2K: where
-        `finished` [n], the first K are a clean block, which does not see the others, while those
-        see it and no longer the oldest block of a full ring; elsewhere the first K mean nothing.
+        [n, 1, T, T + used], 0 where it may and −inf where not. `finished` bool [n]: whether a row
+        has a finished block in the clean columns. Such a block does not see the noised one, while
+        that one sees it and no longer the oldest block of a full ring.
         """
-        device = self.lengths.device
-        self._begin = self.front - tokens
-        # Ring slots that hold a token of some row.
-        self._used = used = min(int(self.lengths.max()), self.capacity)
-        slot = torch.arange(used, device=device)
-        ring = slot < self.lengths[:, None]
-        if finished is None:
-            if bool(ring.all()):
-                return None
-            own = ring.new_ones(len(ring), tokens)
-            return torch.cat([own, ring], dim=1)[:, None, None]
-        size = self.block_size
-        oldest = (slot - self.lengths[:, None] % max(self.capacity, 1)) % max(self.capacity, 1)
-        overwritten = (self.lengths[:, None] >= self.capacity) & (oldest < size)
-        clean = torch.arange(tokens, device=device) < size
-        own = torch.where(clean[:, None], clean[None, :], ~clean[None, :] | finished[:, None, None])
-        later = ring & ~(overwritten & finished[:, None])
-        rings = torch.where(clean[None, :, None], ring[:, None, :], later[:, None, :])
-        return torch.cat([own, rings], dim=-1)[:, None]
+        used, tokens = self.used, clean + noised
+        held = np.minimum(self.lengths, self.capacities)
+        full = bool((held == used).all()) and bool((self.sizes == max(clean, noised)).all())
+        if full and (not clean or (not noised and bool(finished.all()))):
+            return None
+        facts = np.stack([held, self.lengths, self.capacities, self.sizes, finished])
+        moved = torch.from_numpy(facts).to(self.device, non_blocking=True)[:, :, None]
+        held_, length, capacity, size, has = moved.unbind(0)
+        column = torch.arange(tokens, device=self.device)
+        is_clean = column < clean
+        # [n, T]: the columns that are used
+        valid = torch.where(is_clean, (has > 0) & (column >= clean - size), column - clean < size)
+        own = valid[:, None, :] & (is_clean[None, :] | ~is_clean[:, None])
+        own |= torch.eye(tokens, dtype=torch.bool, device=self.device)  # softmax needs something
+        slot = torch.arange(used, device=self.device)
+        ring = slot < held_
+        age = (slot - length) % capacity.clamp(min=1)  # 0: the oldest of a full ring
+        later = ring & ~((length >= capacity) & (age < size) & (has > 0))
+        rings = torch.where(is_clean[:, None], ring[:, None], later[:, None])
+        seen = torch.cat([own, rings], dim=-1)[:, None]
+        return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(
+            ~seen, -torch.inf
+        )
 
-    def append_staged(self, which: Tensor) -> None:
-        """Stores the first K staged tokens of the rows `which` (indices) and advances them."""
-        part = slice(self._begin, self._begin + self.block_size)
-        count = torch.full_like(which, self.block_size)
-        self.append(which, self.keys[:, which, :, part], self.values[:, which, :, part], count)
+    def append_staged(self, which: Array, noised: int) -> None:
+        """Stores the finished blocks staged for the rows `which` (places) and advances them."""
+        sizes = self.sizes[which]
+        self._append(which, sizes, self._front - noised - sizes)
 
-    def append(self, which: Tensor, keys: Tensor, values: Tensor, counts: Tensor) -> None:
+    def append(
+        self, which: Array, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Array
+    ) -> None:
         """Stores the first `counts` [m] tokens of each of the rows `which` [m] and advances them.
 
-        `keys`, `values` [M, m, H, T, D], rotated for the rows' own positions. Where more than C
-        tokens come at once only the last C are kept.
+        `keys`, `values`: of each layer [m, H, T, D], rotated for the rows' own positions. Where
+        more than C tokens come at once only the last C are kept.
         """
-        if self.capacity:
-            index = torch.arange(keys.shape[3], device=keys.device)
-            kept = (index < counts[:, None]) & (index >= counts[:, None] - self.capacity)  # [m, T]
-            row, token = kept.nonzero(as_tuple=True)
-            slot = self.front + (self.lengths[which[row]] + token) % self.capacity
-            # Advanced indices apart from one another put the indexed dimension first: [i, M, H, D].
-            self.keys[:, which[row], :, slot] = keys[:, row, :, token].to(self.keys.dtype)
-            self.values[:, which[row], :, slot] = values[:, row, :, token].to(self.values.dtype)
-        self.lengths[which] += counts
+        self._append(which, counts, None, keys, values)
 
-    def drop(self, which: Tensor) -> None:
-        """Forgets the rows `which` (indices); the last ones move into their places.
+    def _append(
+        self,
+        which: Array,
+        counts: Array,
+        begin: Array | None,
+        keys: Sequence[Tensor] = (),
+        values: Sequence[Tensor] = (),
+    ) -> None:
+        """From the staged tokens that begin at `begin` [m], or from keys and values given."""
+        capacity = self.capacities[which]
+        first = np.maximum(counts - capacity, 0)
+        kept = counts - first
+        # One entry for every token that is stored: its row among `which`, and which token it is.
+        row = np.repeat(np.arange(len(which)), kept)
+        token = np.arange(len(row)) - np.repeat(kept.cumsum() - kept, kept) + first[row]
+        slot = self._front + (self.lengths[which[row]] + token) % np.maximum(capacity[row], 1)
+        if len(row):
+            source = row if begin is None else which[row]
+            offset = token if begin is None else begin[row] + token
+            index = np.stack([which[row], slot, source, offset])
+            into, at, out_of, of = torch.from_numpy(index).to(self.device, non_blocking=True)
+            # Advanced indices apart from one another put the indexed dimension first.
+            if begin is not None:
+                for stack in self._stacks.values():
+                    for store in stack:
+                        store[:, into, :, at] = store[:, out_of, :, of]
+            else:
+                for stores, given in zip(
+                    self._of_layer, zip(keys, values, strict=True), strict=True
+                ):
+                    for store, new in zip(stores, given, strict=True):
+                        store[into, :, at] = new[out_of, :, of].to(store.dtype)
+        self.lengths[which] += counts
+        self._count()
+
+    def drop(self, which: Array) -> None:
+        """Forgets the rows at the places `which`; the last ones move into their places.
 
         Nothing is copied but the rows that move; `rows` tells the new order.
         """
-        kept = torch.ones(len(self.rows), dtype=torch.bool, device=self.rows.device)
+        kept = np.ones(len(self.rows), bool)
         kept[which] = False
         count = int(kept.sum())
-        holes, movers = (~kept[:count]).nonzero().squeeze(-1), kept[count:].nonzero().squeeze(-1)
-        for state, dim in ((self.keys, 1), (self.values, 1), (self.lengths, 0), (self.rows, 0)):
-            for hole, mover in zip(holes.tolist(), (movers + count).tolist(), strict=True):
-                state.select(dim, hole).copy_(state.select(dim, mover))
-        self.keys, self.values = self.keys[:, :count], self.values[:, :count]
-        self.lengths, self.rows = self.lengths[:count], self.rows[:count]
+        order = np.arange(count)
+        order[~kept[:count]] = count + kept[count:].nonzero()[0]
+        for hole in (~kept[:count]).nonzero()[0].tolist():
+            for stack in self._stacks.values():
+                for store in stack:
+                    store[:, hole].copy_(store[:, int(order[hole])])
+        for name in ("rows", "lengths", "sizes", "capacities"):
+            setattr(self, name, getattr(self, name)[order])
+        self._count()
+
+    def _count(self) -> None:
+        self.used = int(np.minimum(self.lengths, self.capacities).max(initial=0))

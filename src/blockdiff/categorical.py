@@ -39,14 +39,17 @@ def real_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def uniform(seed: int, *address: Tensor | int) -> Tensor:
+def uniform(seed: int | Tensor, *address: Tensor | int) -> Tensor:
     """Uniform numbers in (0, 1), in `real_dtype`, one for each address.
 
     `address`: integers and int64 tensors that broadcast against each other, such as
-    (row, position, step). The same seed and address always give the same number, on every device.
+    (row, position, step). `seed` may be such a tensor too. The same seed and address always
+    give the same number, on every device.
     """
     device = next((part.device for part in address if isinstance(part, Tensor)), None)
-    state = _mix(torch.tensor(_signed(seed), device=device) + _GOLDEN)
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor(signed(seed), device=device)
+    state = _mix(seed + _GOLDEN)
     for part in address:
         part = torch.as_tensor(part, dtype=torch.int64, device=device)
         # The multiplier tells the parts' order: without it (0, 1) and (1, 0) would collide.
@@ -57,7 +60,7 @@ def uniform(seed: int, *address: Tensor | int) -> Tensor:
     return (_shift_right(state, 64 - bits).to(dtype) + 0.5) * 2.0**-bits
 
 
-def _signed(seed: int) -> int:
+def signed(seed: int) -> int:
     """Any Python integer as a signed 64-bit one."""
     return (seed + 2**63) % 2**64 - 2**63
 
@@ -170,6 +173,9 @@ def draw(
     logits = warp(logits, temperature=temperature, top_k=top_k)
     if top_p is None or top_p == 1:
         return sample(logits, uniforms(everyone, 0))
+    if logits.device.type != "cpu":  # sorting is cheap there, and asking who is outside a wait
+        cut = warp(logits, top_p=top_p, top_p_rule=top_p_rule)
+        return sample(cut, uniforms(everyone, 0))
     probability = logits.softmax(-1)
     tokens = _invert(probability, uniforms(everyone, 0))
     outside = (~_inside(probability, tokens, top_p, top_p_rule)).nonzero().squeeze(-1)

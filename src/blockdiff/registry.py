@@ -21,6 +21,8 @@ from blockdiff.errors import InputError
 if TYPE_CHECKING:
     from blockdiff.estimators import Estimator
     from blockdiff.objectives import Objective
+    from blockdiff.sampling.orders.base import Order
+    from blockdiff.sampling.stopping import StoppingRule
     from blockdiff.schedules import Schedule
 
 T = TypeVar("T")
@@ -199,8 +201,20 @@ OBJECTIVES: Registry[Objective] = Registry(
     {"blockdiff.objectives": "bd3lm mdlm sedd ar"},
     any_blocks="bd3lm",
 )
-ORDERS: Registry[Any] = Registry("order")
-STOPPING_RULES: Registry[Any] = Registry("stopping rule")
+ORDERS: Registry[Order] = Registry(
+    "order",
+    ("wanted", "mask_rate", "choose", "needs_steps", "only", "fills_block"),
+    {
+        "blockdiff.sampling.orders.scheduled": "first_hitting ancestral analytic",
+        "blockdiff.sampling.orders.threshold": "threshold",
+    },
+    needs_steps="ancestral analytic",
+)
+STOPPING_RULES: Registry[StoppingRule] = Registry(
+    "stopping rule",
+    ("length", "rejects"),
+    {"blockdiff.sampling.stopping": "eos second_eos low_entropy"},
+)
 
 register_schedule = SCHEDULES.register
 register_estimator = ESTIMATORS.register
@@ -213,3 +227,4 @@ ScheduleName = Annotated[str, Choices(SCHEDULES)]
 EstimatorName = Annotated[str, Choices(ESTIMATORS)]
 BoundName = Annotated[str, Choices(ESTIMATORS, "unbiased", ("auto",))]
 ObjectiveName = Annotated[str, Choices(OBJECTIVES)]
+OrderName = Annotated[str, Choices(ORDERS)]

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blockdiff.errors import InputError
 from blockdiff.outputs import to_json, write_text
-from blockdiff.sampling.generate import Step
+from blockdiff.sampling.step import Step
 
 _PARTIAL = "\ufffd"  # what a decoder writes for bytes that are no whole character (yet)
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from blockdiff import checks
 from blockdiff.errors import InputError
 from blockdiff.printing import plain_console, printable
-from blockdiff.sampling.generate import Step
+from blockdiff.sampling.step import Step
 
 _STYLES = {
     "prompt": "bold",

@@ -24,8 +24,9 @@ from blockdiff.outputs import local_path, new_file, to_json
 from blockdiff.printing import plain_console, printable
 from blockdiff.progress import advance
 from blockdiff.replay import Recorder, write_page
-from blockdiff.sampling.generate import Step, collect, stream_tokens
+from blockdiff.sampling.generate import collect, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.step import Step
 from blockdiff.training.signals import signal_name
 from blockdiff.watch import Timed, watch
 

@@ -6,6 +6,7 @@ That it samples from the right distribution is in test_distribution.py.
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import pad
@@ -13,9 +14,9 @@ from torch.nn.functional import pad
 from blockdiff.categorical import sample, uniform, warp
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
+from blockdiff.sampling.engine import _sample
 from blockdiff.sampling.generate import generate_tokens, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
-from blockdiff.sampling.progress import Progress
 from helpers import random_tokens, sampling_steps, tiny_model
 
 KINDS = {
@@ -43,12 +44,14 @@ def tokens_of(model, prompts, rows=None, **options):
 
 
 def decoded(model, monkeypatch):
-    """What every call of `decode` was asked and gave: (rows, positions, at, logits)."""
+    """What every call of `decode` was asked and gave: (rows, positions, at bool, logits)."""
     calls, decode = [], model.decode
 
     def spy(x, positions, cache, at, **options):
         logits = decode(x, positions, cache, at, **options)
-        calls.append((cache.rows.clone(), positions.clone(), at.clone(), logits.clone()))
+        chosen = torch.zeros(x.shape, dtype=torch.bool).flatten().index_fill(0, at, True)
+        rows = torch.from_numpy(cache.rows.copy())
+        calls.append((rows, positions.clone(), chosen.view(x.shape), logits.clone()))
         return logits
 
     monkeypatch.setattr(model, "decode", spy)
@@ -334,14 +337,12 @@ def test_however_many_ends_a_prompt_holds_one_more_ends_the_row(held):
 @pytest.mark.parametrize("top_p", [0.3, 0.6])
 def test_tokens_of_a_cut_have_their_probabilities(top_p, rule):
     """A token drawn outside of the cut is drawn anew with numbers of its own."""
-    model, count = tiny_model(vocab_size=9), 20_000
+    count = 20_000
     logits = torch.tensor([0.5, 1.0, 0.0, 0.7, 0.2, 0.9, 0.4, 0.1, 3.0])
-    starts = torch.zeros(count, dtype=torch.int64)
+    logits[8] = -torch.inf
     options = SamplingOptions(max_new_tokens=1, top_p=top_p, top_p_rule=rule)
-    canvas = torch.full((count, 1), 8)
-    progress = Progress(model, canvas, starts, torch.arange(count), options)
-    rows = torch.arange(count)
-    drawn = progress.draw(logits.expand(count, -1).clone(), rows, starts)
+    rows = np.arange(count)
+    drawn = _sample(options, logits.expand(count, -1).clone(), rows, np.zeros_like(rows))
     cut = warp(logits[:8], top_p=top_p, top_p_rule=rule).softmax(-1)
     share = torch.bincount(drawn, minlength=9)[:8] / count
     assert (share - cut).abs().max() < 5 * math.sqrt(0.25 / count)

@@ -1,95 +1,162 @@
+"""Orders against their definitions, and when a row ends."""
+
 import math
 
+import numpy as np
 import pytest
 import torch
 
+import blockdiff
 from blockdiff.categorical import uniform
 from blockdiff.errors import InputError
-from blockdiff.sampling.options import stopping_rules
-from blockdiff.sampling.order import events, next_positions
-from blockdiff.sampling.stopping import finished_length, is_dull, token_entropy
+from blockdiff.registry import ORDERS, STOPPING_RULES
+from blockdiff.sampling.options import SamplingOptions, stopping_rules
+from blockdiff.sampling.orders.base import RowState
+from blockdiff.sampling.orders.threshold import Threshold
+from blockdiff.sampling.stopping import token_entropy
 from blockdiff.schedules import SCHEDULES, get_schedule
+from helpers import tiny_model
 
-PAST = torch.iinfo(torch.int64).max
-ALL = torch.ones(1, 4, dtype=torch.bool)
+FIRST_HITTING = SamplingOptions()
+
+
+def ancestral(steps, schedule="linear"):
+    return SamplingOptions(sampler="ancestral", steps=steps, schedule=schedule)
 
 
 def numbers(rows, size):
-    return uniform(0, torch.arange(rows)[:, None], torch.arange(size))
+    return uniform(0, torch.arange(rows)[:, None], torch.arange(size)).numpy()
+
+
+def rows_of(u, options, masked=None):
+    """Rows with the numbers u [n, K], everything masked by default."""
+    u = np.asarray(u)
+    count, size = u.shape
+    return RowState(
+        np.ones(u.shape, bool) if masked is None else np.asarray(masked),
+        u,
+        np.zeros(count, np.int64),
+        np.arange(size) + np.zeros((count, 1), np.int64),
+        np.arange(count),
+        options,
+        lambda logits, numbers, positions: logits.argmax(-1),
+    )
+
+
+def events(u, options, masked=None):
+    """How many evaluations fix something before each position is fixed, −1 where never."""
+    rows = rows_of(u, options, masked)
+    order, event = ORDERS[options.sampler], np.full(rows.u.shape, -1)
+    for number in range(rows.u.shape[1] + 1):
+        if not rows.masked.any():
+            return event
+        wanted = order.wanted(rows)
+        assert not (wanted & ~rows.masked).any()
+        assert (wanted.any(1) == rows.masked.any(1)).all()
+        event[wanted] = number
+        rows.masked[wanted] = False
+    raise AssertionError("does not end")
 
 
 def test_first_hitting_goes_down_in_u():
-    u = torch.tensor([[0.3, 0.9, 0.1, 0.6]])
-    assert events(u, ALL, "first_hitting", None, "linear").tolist() == [[2, 0, 3, 1]]
+    assert events([[0.3, 0.9, 0.1, 0.6]], FIRST_HITTING).tolist() == [[2, 0, 3, 1]]
 
 
-def test_unmasked_positions_have_no_event():
-    u = torch.tensor([[0.3, 0.9, 0.1, 0.6]])
-    masked = torch.tensor([[True, False, True, True]])
-    for sampler, steps in (("first_hitting", None), ("ancestral", 2)):
-        event = events(u, masked, sampler, steps, "linear")
-        assert event[0, 1] == PAST
-        assert next_positions(event, masked).tolist() == [[False, False, False, True]]
+def test_unmasked_positions_are_not_wanted():
+    masked = [[True, False, True, True]]
+    for options in (FIRST_HITTING, ancestral(2)):
+        rows = rows_of([[0.3, 0.9, 0.1, 0.6]], options, masked)
+        wanted = ORDERS[options.sampler].wanted(rows)
+        assert wanted.tolist() == [[False, False, False, True]]
 
 
 def test_every_order_is_equally_likely():
     """24 orders, 48,000 rows: each count within 5 standard errors (wrong once in 70,000 runs)."""
-    event = events(numbers(48_000, 4), ALL.expand(48_000, -1), "first_hitting", None, "linear")
-    code = (event * torch.tensor([64, 16, 4, 1])).sum(-1)
-    counts = code.unique(return_counts=True)[1]
+    event = events(numbers(48_000, 4), FIRST_HITTING)
+    code = (event * np.array([64, 16, 4, 1])).sum(-1)
+    counts = np.unique(code, return_counts=True)[1]
     assert len(counts) == 24
-    assert ((counts - 2000).abs() < 5 * 2000**0.5).all()
+    assert (abs(counts - 2000) < 5 * 2000**0.5).all()
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_ancestral_events_follow_the_schedule(schedule, steps):
-    """P(event i) is the mask rate lost in step i; within 5 standard errors of 40,000 draws."""
+def test_ancestral_steps_follow_the_schedule(schedule, steps):
+    """P(step i) is the mask rate lost in it; within 5 standard errors of 40,000 draws."""
     u = numbers(10_000, 4)
-    event = events(u, ALL.expand(10_000, -1), "ancestral", steps, schedule)
+    step = ORDERS["ancestral"].step_of(rows_of(u, ancestral(steps, schedule)))
     time = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
-    rate = get_schedule(schedule).mask_rate(time)
-    share = event.flatten().bincount(minlength=steps) / u.numel()
+    rate = get_schedule(schedule).mask_rate(time).numpy()
+    share = np.bincount(step.ravel(), minlength=steps) / u.size
     assert len(share) == steps
     expected = rate[:-1] - rate[1:]
-    error = (expected * (1 - expected) / u.numel()).sqrt()
-    assert ((share - expected).abs() <= 5 * error).all()
-    # The event is when u crosses the mask rate: masked before it, clean after.
-    assert ((u < rate[event]) & (u >= rate[event + 1])).all()
+    error = np.sqrt(expected * (1 - expected) / u.size)
+    assert (abs(share - expected) <= 5 * error).all()
+    # The step is that in which u crosses the mask rate: masked before it, clean after.
+    assert ((u < rate[step]) & (u >= rate[step + 1])).all()
 
 
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 def test_many_ancestral_steps_are_first_hitting(schedule):
     u = numbers(500, 4)
-    masked = ALL.expand(500, -1)
-    fine = events(u, masked, "ancestral", 10**9, schedule).argsort(-1)
-    assert torch.equal(fine, events(u, masked, "first_hitting", None, schedule).argsort(-1))
+    assert (events(u, ancestral(10**9, schedule)) == events(u, FIRST_HITTING)).all()
 
 
-def test_next_positions_take_one_event_at_a_time():
-    event = torch.tensor([[1, 0, 1, 3], [2, 2, 0, 0]])
-    masked = ALL.expand(2, -1).clone()
-    taken = []
-    while masked.any():
-        fix = next_positions(event, masked)
-        assert not (fix & ~masked).any()
-        taken.append(fix.tolist())
-        masked &= ~fix
-    assert [[row[0], row[1]] for row in taken] == [
-        [[False, True, False, False], [False, False, True, True]],
-        [[True, False, True, False], [True, True, False, False]],
-        [[False, False, False, True], [False] * 4],
-    ]
-    assert not next_positions(event, masked).any(), "a complete block fixes nothing"
+def test_ancestral_takes_one_step_at_a_time():
+    """Of five, 0.9 and 0.85 are unmasked in the first, 0.5 in the third, 0.3 in the fourth."""
+    u = [[0.5, 0.9, 0.3, 0.85], [0.3, 0.5, 0.5, 0.3]]
+    assert events(u, ancestral(5)).tolist() == [[1, 0, 2, 0], [1, 0, 0, 1]]
+
+
+def test_the_rate_a_network_is_told():
+    """First-hitting: u of the position itself; ancestral: the rate at its step's beginning."""
+    u = [[0.5, 0.88, 0.3, 0.85]]
+    for options, rate in ((FIRST_HITTING, 0.88), (ancestral(5), 1.0), (ancestral(10), 0.9)):
+        rows, order = rows_of(u, options), ORDERS[options.sampler]
+        assert order.mask_rate(rows, order.wanted(rows)) == pytest.approx([rate])
 
 
 @pytest.mark.parametrize(
-    ("sampler", "steps"),
-    [("ancestral", None), ("ancestral", 0), ("first_hitting", 4), ("greedy", None)],
+    ("order", "fixed"),
+    [
+        (ORDERS["threshold"], [[1, 0, 1], [1, 0, 0], [0, 1, 0]]),
+        (Threshold(0.7), [[1, 1, 1], [1, 0, 0], [0, 1, 0]]),
+        (Threshold(0.5), [[1, 1, 1], [1, 1, 1], [0, 1, 0]]),
+        (Threshold(0), [[1, 1, 1], [1, 1, 1], [0, 1, 0]]),
+    ],
+    ids=str,
 )
-def test_samplers_that_make_no_sense(sampler, steps):
-    with pytest.raises(InputError):
-        events(torch.full((1, 4), 0.5), ALL, sampler, steps, "linear")
+def test_threshold_fixes_what_is_sure_and_the_surest_in_any_case(order, fixed):
+    """Two of 0.9 or more; none, so the best; a single masked position."""
+    sure = torch.tensor([[0.95, 0.8, 0.91], [0.65, 0.6, 0.55], [0.99, 0.6, 0.99]])
+    logits = torch.stack([1 - sure, sure], -1).log()
+    masked = np.array([[True] * 3, [True] * 3, [False, True, False]])
+    rows = rows_of(np.zeros((3, 3)), SamplingOptions(), masked)
+    assert (order.wanted(rows) == masked).all()
+    chosen, tokens = order.choose(logits[torch.from_numpy(masked)], masked, rows)
+    assert (tokens == 1).all()
+    found = np.zeros((3, 3), int)
+    found[masked] = chosen.numpy()
+    assert found.tolist() == fixed
+
+
+def test_samplers_that_make_no_sense():
+    for sampler, steps in (
+        ("ancestral", None), ("ancestral", 0), ("first_hitting", 4), ("threshold", 4),
+        ("greedy", None), (3, None),
+    ):  # fmt: skip
+        with pytest.raises(InputError):
+            SamplingOptions(sampler=sampler, steps=steps)
+
+
+def finished_length(tokens, stop, start=2, end=6, eos_token_id=7):
+    """How long the row is once the engine has looked at these tokens; the mask token is 9."""
+    model = tiny_model(vocab_size=10, length=8, block_size=8, eos_token_id=eos_token_id)
+    engine = blockdiff.Engine(model)
+    engine.admit(tokens[:start], SamplingOptions(end - start, stop=stop))
+    engine.canvas[0, start:end] = tokens[start:end]
+    engine._finish(0)
+    return int(engine.state["length"][0])
 
 
 @pytest.mark.parametrize(
@@ -106,55 +173,50 @@ def test_samplers_that_make_no_sense(sampler, steps):
     ],
 )
 def test_when_a_row_is_finished(tokens, length):
-    start, end = torch.tensor([2]), torch.tensor([6])
-    assert finished_length(torch.tensor([tokens]), start, end, 9, 7).tolist() == [length]
+    assert finished_length(tokens, "eos") == length
     if 7 not in tokens:
-        assert finished_length(torch.tensor([tokens]), start, end, 9, None).tolist() == [length]
+        assert finished_length(tokens, "none") == length
 
 
 def test_without_an_eos_only_the_end_counts():
-    tokens = torch.tensor([[1, 1, 7, 9, 9, 9]])
-    assert finished_length(tokens, torch.tensor([2]), torch.tensor([5]), 9, None).item() == -1
+    assert finished_length([1, 1, 7, 9, 9, 9, 9, 9], "eos", eos_token_id=None) == -1
 
 
 def test_the_second_eos():
-    start, end = torch.tensor([2]), torch.tensor([6])
     for tokens, length in (
         ([1, 1, 7, 1, 7, 1, 9, 9], 5),
         ([1, 1, 7, 1, 1, 9, 9, 9], -1),
         ([1, 1, 7, 7, 9, 9, 9, 9], 4),
     ):
-        found = finished_length(torch.tensor([tokens]), start, end, 9, 7, torch.tensor([2]))
-        assert found.tolist() == [length]
+        assert finished_length(tokens, "second_eos") == length
+
+
+def dull(tokens, end=None):
+    tokens = np.asarray(tokens)
+    length = STOPPING_RULES["low_entropy"].length(tokens[:end], 0, 2, None)
+    assert length in (None, len(tokens[:end]))
+    return length is not None
 
 
 def test_entropy_and_dull_rows():
-    assert token_entropy(torch.arange(256)) == pytest.approx(math.log(256))
-    assert token_entropy(torch.tensor([3, 3, 3, 3])) == 0
-    lively, dull = torch.arange(300), torch.arange(300) % 50  # log 50 = 3.9 nats
-    short = torch.where(torch.arange(300) < 200, dull, 999)
-    late = torch.where(torch.arange(300) < 270, dull, 999)
-    tokens = torch.stack([lively, dull, short, late])
-    found, known = is_dull(tokens, torch.full((4,), 2), torch.full((4,), 290), 999)
-    assert found.tolist() == [False, True, False, True]
-    assert known.tolist() == [290, 290, 200, 270]
+    assert token_entropy(np.arange(256)) == pytest.approx(math.log(256))
+    assert token_entropy(np.array([3, 3, 3, 3])) == 0
+    lively, few = np.arange(300), np.arange(300) % 50  # log 50 = 3.9 nats
+    assert [dull(lively), dull(few), dull(few, 200), dull(few, 270)] == [False, True, False, True]
 
 
-@pytest.mark.parametrize(("different", "dull"), [(53, True), (54, True), (56, False), (57, False)])
-def test_four_nats_are_the_limit(different, dull):
-    tokens = torch.arange(256) % different
+@pytest.mark.parametrize(("different", "expected"), [(53, 1), (54, 1), (56, 0), (57, 0)])
+def test_four_nats_are_the_limit(different, expected):
+    tokens = np.arange(256) % different
     assert abs(token_entropy(tokens) - 4) < 0.05
-    found, _ = is_dull(tokens[None], torch.tensor([0]), torch.tensor([256]), 999)
-    assert found.tolist() == [dull]
+    assert dull(tokens) == expected
 
 
-@pytest.mark.parametrize("dull", [True, False])
-def test_the_last_256_tokens_decide(dull):
+@pytest.mark.parametrize("expected", [True, False])
+def test_the_last_256_tokens_decide(expected):
     """Whatever came before them, and whatever the prompt was."""
-    halves = (torch.arange(256), torch.arange(256) % 4)
-    tokens = torch.cat(halves if dull else halves[::-1])[None]
-    found, _ = is_dull(tokens, torch.tensor([300]), torch.tensor([512]), 999)
-    assert found.tolist() == [dull]
+    halves = (np.arange(256), np.arange(256) % 4)
+    assert dull(np.concatenate(halves if expected else halves[::-1])) == expected
 
 
 def test_names_of_stopping_rules():

@@ -131,14 +131,20 @@ class Denoiser(Protocol):
         cache: BlockCache,
         at: Tensor,
         *,
-        finished: Tensor | None = None,
+        mask: Tensor | None = None,
+        clean: int = 0,
         sigma: Tensor | None = None,
     ) -> Tensor:
-        """Logits [P, V] of one evaluation of blocks x int64 [n, T] after their cached prefixes."""
+        """Logits [P, V] of one evaluation of tokens x int64 [n, T] after their cached prefixes.
+
+        `positions` int64 [n, T]. `at` int64 [P]: the places in x, row by row, whose logits are
+        wanted. `mask`: what `cache.visible` gave. The first `clean` columns are clean tokens, the
+        others noised ones at `sigma` [n]. Keys and values stay staged for `cache.append_staged`.
+        """
         ...
 
     def new_cache(self, rows: int, capacity: int, block_size: int) -> BlockCache:
-        """Room for the keys and values of `capacity` clean tokens of each row."""
+        """Room for the keys and values of `capacity` clean tokens of each of `rows` rows."""
         ...
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...

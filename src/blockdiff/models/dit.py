@@ -31,7 +31,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from blockdiff.attention import attend, choose_backend
-from blockdiff.cache import BlockCache
+from blockdiff.cache import BlockCache, LayerShape
 from blockdiff.device import cached
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import DiTConfig
@@ -221,13 +221,11 @@ class DiT(PreTrainedModel):
         return BlockLayout(length, length if whole else self.config.block_size)
 
     def new_cache(self, rows: int, capacity: int, block_size: int) -> BlockCache:
-        """Room for the keys and values of `capacity` clean tokens of each row."""
-        config = self.config
+        """Room for the keys and values of `capacity` clean tokens of each of `rows` rows."""
+        shape = LayerShape(self.config.num_attention_heads, self._head_dim, self._head_dim)
         return BlockCache(
+            [shape] * self.config.num_hidden_layers,
             rows,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            self._head_dim,
             capacity,
             block_size,
             dtype=self.dtype,
@@ -241,35 +239,35 @@ class DiT(PreTrainedModel):
         cache: BlockCache,
         at: Tensor,
         *,
-        finished: Tensor | None = None,
+        mask: Tensor | None = None,
+        clean: int = 0,
         sigma: Tensor | None = None,
     ) -> Tensor:
-        """One network evaluation of blocks x int64 [n, K] after their cached clean prefixes.
+        """Logits [P, V] of one evaluation of tokens x int64 [n, T] after their cached prefixes.
 
-        `positions` int64 [n, K], `at` bool [n, K]: where logits are wanted; [P, V] comes back.
-        With `finished` bool [n], x is [n, 2K]: a finished block that is not in the cache yet, where
-        True, and the block after it; both in one evaluation, with the same logits as one after the
-        other. The tokens' keys and values stay staged for `cache.append_staged`. `sigma` [n]: of
-        the noised tokens, read only when `config.time_conditioning`. Without, what adaLN folds is
-        folded once for all evaluations with this cache.
+        `positions` int64 [n, T]. `at` int64 [P]: the places in x, row by row, whose logits are
+        wanted. `mask`: what `cache.visible` gave. The first `clean` columns are clean tokens, the
+        others noised ones at `sigma` [n], which is read only when `config.time_conditioning`;
+        without it, what adaLN folds is folded once for all evaluations with this cache. The
+        tokens' keys and values stay staged for `cache.append_staged`.
         """
         if x.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # what the last step left may be reused
         cos, sin = (part[:, None].to(self.dtype) for part in rope(positions, self._head_dim))
-        mask = cache.visible(x.shape[1], finished)
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = cache.stage(i, k, v)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
         if self.config.time_conditioning:
-            clean = 0 if finished is None else x.shape[1] // 2
-            own = x.shape[1] - clean
-            prepared = self.prepare(sigma, BlockLayout(own, own), clean)
+            noised = max(x.shape[1] - clean, 1)
+            prepared = self.prepare(sigma, BlockLayout(noised, noised), clean)
         else:
             prepared = cache.folded = cache.folded or self.prepare()
-        h = self._run(x, cos, sin, prepared, attention, at)
-        logits = self._read_out(h, prepared, at, None).logits
+        chosen = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
+        chosen.view(-1)[at] = True
+        h = self._run(x, cos, sin, prepared, attention, chosen)
+        logits = self._read_out(h, prepared, chosen, None).logits
         assert logits is not None
         return logits
 

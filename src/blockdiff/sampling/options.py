@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict, get_args
+from typing import Literal, TypedDict
 
 from blockdiff import checks
 from blockdiff.errors import InputError
-from blockdiff.registry import ScheduleName
+from blockdiff.registry import ORDERS, STOPPING_RULES, OrderName, ScheduleName, name_of
 
-Sampler = Literal["first_hitting", "ancestral", "analytic"]
 TopPRule = Literal["nucleus", "paper"]
 
-SAMPLERS: tuple[str, ...] = get_args(Sampler)
 WHOLE_NUMBERS = {"max_new_tokens": (1, checks.LARGEST_TEXT), "steps": (1, checks.LARGEST_SIZE)}
-RULES = ("eos", "second_eos", "low_entropy")
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,9 @@ class SamplingOptions:
 
     Attributes:
         max_new_tokens: New tokens per row, up to ten million; past the context the window slides.
-        sampler: first_hitting (one network evaluation a token), ancestral, or analytic (SEDD).
+        sampler: Order in which positions are fixed: first_hitting (one network evaluation a
+            token), ancestral, analytic (SEDD), or threshold (all tokens the network gives a
+            probability of 0.9 or more at once).
         steps: Steps per block of the ancestral and analytic samplers.
         schedule: Noise schedule of these.
         temperature: Divides the logits; 0 is greedy.
@@ -43,7 +42,7 @@ class SamplingOptions:
     """
 
     max_new_tokens: int = 128
-    sampler: Sampler = "first_hitting"
+    sampler: OrderName = "first_hitting"
     steps: int | None = None
     schedule: ScheduleName = "linear"
     temperature: float = 1.0
@@ -65,7 +64,7 @@ class SamplingKeywords(TypedDict, total=False):
     """The fields of `SamplingOptions` as keywords."""
 
     max_new_tokens: int
-    sampler: Sampler
+    sampler: OrderName
     steps: int | None
     schedule: ScheduleName
     temperature: float
@@ -78,16 +77,16 @@ class SamplingKeywords(TypedDict, total=False):
 
 
 def check_sampler(sampler: str, steps: int | None) -> None:
-    """Raises `InputError` unless the sampler exists and its steps make sense."""
-    checks.one_of("sampler", sampler, SAMPLERS)
-    if sampler == "first_hitting":
+    """Raises `InputError` unless a sampler that needs a number of steps, and no other, has one."""
+    name = name_of(sampler)
+    if not ORDERS.has(name, "needs_steps") and not getattr(sampler, "needs_steps", False):
         if steps is not None:
             raise InputError(
-                "first_hitting takes one step per token: leave `steps` out or use the ancestral "
+                f"{name} finds its own number of steps: leave `steps` out or use the ancestral "
                 "sampler"
             )
     elif steps is None:
-        raise InputError(f"the {sampler} sampler needs a number of steps per block; give `steps`")
+        raise InputError(f"the {name} sampler needs a number of steps per block; give `steps`")
     else:
         checks.whole_number("steps", steps)
 
@@ -96,12 +95,14 @@ def stopping_rules(stop: str) -> frozenset[str]:
     """The rules a text names; raises `InputError` for one there is not."""
     names = {"none": "", "paper": "second_eos,low_entropy"}.get(stop, stop)
     rules = frozenset(name for name in names.split(",") if name)
-    for name in sorted(rules - set(RULES)):
+    for name in sorted(rules - STOPPING_RULES.keys()):
         raise InputError(
-            f"`stop`: no rule {name!r}; choose among {', '.join(RULES)}, or paper, or none"
+            f"`stop`: no rule {name!r}; choose among {', '.join(STOPPING_RULES)}, or paper, or none"
         )
     if not stop:
-        raise InputError(f"`stop` is empty; choose among {', '.join(RULES)}, or paper, or none")
+        raise InputError(
+            f"`stop` is empty; choose among {', '.join(STOPPING_RULES)}, or paper, or none"
+        )
     if {"eos", "second_eos"} <= rules:
         raise InputError("`stop`: rules eos and second_eos exclude each other; choose one")
     return rules

@@ -1,4 +1,4 @@
-"""When a row is finished.
+"""When a row is finished before its last position.
 
 eos          at the first end-of-text token
 second_eos   at the second, the prompt's included (the paper's texts begin with one)
@@ -7,67 +7,76 @@ low_entropy  when the last 256 tokens have less than 4 nats: the row is given up
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from blockdiff.registry import STOPPING_RULES, register_stopping_rule
+from blockdiff.sampling.options import stopping_rules
+
+Array = NDArray[Any]
 # The paper's rule: entropy in nats, over so many tokens.
 DULL_NATS, DULL_TOKENS = 4.0, 256
 
 
-def finished_length(
-    tokens: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    mask_token_id: int,
-    eos_token_id: int | None,
-    wanted: Tensor | None = None,
-) -> Tensor:
-    """int64 [n]: the final length of each finished row, −1 where a row goes on.
+class StoppingRule:
+    """A rule has a `name` and `length`, and is registered.
 
-    `tokens` int64 [n, S], masked where nothing is fixed yet; `starts` and `ends` [n]: the positions
-    new text may take. A row ends with the first EOS (or the `wanted`-th, int64 [n]) that has no
-    mask before it (the tokens behind it no longer matter), or when everything up to its end is
-    fixed.
+    `rejects`: whether a row it ends counts as rejected.
     """
-    position = torch.arange(tokens.shape[1], device=tokens.device)
-    size = tokens.shape[1]
-    new = (position >= starts[:, None]) & (position < ends[:, None])
-    first_open = _first_open(tokens, new, mask_token_id)
-    length = torch.where(first_open == size, ends, -1)
-    if eos_token_id is not None:
-        eos = (tokens == eos_token_id) & new
-        if wanted is not None:
-            eos &= eos.cumsum(-1) == wanted[:, None]
-        first_eos = torch.where(eos, position, size).amin(-1)
-        length = torch.where(first_eos < first_open, (first_eos + 1).minimum(ends), length)
-    return length
+
+    name = ""
+    rejects = False
+
+    def length(self, tokens: Array, known: int, start: int, eos_token_id: int | None) -> int | None:
+        """The row's final length if it is finished, else None.
+
+        `tokens` int64 [known_now]: prompt and new text up to the first masked position. `known`:
+        how many of them the rule was asked about before; `start`: length of the prompt.
+        """
+        raise NotImplementedError
 
 
-def is_dull(
-    tokens: Tensor, starts: Tensor, ends: Tensor, mask_token_id: int
-) -> tuple[Tensor, Tensor]:
-    """Whether the last 256 tokens before a row's first mask are dull bool [n], and that mask [n].
+@dataclass(frozen=True)
+class EndOfText(StoppingRule):
+    """Ends with the `wanted`-th end-of-text token of prompt and text, at a new one."""
 
-    Their entropy is that of the counts of the different tokens among them, in nats. Rows with
-    fewer tokens are not.
-    """
-    position = torch.arange(tokens.shape[1], device=tokens.device)
-    new = (position >= starts[:, None]) & (position < ends[:, None])
-    known = _first_open(tokens, new, mask_token_id).minimum(ends)
-    dull = torch.zeros_like(known, dtype=torch.bool)
-    for row in (known >= DULL_TOKENS).nonzero().squeeze(-1).tolist():
-        end = int(known[row])
-        dull[row] = token_entropy(tokens[row, end - DULL_TOKENS : end]) < DULL_NATS
-    return dull, known
+    name: str = "eos"
+    wanted: int = 1
+
+    def length(self, tokens: Array, known: int, start: int, eos_token_id: int | None) -> int | None:
+        if eos_token_id not in tokens[max(known, start) :]:
+            return None
+        new = start + (tokens[start:] == eos_token_id).nonzero()[0]
+        missing = max(self.wanted - int((tokens[:start] == eos_token_id).sum()), 1)
+        return int(new[missing - 1]) + 1 if len(new) >= missing else None
 
 
-def token_entropy(tokens: Tensor) -> float:
+class LowEntropy(StoppingRule):
+    """Ends where the last 256 tokens, prompt included, have less than 4 nats."""
+
+    name = "low_entropy"
+    rejects = True
+
+    def length(self, tokens: Array, known: int, start: int, eos_token_id: int | None) -> int | None:
+        if len(tokens) < DULL_TOKENS or token_entropy(tokens[-DULL_TOKENS:]) >= DULL_NATS:
+            return None
+        return len(tokens)
+
+
+def token_entropy(tokens: Array) -> float:
     """Entropy in nats of how often each different token occurs among `tokens` [T]."""
-    share = torch.unique(tokens, return_counts=True)[1].double() / len(tokens)
-    return float(-(share * share.log()).sum())
+    share = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    return float(-(share * np.log(share)).sum())
 
 
-def _first_open(tokens: Tensor, new: Tensor, mask_token_id: int) -> Tensor:
-    """The first masked position of the new text; S where there is none."""
-    position = torch.arange(tokens.shape[1], device=tokens.device)
-    return torch.where((tokens == mask_token_id) & new, position, tokens.shape[1]).amin(-1)
+def rules_of(stop: str) -> list[StoppingRule]:
+    """The rules that `stop` names, those that do not reject first."""
+    rules = [STOPPING_RULES.find(name) for name in sorted(stopping_rules(stop))]
+    return sorted(rules, key=lambda rule: rule.rejects)
+
+
+for _rule in (EndOfText(), EndOfText("second_eos", 2), LowEntropy()):
+    register_stopping_rule(_rule)

@@ -1,0 +1,40 @@
+"""What the engine tells after each evaluation.
+
+Shapes: B rows, S length of the longest row's canvas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state after one network evaluation, on the host.
+
+    `tokens` int64 [B, S]: prompt and text so far, the mask token where nothing is fixed.
+    `fixed` bool [B, S]: the positions this step fixed. `nfe` int64 [B]: network evaluations of each
+    row so far, the prompt's included. `lengths` int64 [B]: final length of a finished row (prompt
+    and EOS included), −1 while it goes on. `rejected` bool [B]: rows ended by the low-entropy rule.
+    `rows` int64 [B]: what `Engine.admit` called the rows; 0, 1, … in `stream`.
+
+    Example:
+        >>> import blockdiff
+        >>> model, tokenizer = blockdiff.load("starter")
+        >>> *_, last = blockdiff.stream(model, [[1, 2]], max_new_tokens=2, stop="none")
+        >>> isinstance(last, blockdiff.Step), last.lengths.tolist()
+        (True, [4])
+    """
+
+    tokens: Tensor
+    fixed: Tensor
+    nfe: Tensor
+    lengths: Tensor
+    rejected: Tensor
+    rows: Tensor
+
+    @property
+    def done(self) -> Tensor:
+        return self.lengths >= 0

@@ -1,0 +1,195 @@
+"""Rows that come, go and differ: each is what it is alone."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import blockdiff
+from blockdiff import Engine, SamplingOptions
+from blockdiff.errors import InputError
+from blockdiff.sampling.generate import generate_tokens
+from helpers import random_tokens, tiny_model
+
+KINDS = {
+    "bd3lm": {"block_size": 4},
+    "timed": {"block_size": 4, "time_conditioning": True},
+    "mdlm": {"block_size": 12},
+    "ar": {"causal": True},
+}
+EVERY_KIND = pytest.mark.parametrize("kind", list(KINDS))
+
+
+def model_of(kind):
+    return tiny_model(vocab_size=9, **KINDS[kind])
+
+
+def prompts(*lengths):
+    model = model_of("bd3lm")
+    return [random_tokens(model, n, seed=n).tolist() for n in lengths]
+
+
+def alone(model, prompt, options, number):
+    done = generate_tokens(model, [prompt], options, rows=[number])
+    return done.tokens[0], done.nfe[0]
+
+
+def of(step, name, start):
+    """(new tokens, nfe) of a row in a step."""
+    (place,) = (step.rows == name).nonzero().flatten().tolist()
+    return step.tokens[place, start : step.lengths[place]].tolist(), int(step.nfe[place])
+
+
+VARIED = [
+    SamplingOptions(max_new_tokens=9, stop="none", seed=3),
+    SamplingOptions(max_new_tokens=22, stop="none", temperature=0.5, top_p=0.8, seed=4),
+    SamplingOptions(max_new_tokens=5, stop="none", sampler="ancestral", steps=3, top_k=4),
+    SamplingOptions(max_new_tokens=30, stop="none", sampler="threshold", seed=6),
+    SamplingOptions(max_new_tokens=9, stop="none", seed=3),
+]
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("every", [0, 1, 3])
+def test_rows_that_come_later_and_differ_are_what_they_are_alone(kind, every):
+    """Admitted one after the other, `every` steps apart, with options, orders and lengths of their
+    own; a finished row is dropped at once, an unfinished one in the middle."""
+    model = model_of(kind).eval()
+    given = list(zip(prompts(1, 7, 13, 4, 2), VARIED, range(10, 15), strict=True))
+    engine, names, found, steps = Engine(model), {}, {}, 0
+    waiting = list(given)
+    leaves = engine.admit([1, 2, 3], SamplingOptions(max_new_tokens=40, stop="none"))
+    while waiting or set(found) != set(names):
+        while waiting and steps >= every * (len(given) - len(waiting)):
+            prompt, options, number = waiting.pop(0)
+            names[engine.admit(prompt, options, number)] = (prompt, options, number)
+        step = engine.step()
+        steps += 1
+        for name in step.rows[step.done].tolist():
+            found[name] = of(step, name, len(names[name][0]))
+            engine.drop(name)
+        if steps == 4:
+            engine.drop(leaves)
+        assert steps < 500
+    assert not len(engine.state) and not len(engine.cache.rows)
+    for name, (prompt, options, number) in names.items():
+        assert found[name] == alone(model, prompt, options, number)
+
+
+def test_block_sizes_side_by_side():
+    """Blocks of 1, 2, 4, 6 and 12 (a whole context) of one model, to three times its context."""
+    model = model_of("bd3lm").eval()
+    engine, names = Engine(model), []
+    given = []
+    for number, (size, prompt) in enumerate(
+        zip((4, 1, 12, 2, 6, 3), prompts(5, 9, 3, 1, 14, 2), strict=True)
+    ):
+        options = SamplingOptions(max_new_tokens=31, stop="none", block_size=size, seed=number)
+        given.append((prompt, options, number))
+        names.append(engine.admit(*given[-1]))
+    while engine.active:
+        step = engine.step()
+    for name, row in zip(names, given, strict=True):
+        assert of(step, name, len(row[0])) == alone(model, *row)
+
+
+def test_a_seed_of_its_own_and_a_number():
+    """Equal options and numbers give equal rows; another number or seed gives another."""
+    engine = Engine(model_of("bd3lm").eval())
+    one, other = (SamplingOptions(max_new_tokens=20, stop="none", seed=s) for s in (1, 2))
+    names = [engine.admit([1, 2], o, n) for o, n in ((one, 7), (one, 7), (one, 8), (other, 7))]
+    while engine.active:
+        step = engine.step()
+    first, same, number, seed = (of(step, name, 2)[0] for name in names)
+    assert first == same and first != number and first != seed
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators that would wait for a device, had the tensors been on one."""
+
+    NAMES = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        by_mask = name.startswith("aten.index") and any(
+            isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
+            for x in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
+        )
+        if name.startswith(self.NAMES) or by_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("options", VARIED[:4:3], ids=["first_hitting", "threshold"])
+def test_the_host_waits_once_an_evaluation(kind, options):
+    """For the tokens, and for nothing else: no operator reads a value back or counts positions.
+
+    `paper` looks at the text, which is on the host by then.
+    """
+    model = model_of(kind).eval()
+    engine = Engine(model)
+    for prompt in prompts(1, 7, 13, 4):
+        engine.admit(prompt, dataclasses.replace(options, stop="paper", max_new_tokens=20))
+    engine.step()
+    evaluations = 0
+    while engine.active:
+        before = engine.waits
+        with Waits() as waits:
+            engine.step()
+        assert waits.seen == []
+        assert engine.waits == before + 1
+        evaluations += 1
+    assert evaluations > 5
+
+
+def test_the_analytic_order_waits_twice():
+    """Once for what the network's scores unmask, once for the tokens."""
+    model = tiny_model(vocab_size=9, block_size=12, time_conditioning=True, score=True).eval()
+    engine = Engine(model)
+    for prompt in prompts(1, 3):
+        engine.admit(prompt, SamplingOptions(8, sampler="analytic", steps=5, stop="none"))
+    while engine.active:
+        before = engine.waits
+        engine.step()
+        assert engine.waits <= before + 2
+
+
+def test_bad_rows():
+    engine = Engine(model_of("bd3lm").eval())
+    for prompt in ([], [8], [9], [-1]):
+        with pytest.raises(InputError):
+            engine.admit(prompt, SamplingOptions())
+    with pytest.raises(InputError, match="block size 5"):
+        engine.admit([1], SamplingOptions(block_size=5))
+    with pytest.raises(InputError, match="analytic"):
+        engine.admit([1], SamplingOptions(sampler="analytic", steps=3))
+    with pytest.raises(InputError, match="no row"):
+        engine.step()
+    with pytest.raises(InputError, match="no row 5"):
+        engine.drop(5)
+    assert not engine.active and not len(engine.state)
+
+
+def test_an_order_from_outside():
+    """As an object: nothing is registered. It fixes the last masked position first."""
+
+    class Backwards(blockdiff.Order):
+        name = "backwards"
+
+        def choose(self, logits, wanted, rows):
+            last = wanted & (np.flip(wanted, 1).cumsum(1) == 1)[:, ::-1]
+            return torch.from_numpy(last[wanted]), rows.draw(logits, wanted)
+
+    model = model_of("bd3lm")
+    steps = list(
+        blockdiff.stream(model, [[1, 2], [3]], sampler=Backwards(), max_new_tokens=6, stop="none")
+    )
+    places = [step.fixed[0].nonzero().flatten().tolist() for step in steps]
+    assert [place for place in places if place] == [[3], [2], [7], [6], [5], [4]]
