@@ -23,7 +23,7 @@ from blockdiff.apps.benchmark.compare import Work, alternate, measure_machine
 from blockdiff.apps.benchmark.options import BenchmarkOptions
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.models.precision import resolve_precision
+from blockdiff.models.weights import resolve_precision
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "growth.json"

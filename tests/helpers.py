@@ -10,6 +10,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from blockdiff import attention
+from blockdiff.attention import make_mask
+from blockdiff.layout import BlockLayout
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.sampling.generate import stream_tokens
@@ -65,6 +68,14 @@ def random_masks(x_0: Tensor, mask_token_id: int, seed: int = 0) -> Tensor:
     return torch.where(masked, mask_token_id, x_0)
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, kind: str, backend: str = "blockwise"
+) -> Tensor:
+    """Attention under a mask made for this call alone."""
+    mask = make_mask(layout, kind, backend, q.device, rows=len(q))
+    return attention.attend(q, k, v, mask)
+
+
 def read_golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """(config, weights under their released names, inputs and outputs) of a golden file."""
     parts: dict[str, dict[str, Tensor]] = {"weights": {}, "io": {}}
@@ -84,16 +95,31 @@ def sampling_steps(model, prompts, rows=None, limit=2000, **options: Any) -> lis
     return taken
 
 
-class Shapes(TorchDispatchMode):
-    """Notes the shape of every tensor an operator makes, forward and backward."""
+class Operators(TorchDispatchMode):
+    """Notes every operator, forward and backward, with the shapes of the tensors it makes."""
+
+    WAITS = ("nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "equal")
 
     def __init__(self) -> None:
         super().__init__()
+        self.names: list[str] = []
         self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        indexed = args[1] if name in ("index", "index_put", "index_put_") else []
+        by_bool = any(x is not None and x.dtype == torch.bool for x in indexed)
+        self.names.append("nonzero" if by_bool else name)
         for made in out if isinstance(out, tuple | list) else [out]:
             if isinstance(made, Tensor):
                 self.shapes.append(tuple(made.shape))
         return out
+
+    def waits(self) -> list[str]:
+        """The operators for which a GPU would wait for the host, or it for the GPU."""
+        return [name for name in self.names if name in self.WAITS]
+
+    def tables(self, sizes: set[int]) -> list[tuple[int, ...]]:
+        """Shapes of the matrices both of whose sizes are among these."""
+        return [shape for shape in self.shapes if len(shape) == 2 and set(shape) <= sizes]

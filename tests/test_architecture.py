@@ -31,7 +31,7 @@ FLOORS = [
         "schedules",
         "starter",
     ],
-    ["noising", "estimators", "attention", "cache", "data", "data.*"],
+    ["noising", "estimators", "attention", "attention.*", "cache", "data", "data.*"],
     ["models", "models.*"],
     ["objectives", "sampling", "sampling.*"],
     ["training", "training.*", "evaluation", "evaluation.*"],

@@ -2,12 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from blockdiff import attention
-from blockdiff.attention import attend, choose_backend
+from blockdiff.attention import blockwise, choose_backend, flex, make_mask
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
-from helpers import random_masks, random_tokens, tiny_model
+from helpers import attend, random_masks, random_tokens, tiny_model
 
 LAYOUTS = [
     BlockLayout(12, 1),
@@ -20,16 +21,17 @@ LAYOUTS = [
     BlockLayout(24, 1, window=5),
     BlockLayout(24, 2, window=48),
 ]
+CPU = torch.device("cpu")
 KINDS = {"clean": (1, 1), "noised": (1, 2), "two_stream": (2, 2)}
 
 
 @pytest.fixture(params=[1, 8, 128], ids=lambda size: f"chunk{size}")
 def chunk(request, monkeypatch):
     """Chunks shorter than a block, of a few blocks, and longer than the sequence."""
-    monkeypatch.setattr(attention, "CHUNK", request.param)
-    attention._chunks.cache_clear()
+    monkeypatch.setattr(blockwise, "CHUNK", request.param)
+    blockwise._chunks.cache_clear()
     yield request.param
-    attention._chunks.cache_clear()
+    blockwise._chunks.cache_clear()
 
 
 def inputs(layout, kind, rows=2):
@@ -76,6 +78,73 @@ def test_flex_is_dense(layout, kind, with_documents):
     slow = attend(q, k, v, layout, kind, backend="dense")
     fast = attend(q, k, v, layout, kind, backend="flex")
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("block_size", [1, 24])
+def test_the_kernels_without_a_mask_are_dense(block_size):
+    """AR and MDLM: `sdpa` needs no mask tensor for them."""
+    layout = BlockLayout(24, block_size)
+    results = []
+    for backend in ("dense", "sdpa"):
+        leaves = [x.requires_grad_() for x in inputs(layout, "clean")]
+        out = attend(*leaves, layout, "clean", backend=backend)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append([out, *(x.grad for x in leaves)])
+    for slow, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6)
+
+
+def test_flex_compiles_for_every_shape_and_never_falls_back(monkeypatch):
+    """torch gives up after 8 shapes by default, and runs the kernel unfused."""
+    torch._dynamo.reset()
+    flex.compiled.cache_clear()
+    compilations = CompileCounter()
+    run = flex.compiled(compilations)
+    for length in range(16, 16 * 13, 16):
+        layout = BlockLayout(length, 4)
+        q, k, v = inputs(layout, "clean")
+        out = run(q, k, v, block_mask=make_mask(layout, "clean", "flex", CPU).form)
+        torch.testing.assert_close(out, attend(q, k, v, layout, "clean", backend="dense"))
+    assert compilations.frame_count == 12
+    flex.compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+def test_prompts_of_any_length_are_a_few_lengths_to_flex():
+    """And their keys and values are those of the unpadded text."""
+    model = tiny_model(vocab_size=9, length=64, block_size=4)
+    seen = set()
+    for length in range(4, 600, 44):
+        x_0 = random_tokens(model, 2, length)
+        documents = torch.zeros_like(x_0)
+        documents[:, length // 2 :] = 1
+        for layout in (
+            BlockLayout(length, 4, window=64), BlockLayout(length, 4, documents=documents)
+        ):  # fmt: skip
+            seen.add(flex.padded(layout).length)
+            with torch.no_grad():
+                slow, fast = (model.encode(x_0, layout, backend=b) for b in ("dense", "flex"))
+            for a, b in zip(slow.keys + slow.values, fast.keys + fast.values, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert seen == {128, 256, 512, 1024}
+    assert flex.padded(BlockLayout(100, 25)).length == 150
+
+
+@pytest.mark.parametrize("backend", ["dense", "blockwise", "flex"])
+def test_a_document_mask_is_made_once_a_pass(monkeypatch, backend):
+    """Not once for each of the three layers."""
+    room = attention._ROOMS[backend]
+    made, prepare = [], room.prepare
+    monkeypatch.setattr(room, "prepare", lambda *a: made.append(a[1]) or prepare(*a))
+    model = tiny_model(vocab_size=9, length=16, block_size=4, num_hidden_layers=3)
+    x_0 = random_tokens(model, 2, 16)
+    layout = replace(model.config.layout, documents=some_documents(model.config.layout))
+    with torch.no_grad():
+        model(x_0, x_0=x_0, layout=layout, backend=backend)
+        assert made == ["two_stream", "noised"][: 1 if backend == "dense" else 2]
+        made.clear()
+        model(x_0.repeat(2, 1), x_0=x_0, layout=layout, backend=backend)
+    assert made == (["two_stream"] if backend == "dense" else ["clean", "noised"])
 
 
 def test_draws_share_the_documents_of_their_row():
@@ -153,7 +222,20 @@ def test_choice_of_a_backend():
     assert choose_backend("auto", torch.device("cpu")) == "blockwise"
     assert choose_backend("auto", torch.device("mps")) == "blockwise"
     assert choose_backend("auto", torch.device("cuda")) == "flex"
+    assert choose_backend("auto", torch.device("cuda"), head_dim=8) == "blockwise"
     assert choose_backend("dense", torch.device("cuda")) == "dense"
+    for layout, chosen in (
+        (BlockLayout(512, 1), {"cuda": "sdpa", "cpu": "blockwise", "mps": "blockwise"}),
+        (BlockLayout(512, 512), {"cuda": "sdpa", "cpu": "sdpa", "mps": "blockwise"}),
+        (BlockLayout(512, 4), {"cuda": "flex", "cpu": "blockwise", "mps": "blockwise"}),
+        (BlockLayout(512, 1, window=8), {"cuda": "flex", "cpu": "blockwise", "mps": "blockwise"}),
+    ):
+        for device, name in chosen.items():
+            found = choose_backend("auto", torch.device(device), layout=layout, kind="clean")
+            assert found == name
+            with_documents = replace(layout, documents=some_documents(layout))
+            found = choose_backend("auto", torch.device(device), 64, with_documents, "clean")
+            assert found != "sdpa"
     with pytest.raises(InputError, match="flex"):
         choose_backend("flash", torch.device("cpu"))
     q, k, v = inputs(LAYOUTS[0], "clean")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from blockdiff.cache import BlockCache, LayerShape
-from helpers import Shapes
+from helpers import Operators
 
 LAYERS, HEADS, WIDTH, BLOCK = 2, 2, 3, 2
 
@@ -34,7 +34,7 @@ def test_many_tokens_at_once_are_those_that_came_block_by_block(
     which = np.array([1, 0])
     at_once, one_by_one = made(2, capacity), made(2, capacity)
     for begin in (0, 1):  # again, from a place in the ring that is not its beginning
-        with Shapes() as seen:
+        with Operators() as seen:
             at_once.append(which, list(keys), list(-keys), np.array(counts))
         for row, count in zip(which.tolist(), counts, strict=True):
             for start in range(0, count, BLOCK):

@@ -4,19 +4,21 @@ from transformers import AutoModel
 
 import blockdiff
 from blockdiff import objectives
-from blockdiff.attention import _block_mask, _chunks
+from blockdiff.attention.blockwise import _chunks
+from blockdiff.attention.flex import _layout_mask
+from blockdiff.attention.masks import dense_mask
 from blockdiff.errors import InputError
 from blockdiff.estimators import paired
 from blockdiff.evaluation.likelihood import likelihood
-from blockdiff.layout import BlockLayout, dense_mask
+from blockdiff.layout import BlockLayout
 from blockdiff.models.config import PRESETS, DiTConfig
-from blockdiff.models.dit import DiT, _rope_table
+from blockdiff.models.dit import DiT, _rope_table, _tensors
 from blockdiff.models.loss import subs_nll_from_logits
 from blockdiff.noising import addressed_noise, exact_k
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.ema import make_ema
-from helpers import Shapes, random_masks, random_tokens, tiny_model
+from helpers import Operators, random_masks, random_tokens, tiny_model
 
 BACKENDS = pytest.mark.parametrize("backend", ["dense", "blockwise", "flex"])
 
@@ -37,7 +39,7 @@ def logits(model, *args, **kwargs):
 
 
 def inputs_of(module, run):
-    """Shapes of what goes into a module while `run` runs."""
+    """Operators of what goes into a module while `run` runs."""
     shapes = []
     handle = module.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     with torch.no_grad():
@@ -91,9 +93,8 @@ def test_initial_weights():
         assert linear.weight.std().item() == pytest.approx(std, rel=0.1)
     assert not layer.modulation.weight.any() and not layer.modulation.bias.any()
     h = torch.randn(1, 12, 64)
-    attended = torch.randn(1, 4, 12, 16)
     sigma = torch.zeros(1, 1, config.cond_size)
-    assert torch.equal(layer.finish(h, attended, layer.under(sigma)), h)
+    assert torch.equal(layer.finish(h, torch.randn(1, 12, 64), layer.fold(sigma)), h)
     config.initial_gate, config.initial_shift = 1.0, 0.5
     bias = DiT(config).layers[3].modulation.bias.view(6, 64)
     assert (bias[[2, 5]] == 1).all() and not bias[[1, 3, 4]].any()
@@ -119,11 +120,11 @@ def test_only_chosen_positions_go_through_the_output_layer(model):
     x_0, x_t = pair(model)
     at = x_t == model.config.mask_token_id
     for backend in ("dense", "blockwise"):
-        with Shapes() as seen:
+        with Operators() as seen:
             model(x_t, x_0=x_0, at=at, targets=x_0[at], backend=backend).nll.sum().backward()
         wide = {shape for shape in seen.shapes if shape[-1:] == (9,)}
         assert wide <= {(int(at.sum()), 9), (9,), (16, 9)}  # logits; bias, weight transposed
-        with Shapes() as seen:
+        with Operators() as seen:
             logits(model, x_t, x_0=x_0, at=at, backend=backend)
         assert (int(at.sum()), 9) in seen.shapes and (2, 12, 9) not in seen.shapes
     assert inputs_of(model.output.linear, lambda: model.encode(x_0)) == []
@@ -303,7 +304,7 @@ def test_what_sampling_cached_can_be_trained_on(objective):
         "sedd": {"block_size": 16, "time_conditioning": True, "score": True},
     }
     model = tiny_model(vocab_size=9, length=16, **kinds.get(objective, {}))
-    for function in (_rope_table, dense_mask, _chunks, _block_mask):
+    for function in (_rope_table, dense_mask, _chunks, _layout_mask):
         function.cache_clear()
     prompt = random_tokens(model, 16).tolist()
     sampled = prompt[:8] if objective == "sedd" else prompt
@@ -355,3 +356,41 @@ def test_a_layer_runs_through_its_forward():
     model.encode(x_0)
     generate_tokens(model, [x_0[0, :5].tolist()], SamplingOptions(max_new_tokens=1))
     assert seen[:4] == [0, 1, 0, 1] and len(seen) > 4
+
+
+def test_shapes_of_a_graph_are_the_same_every_pass_and_weights_stay_where_they_are():
+    """As where layers are CUDA graphs: the same logits, the last layer whole, one fold."""
+    model = tiny_model(vocab_size=9, length=16)
+    prompt = random_tokens(model, 7).tolist()
+    options = SamplingOptions(max_new_tokens=12)
+    expected = generate_tokens(model, [prompt], options).tokens
+    assert model.fold() is not model.fold()
+    model._graphs = True
+    shapes = inputs_of(
+        model.layers[-1].mlp_in,
+        lambda: generate_tokens(model, [prompt], options),
+    )
+    assert {shape[-2] for shape in shapes} <= {4, 8} and all(len(shape) == 3 for shape in shapes)
+    assert generate_tokens(model, [prompt], options).tokens == expected
+    folded = model.fold()
+    assert model.fold() is folded
+    assert not any(x.is_inference() or x.requires_grad for x in _tensors(folded.layers[0]))
+    with torch.no_grad():
+        model.layers[0].norm_1.weight.add_(1.0)
+    assert model.fold() is not folded, "a weight has changed"
+    model.to(torch.float64)
+    assert model.fold().layers[0].attention_out.folded[0].dtype == torch.float64
+
+
+def test_chosen_positions_are_found_once_a_pass(model):
+    """Each time, a GPU would be waited for: the host must know how many there are."""
+    x_0, x_t = pair(model)
+    at = x_t == 8
+    targets = x_0[at]
+    model(x_t, x_0=x_0)  # masks are kept
+    for training in (True, False):
+        with torch.set_grad_enabled(training), Operators() as seen:
+            out = model(x_t, x_0=x_0, at=at, targets=targets)
+            if training:
+                out.nll.sum().backward()
+        assert seen.waits() == ["nonzero"]

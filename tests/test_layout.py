@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from blockdiff import device
+from blockdiff.attention.masks import dense_mask
 from blockdiff.errors import InputError
-from blockdiff.layout import BlockLayout, dense_mask
+from blockdiff.layout import BlockLayout
 
 CPU = torch.device("cpu")
 LAYOUTS = [
@@ -90,3 +92,29 @@ def test_layout_is_a_value():
     with pytest.raises(AttributeError):
         BlockLayout(8, 2).length = 4
     assert BlockLayout(8, 2).blocks == 4
+
+
+def test_cached_tensors_are_bounded_in_bytes(monkeypatch):
+    """However many lengths there are; what was used last stays, however large."""
+    monkeypatch.setattr(device, "KEPT_BYTES", 1000)
+    made = []
+
+    @device.cached
+    def zeros(size):
+        made.append(size)
+        return [torch.zeros(size, dtype=torch.uint8)]
+
+    with torch.inference_mode():
+        assert not zeros(400)[0].is_inference()
+    zeros(500)
+    assert zeros(400) is zeros(400) and made == [400, 500]
+    zeros(300)  # 500 was used the longest ago
+    zeros(400)
+    assert made == [400, 500, 300]
+    zeros(5000)
+    assert zeros(5000) is zeros(5000)
+    zeros(300)
+    assert made == [400, 500, 300, 5000, 300]
+    zeros.cache_clear()
+    zeros(300)
+    assert made[-2:] == [300, 300]

@@ -9,9 +9,22 @@ from blockdiff.models.loss import (
     subs_nll,
     subs_nll_from_logits,
 )
-from helpers import Shapes
+from helpers import Operators
 
 POSITIONS, VOCABULARY, WIDTH = 37, 1000, 16
+
+
+@pytest.fixture(params=["words", "positions", "all"])
+def sliced(request, monkeypatch):
+    """Slices of 256 words, as on a CPU; of 5 positions, as on a GPU; one slice."""
+    if request.param == "words":
+        monkeypatch.setattr(loss, "LOGITS", {"cpu": 1})
+    elif request.param == "positions":
+        by_device = loss.slices
+        monkeypatch.setattr(loss, "LOGITS_ELSEWHERE", 5 * VOCABULARY)
+        monkeypatch.setattr(loss, "slices", lambda p, v, _: by_device(p, v, torch.device("cuda")))
+        assert len(loss.slices(POSITIONS, VOCABULARY, None)) == 8
+    return request.param
 
 
 def example(seed=0, mask=400):
@@ -40,9 +53,8 @@ def both(leaves, targets, mask, outer, score=False):
 
 
 @pytest.mark.parametrize("mask", [0, 255, 256, 400, 999])
-def test_every_slice_gives_the_same_loss_and_gradients(monkeypatch, mask):
-    """Slices of 256 words: four of them, the mask token first, last or inside."""
-    monkeypatch.setattr(loss, "LOGITS", 1)
+def test_every_slice_gives_the_same_loss_and_gradients(sliced, mask):
+    """The mask token first, last or inside a slice of words."""
     leaves, targets = example(mask=mask)
     slow, fast = both(leaves, targets, mask, torch.linspace(-1, 2, POSITIONS))
     for expected, found in zip(slow, fast, strict=True):
@@ -50,8 +62,7 @@ def test_every_slice_gives_the_same_loss_and_gradients(monkeypatch, mask):
 
 
 @pytest.mark.parametrize("mask", [0, 400, 999])
-def test_score_entropy_and_its_gradients(monkeypatch, mask):
-    monkeypatch.setattr(loss, "LOGITS", 1)
+def test_score_entropy_and_its_gradients(sliced, mask):
     (h, weight, bias), targets = example(mask=mask)
     leaves = [(x / 4).detach().requires_grad_() for x in (h, weight, bias)]
     slow, fast = both(leaves, targets, mask, torch.linspace(-1, 2, POSITIONS), score=True)
@@ -73,22 +84,21 @@ def test_score_entropy_is_cross_entropy_where_scores_are_probabilities():
     )
 
 
-def test_without_a_bias():
+def test_without_a_bias(sliced):
     (h, weight, _), targets = example()
     slow, fast = both((h, weight, None), targets, 400, torch.ones(POSITIONS))
     for expected, found in zip(slow, fast, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_extreme_logits_stay_finite(monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS", 1)
+def test_extreme_logits_stay_finite(sliced):
     (h, weight, bias), targets = example()
     slow, fast = both((h, (weight * 300).detach().requires_grad_(), bias), targets, 400, 1.0)
     assert fast[0].isfinite().all() and fast[0].max() > 1000
     torch.testing.assert_close(fast[0], slow[0], rtol=1e-5, atol=1e-3)
 
 
-def test_the_mask_token_has_probability_zero():
+def test_the_mask_token_has_probability_zero(sliced):
     h, weight, bias = example()[0]
     assert subs_nll(h[:1], weight, bias, torch.tensor([400]), 400).item() == torch.inf
     shares = [
@@ -98,17 +108,35 @@ def test_the_mask_token_has_probability_zero():
     assert shares[400] == 0 and sum(shares) == pytest.approx(1, abs=1e-5)
 
 
-def test_no_tensor_holds_all_logits(monkeypatch):
-    """Neither forward nor backward: at most a slice of the vocabulary for all positions."""
-    monkeypatch.setattr(loss, "LOGITS", 1)
+def test_no_tensor_holds_all_logits(sliced):
+    """Forward or backward: a slice of the vocabulary for all positions, or the other way round."""
     leaves, targets = example()
-    with Shapes() as seen:
+    with Operators() as seen:
         subs_nll(*leaves, targets, 400).sum().backward()
-    of_positions = [shape for shape in seen.shapes if len(shape) == 2 and shape[0] == POSITIONS]
-    assert max(shape[1] for shape in of_positions) == 256
+    largest = max(rows * columns for rows, columns in seen.tables({POSITIONS, 5, VOCABULARY, 256}))
+    parts = {"words": POSITIONS * 256, "positions": 5 * VOCABULARY, "all": POSITIONS * VOCABULARY}
+    assert largest == parts[sliced]
 
 
-def test_autocast_computes_in_bf16():
+def test_no_slice_waits_for_the_host(sliced):
+    """`nonzero`, and indexing by a bool, need the host to know how many there are."""
+    leaves, targets = example()
+    with Operators() as seen:
+        subs_nll(*leaves, targets, 400).sum().backward()
+    assert seen.waits() == []
+
+
+def test_a_device_decides_what_is_sliced():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    by_words, by_positions = (loss.slices(8704, 50_258, device) for device in (cpu, cuda))
+    assert all(part == slice(0, 8704) for part, _ in by_words) and len(by_words) > 100
+    assert all(words == slice(0, 50_258) for _, words in by_positions) and len(by_positions) == 4
+    for parts in (by_words, by_positions):
+        area = sum((p.stop - p.start) * (w.stop - w.start) for p, w in parts)
+        assert area == 8704 * 50_258
+
+
+def test_autocast_computes_in_bf16(sliced):
     leaves, targets = example()
     exact = subs_nll(*leaves, targets, 400)
     with torch.autocast("cpu", torch.bfloat16):

@@ -9,17 +9,16 @@ import torch
 
 import blockdiff
 from blockdiff import objectives
-from blockdiff.attention import attend
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.models.int8 import Int8Linear
-from blockdiff.models.packed import PackedLinear, can_pack
-from blockdiff.models.precision import convert
+from blockdiff.models.loss import subs_nll_from_logits
+from blockdiff.models.weights import Linear, _compiled_product, _widened_product, can_pack, convert
 from blockdiff.noising import exact_k, stratified_noise
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.options import SamplingOptions
+from helpers import attend
 
 CPU = torch.device("cpu")
 TEXT = Path(__file__).parents[1].joinpath("LICENSE").read_text()
@@ -73,7 +72,7 @@ def test_converted_weights_have_the_same_perplexity(trained, precision, toleranc
     exact = perplexity(model, x_0)
     convert(model, precision, CPU)
     assert model.dtype == torch.bfloat16
-    assert isinstance(model.output.linear, Int8Linear) == (precision == "int8")
+    assert model.output.linear.format == ("int8" if precision == "int8" else "plain")
     rounded = perplexity(model, x_0)
     assert rounded != exact and rounded == pytest.approx(exact, rel=tolerance)
 
@@ -127,12 +126,13 @@ def test_attention_in_bf16_is_near():
 @pytest.mark.parametrize("width", [40, 64])  # with and without torch's kernel
 def test_int8_is_the_nearest_of_255_levels(width):
     torch.manual_seed(0)
-    linear = torch.nn.Linear(width, 7)
-    small = Int8Linear(linear)
+    linear = Linear(width, 7)
+    small = copy.deepcopy(linear)
+    small.store("int8")
     step = linear.weight.abs().amax(1, keepdim=True) / 127
     # Half a level, and bf16's rounding of the scale.
     assert ((small.dense().float() - linear.weight).abs() <= step * 0.5 + 0.01 * step * 127).all()
-    assert small.weight.abs().amax(1).eq(127).all()
+    assert small.stored.abs().amax(1).eq(127).all()
     x = torch.randn(3, 5, width)
     out = small(x)
     assert out.shape == (3, 5, 7) and out.dtype == torch.bfloat16
@@ -147,12 +147,55 @@ def test_packed_weights_are_the_same_weights(trained):
     plain = copy.deepcopy(model)
     convert(plain, "bf16", CPU)
     convert(model, "bf16", CPU, few_tokens=True)
-    assert isinstance(model.layers[0].mlp_in, PackedLinear)
+    assert model.layers[0].mlp_in.format == "packed"
     with torch.no_grad():
         expected, found = (net(x_0, x_0=x_0).logits.float() for net in (plain, model))
     assert ((found - expected).norm() / expected.norm()).item() < 0.01
     done = generate_tokens(model, [[1], [2, 3, 4, 5, 6]], SamplingOptions(max_new_tokens=40))
     assert [len(row) for row in done.tokens] == [40, 40]
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed", "int8"])
+def test_every_format_stands_for_one_weight_and_gives_nll(trained, kind):
+    """The nll of a converted model is that of its own logits; `dense` is what it multiplies by."""
+    model, x_0 = copy.deepcopy(trained[0]), trained[1]
+    if kind == "packed" and not can_pack(CPU):
+        pytest.skip("this build of torch has no packed linear maps")
+    plain = model.output.linear.weight.detach().clone()
+    convert(model, "int8" if kind == "int8" else "bf16", CPU, few_tokens=kind == "packed")
+    linear = model.output.linear
+    assert linear.format == kind and (linear.weight is None) == (kind != "plain")
+    assert linear.dense().shape == plain.shape
+    torch.testing.assert_close(linear.dense().float(), plain, rtol=0.02, atol=0.02)
+    at = torch.zeros_like(x_0, dtype=torch.bool)
+    at[:, ::3] = True
+    x_t = x_0.masked_fill(at, model.config.mask_token_id)
+    with torch.no_grad():
+        nll = model(x_t, x_0=x_0, at=at, targets=x_0[at]).nll
+        logits = model(x_t, x_0=x_0, at=at).logits
+    expected = subs_nll_from_logits(logits, x_0[at], model.config.mask_token_id)
+    torch.testing.assert_close(nll, expected, rtol=0.02, atol=0.05)
+
+
+def test_a_packed_model_measures_as_bf16_does(trained):
+    if not can_pack(CPU):
+        pytest.skip("this build of torch has no packed linear maps")
+    plain, packed = (copy.deepcopy(trained[0]) for _ in range(2))
+    convert(plain, "bf16", CPU)
+    convert(packed, "bf16", CPU, few_tokens=True)
+    expected = perplexity(plain, trained[1])
+    assert perplexity(packed, trained[1]) == pytest.approx(expected, rel=0.005)
+
+
+def test_the_compiled_int8_product_is_the_plain_one():
+    """The way of CUDA: the weight widened inside the product, one graph for any number of rows."""
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.randint(-127, 128, (7, 40)).to(torch.int8)
+    scale = torch.rand(7).bfloat16()
+    product = _compiled_product("eager")
+    for rows in (5, 3, 2):
+        expected = _widened_product(x[:rows], weight, scale)
+        assert torch.equal(product(x[:rows], weight, scale), expected)
 
 
 def test_an_unknown_precision_is_named(trained):

@@ -2,28 +2,54 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
+from functools import wraps
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
 
 from blockdiff.errors import InputError
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Result = TypeVar("Result")
+
+KEPT_BYTES = 2**28  # of cached tensors, by function: masks of 8,192 positions are that large
 
 
-def cached(size: int) -> Callable[[Function], Function]:
-    """`lru_cache` for functions that make tensors.
+def cached(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Keeps what a function of hashable arguments made, the last used `KEPT_BYTES` of it.
 
     What a sampler makes inside `inference_mode` may never take part in a backward pass, so a cached
-    tensor is made outside it, whoever asks first.
+    tensor is made outside it, whoever asks first. `cache_clear()` of the result frees all.
     """
+    kept: OrderedDict[tuple[Any, ...], tuple[Result, int]] = OrderedDict()
+    lock = Lock()
 
-    def decorate(function: Function) -> Function:
-        return lru_cache(maxsize=size)(torch.inference_mode(False)(function))  # type: ignore[return-value]
+    @wraps(function)
+    def find(*arguments: Any) -> Result:
+        with lock:
+            if arguments in kept:
+                kept.move_to_end(arguments)
+                return kept[arguments][0]
+        with torch.inference_mode(False):
+            made = function(*arguments)
+        with lock:
+            kept[arguments] = made, _bytes(made)
+            while len(kept) > 1 and sum(size for _, size in kept.values()) > KEPT_BYTES:
+                kept.popitem(last=False)
+        return made
 
-    return decorate
+    find.cache_clear = kept.clear  # type: ignore[attr-defined]
+    return find
+
+
+def _bytes(made: object) -> int:
+    """Of the tensors in it: a tensor, a list or tuple of some, or an object that holds some."""
+    if isinstance(made, torch.Tensor):
+        return made.nbytes
+    inner = made if isinstance(made, list | tuple) else getattr(made, "__dict__", {}).values()
+    return sum(map(_bytes, inner))
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from blockdiff import checks
 from blockdiff.checks import whole_number
-from blockdiff.device import cached
 from blockdiff.errors import InputError
 
 
@@ -107,25 +106,3 @@ class BlockLayout:
         clean = (key < self.length) & self.m_bc(query, key)
         noised = self.noised_sees(query % self.length, key)
         return torch.where(query < self.length, clean, noised)
-
-
-@cached(64)
-def dense_mask(layout: BlockLayout, kind: str, device: torch.device) -> Tensor:
-    """The whole mask as a bool tensor, True = may attend.
-
-    `kind` "clean": [L, L]; "noised": [L, 2L] over x_0 ⊕ x_t; "two_stream": [2L, 2L].
-    """
-    streams = 2 if kind == "two_stream" else 1
-    return mask_rows(layout, kind, slice(0, streams * layout.length), device)
-
-
-def mask_rows(layout: BlockLayout, kind: str, queries: slice, device: torch.device) -> Tensor:
-    """The rows `queries` of `dense_mask`, without making the others."""
-    sees, streams = {
-        "clean": (layout.m_bc, 1),
-        "noised": (layout.noised_sees, 2),
-        "two_stream": (layout.two_stream_sees, 2),
-    }[kind]
-    query = torch.arange(queries.start, queries.stop, device=device)[:, None]
-    key = torch.arange(streams * layout.length, device=device)[None, :]
-    return sees(query, key)

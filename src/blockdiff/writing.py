@@ -19,7 +19,7 @@ from blockdiff.api import continuation, encode_prompts, to_text
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError, RunStopped
 from blockdiff.models.loading import load
-from blockdiff.models.precision import convert, resolve_precision
+from blockdiff.models.weights import convert, resolve_precision
 from blockdiff.outputs import local_path, new_file, to_json
 from blockdiff.printing import plain_console, printable
 from blockdiff.progress import advance

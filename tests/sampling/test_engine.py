@@ -5,13 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import blockdiff
 from blockdiff import Engine, SamplingOptions
 from blockdiff.errors import InputError
 from blockdiff.sampling.generate import generate_tokens
-from helpers import random_tokens, tiny_model
+from helpers import Operators, random_tokens, tiny_model
 
 KINDS = {
     "bd3lm": {"block_size": 4},
@@ -106,26 +105,6 @@ def test_a_seed_of_its_own_and_a_number():
     assert first == same and first != number and first != seed
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operators that would wait for a device, had the tensors been on one."""
-
-    NAMES = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.unique")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        by_mask = name.startswith("aten.index") and any(
-            isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8)
-            for x in (args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ())
-        )
-        if name.startswith(self.NAMES) or by_mask:
-            self.seen.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @EVERY_KIND
 @pytest.mark.parametrize("options", VARIED[:4:3], ids=["first_hitting", "threshold"])
 def test_the_host_waits_once_an_evaluation(kind, options):
@@ -141,9 +120,9 @@ def test_the_host_waits_once_an_evaluation(kind, options):
     evaluations = 0
     while engine.active:
         before = engine.waits
-        with Waits() as waits:
+        with Operators() as seen:
             engine.step()
-        assert waits.seen == []
+        assert seen.waits() == []
         assert engine.waits == before + 1
         evaluations += 1
     assert evaluations > 5

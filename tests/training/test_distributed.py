@@ -119,10 +119,19 @@ def test_two_processes_take_the_steps_of_one_and_another_number_resumes(
 
 
 def test_a_sharded_network_takes_the_steps_of_a_whole_one(tmp_path: Path) -> None:
-    """FSDP2 over gloo. (accelerate itself shards on accelerators only.)"""
+    """FSDP2 by layer over gloo, by hand and as accelerate does under our recipe."""
     for done in pair(tmp_path, [str(tmp_path / "done")], sharded.main):
         assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "done").read_text() == "same"
+
+
+def test_a_sharded_run_is_the_run_of_one_process(corpus: Path, tmp_path: Path) -> None:
+    """Loss, gradient norm, validation and the saved average; accelerate's own part is replaced."""
+    one = train(small(corpus, tmp_path / "one"), progress=False).folder
+    config = small(corpus, tmp_path / "two")
+    for done in pair(tmp_path, [json.dumps(vars(config))], sharded.run):
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path / "two", one)
 
 
 def test_micro_batches_take_their_rows_of_the_same_masks(corpus: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import blockdiff
 from blockdiff import objectives
 from blockdiff.errors import InputError, RunStopped
+from blockdiff.models.dit import DiT
 from blockdiff.models.loss import subs_nll_from_logits
 from blockdiff.noising import addressed_noise, clipped
 from blockdiff.training.callbacks import read_metrics
@@ -403,14 +404,35 @@ def test_micro_batches_of_padded_windows_are_the_batch(
 def test_the_last_validation_is_of_the_saved_model(
     corpus: Path, tmp_path: Path, ema: float
 ) -> None:
-    """In bf16 too, whose autocast is around the training step alone; and after a resume."""
+    """In the run's own precision, bf16; and after a resume."""
     config = small(corpus, tmp_path / "run", steps=2, ema=ema, precision="bf16")
     train(config, progress=False)
     again = train(replace(config, steps=4, resume=True), progress=False)
     model = blockdiff.load_model(again.folder)
     windows = prepare_data(replace(config, resume=True)).validation
-    measured = blockdiff.likelihood(model, windows["x_0"], draws=config.eval_draws)
+    with torch.autocast("cpu", torch.bfloat16):
+        measured = blockdiff.likelihood(model, windows["x_0"], draws=config.eval_draws)
     assert again.metrics["eval_nats_per_token"] == pytest.approx(measured.nats_per_token, abs=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_recomputed_activations_change_no_run(
+    corpus: Path, tmp_path: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout included: it is drawn again from the same state."""
+    compile_layers = DiT.compile_layers
+    monkeypatch.setattr(DiT, "compile_layers", lambda model: compile_layers(model, "eager"))
+    runs = [
+        train(
+            small(corpus, tmp_path / str(again), dropout=0.0 if compiled else 0.3,
+                  checkpoint_activations=again, compile=compiled and again),
+            progress=False,
+        ).folder
+        for again in (False, True)
+    ]  # fmt: skip
+    assert losses(runs[0])
+    for (step, plain), (same_step, found) in zip(*map(losses, runs), strict=True):
+        assert step == same_step and found == pytest.approx(plain, rel=1e-5)
 
 
 def test_a_run_that_diverges_stops_and_keeps_what_was_finite(corpus: Path, tmp_path: Path) -> None:

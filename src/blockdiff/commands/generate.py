@@ -18,8 +18,8 @@ class GenerateOptions:
         prompt: Text to continue, - for standard input; without one a new text is begun.
         prompt_file: File with one prompt a line.
         samples: Texts per prompt.
-        precision: Weights: float32, bf16, int8 (fastest for a single text), or auto (bf16 where the
-            processor is made for it).
+        precision: Weights: float32, bf16, int8 (fastest for one text on a CPU), or auto (bf16
+            where the processor is made for it).
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
         compile: Compile the layers; on CUDA into CUDA graphs.
         watch: Show the denoising live in the terminal.

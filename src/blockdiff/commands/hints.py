@@ -109,6 +109,9 @@ _OPTIONS = {
     "minutes": "time duration max-time time-limit max-minutes timeout",
     "window": "window-size context-length context max-length stride",
     "compile": "torch-compile torchcompile",
+    "checkpoint-activations": (
+        "gradient-checkpointing activation-checkpointing checkpointing recompute"
+    ),
     "clip": "clip-range clip-rates clip-schedule",
     "repeats": "n num-repeats iterations iters trials runs",
     "config": "c yaml config-file config-path",

@@ -89,7 +89,7 @@ def _run(given: Given) -> None:
     from blockdiff.api import load, score
     from blockdiff.device import choose_device
     from blockdiff.evaluation.likelihood import check_estimator
-    from blockdiff.models.precision import convert, resolve_precision
+    from blockdiff.models.weights import convert, resolve_precision
     from blockdiff.printing import printable, table_text
     from blockdiff.progress import advance
 

@@ -21,7 +21,7 @@ from blockdiff.device import choose_device
 from blockdiff.evaluation.likelihood import check_estimator, likelihood
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
-from blockdiff.models.precision import convert, resolve_precision
+from blockdiff.models.weights import convert, resolve_precision
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
 from blockdiff.starter import packaged

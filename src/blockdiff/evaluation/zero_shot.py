@@ -25,7 +25,7 @@ from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import measure_sequences, open_documents, pack_documents
 from blockdiff.evaluation.likelihood import check_estimator
 from blockdiff.models.loading import load
-from blockdiff.models.precision import convert, resolve_precision
+from blockdiff.models.weights import convert, resolve_precision
 from blockdiff.printing import printable, table_text
 
 _PARQUET = "@refs/convert/parquet"

@@ -20,7 +20,7 @@ N blocks, M layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -30,39 +30,41 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
-from blockdiff.attention import attend, choose_backend
+from blockdiff.attention import Mask, attend, choose_backend, flex, make_mask
 from blockdiff.cache import BlockCache, LayerShape
 from blockdiff.device import cached
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.denoiser import Context, DenoiserOutput
-from blockdiff.models.int8 import Int8Linear
 from blockdiff.models.layers import (
-    Affine,
-    Conditioned,
+    Chosen,
     DiTLayer,
+    FoldedLayer,
+    FoldedNorm,
     LayerNorm,
     Modulation,
     OutputLayer,
     ResidualLinear,
     SigmaEmbedding,
-    apply,
+    is_constant,
     rope,
 )
-from blockdiff.models.loss import subs_nll
+
+Attention = Callable[[int, Tensor, Tensor, Tensor], "Tensor | None"]
 
 
-class Prepared(NamedTuple):
-    """Every layer and the final norm under one condition; see `DiT.prepare`."""
+class Condition(NamedTuple):
+    """What the adaLN of each layer and of the output reads, or what they folded of it.
 
-    layers: list[Conditioned]
-    final: Affine
+    `constant`: nothing in it differs from token to token.
+    """
+
+    layers: Sequence[Tensor | FoldedLayer | None]
+    final: Tensor | FoldedNorm | None
+    constant: bool
 
 
-Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-@cached(16)
+@cached
 def _rope_table(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return rope(torch.arange(length, device=device), head_dim)
 
@@ -86,6 +88,7 @@ class DiT(PreTrainedModel):
     config_class = DiTConfig
     base_model_prefix = "dit"
     _no_split_modules = ["DiTLayer"]  # noqa: RUF012 - transformers reads it from the class
+    supports_gradient_checkpointing = True
 
     config: DiTConfig
 
@@ -96,6 +99,8 @@ class DiT(PreTrainedModel):
         self.layers = nn.ModuleList(DiTLayer(config) for _ in range(config.num_hidden_layers))
         self.output = OutputLayer(config)
         self.attention_backend = "auto"
+        self._graphs = False  # whether layers are CUDA graphs, which need the same shapes each pass
+        self._folded: tuple[object, Condition] | None = None
         self.drawable: Tensor | None = None  # which ids have a token; `load` knows
         self.post_init()
 
@@ -136,12 +141,12 @@ class DiT(PreTrainedModel):
         """Compiles each layer around its attention, which runs its own kernels.
 
         For sampling on CUDA the parts become CUDA graphs, by torch's own "reduce-overhead" mode
-        (not measured yet): their shapes are those of a block, whatever the cache holds. A copy of
-        the model, such as its average, is not compiled. `backend`: torch.compile's.
+        (not measured yet). A copy of the model, such as its average, is not compiled. `backend`:
+        torch.compile's.
         """
-        graphs = self.device.type == "cuda" and not self.training
+        self._graphs = self.device.type == "cuda" and not self.training
         for layer in self.layers:
-            layer.compile(backend=backend, mode="reduce-overhead" if graphs else None)
+            layer.compile(backend=backend, mode="reduce-overhead" if self._graphs else None)
 
     # the network
 
@@ -166,54 +171,65 @@ class DiT(PreTrainedModel):
         nothing else goes through the output layer. `targets` int64 [P]: then `nll` [P] comes back
         in place of logits. `backend`: of attention, the model's own when left out.
         """
-        length = x_t.shape[1]
-        backend = choose_backend(backend or self.attention_backend, x_t.device)
+        length, rows = x_t.shape[1], len(x_t)
+        backend = backend or self.attention_backend
         alone = x_0 is None and context is None
         if layout is None:
             layout = self._own_layout(length, alone)
         if layout.blocks == 1 and backend != "dense":
             x_0 = context = None  # no block has one before it to look back on
+        chosen = None if at is None else Chosen(at)
         # `dense` is the reference: always the paper's one pass over all 2L tokens. Elsewhere copies
         # of one text share its clean stream, and so do times: it has σ = 0.
-        single = x_0 is not None and len(x_0) == len(x_t) and not self.config.time_conditioning
+        single = x_0 is not None and len(x_0) == rows and not self.config.time_conditioning
         if x_0 is not None and (single or backend == "dense"):
-            prepared = self.prepare(sigma, layout, clean_tokens=length)
-            h = self._two_streams(x_t, x_0, prepared, layout, backend, at)
-            return self._read_out(h, prepared, at, targets)
-        prepared = self.prepare(sigma, layout)
+            condition = self._condition(sigma, layout, clean_tokens=length)
+            h = self._two_streams(x_t, x_0, condition, layout, backend, chosen)
+            return self._read_out(h, condition, chosen, targets)
+        condition = self._condition(sigma, layout)
         if x_0 is not None:
             context = self.encode(x_0, layout, backend=backend)
+        mask = self._mask(layout, "clean" if context is None else "noised", backend, rows)
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if context is None:
-                return attend(q, k, v, layout, "clean", backend=backend)
-            k = torch.cat([_repeat(context.keys[i], q.shape[0]), k], dim=2)
-            v = torch.cat([_repeat(context.values[i], q.shape[0]), v], dim=2)
-            return attend(q, k, v, layout, "noised", backend=backend)
+            if context is not None:
+                k = torch.cat([_repeat(context.keys[i], rows), k], dim=2)
+                v = torch.cat([_repeat(context.values[i], rows), v], dim=2)
+            return attend(q, k, v, mask)
 
         cos, sin = _rope_table(length, self._head_dim, x_t.device)
-        h = self._run(x_t, cos, sin, prepared, attention, at, whole=backend == "dense")
-        return self._read_out(h, prepared, at, targets)
+        h = self._run(x_t, cos, sin, condition, attention, chosen, whole=backend == "dense")
+        return self._read_out(h, condition, chosen, targets)
 
     def encode(
         self, x_0: Tensor, layout: BlockLayout | None = None, *, backend: str | None = None
     ) -> Context:
         """The clean stream of x_0 [B, L] under M_BC; the last layer stops at keys and values."""
         layout = layout or self._own_layout(x_0.shape[1])
-        backend = choose_backend(backend or self.attention_backend, x_0.device)
+        backend = backend or self.attention_backend
+        length, last = x_0.shape[1], len(self.layers) - 1
+        room = choose_backend(backend, x_0.device, self._head_dim, layout, "clean")
+        if room == "flex" and length != self.config.length and not torch.is_grad_enabled():
+            # Prompts have every length, and `flex` compiles for each. No token sees the padding,
+            # which is in later blocks.
+            layout = flex.padded(layout)
+            x_0 = F.pad(x_0, (0, layout.length - length))
+        mask = self._mask(layout, "clean", backend, len(x_0))
         context = Context([], [])
-        last = len(self.layers) - 1
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-            context.keys.append(k)
-            context.values.append(v)
-            if i == last:
-                return None
-            return attend(q, k, v, layout, "clean", backend=backend)
+            if i == len(context.keys):  # not when activation checkpointing computes it again
+                for kept, x in ((context.keys, k), (context.values, v)):
+                    own = x[:, :, :length]
+                    kept.append(own.clone() if self._graphs else own)
+            return None if i == last else attend(q, k, v, mask)
 
         cos, sin = _rope_table(x_0.shape[1], self._head_dim, x_0.device)
-        self._run(x_0, cos, sin, self.prepare(), attention)
+        self._run(x_0, cos, sin, self._condition(), attention)
         return context
+
+    def _mask(self, layout: BlockLayout, kind: str, backend: str, rows: int) -> Mask:
+        return make_mask(layout, kind, backend, self.device, rows=rows, head_dim=self._head_dim)
 
     def _own_layout(self, length: int, alone: bool = False) -> BlockLayout:
         """The configuration's blocks; `alone`, a single stream: all of it is one, or AR's own."""
@@ -251,8 +267,6 @@ class DiT(PreTrainedModel):
         without it, what adaLN folds is folded once for all evaluations with this cache. The
         tokens' keys and values stay staged for `cache.append_staged`.
         """
-        if x.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()  # what the last step left may be reused
         cos, sin = (part[:, None].to(self.dtype) for part in rope(positions, self._head_dim))
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -261,36 +275,35 @@ class DiT(PreTrainedModel):
 
         if self.config.time_conditioning:
             noised = max(x.shape[1] - clean, 1)
-            prepared = self.prepare(sigma, BlockLayout(noised, noised), clean)
+            condition = self._condition(sigma, BlockLayout(noised, noised), clean)
         else:
-            prepared = cache.folded = cache.folded or self.prepare()
-        chosen = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
-        chosen.view(-1)[at] = True
-        h = self._run(x, cos, sin, prepared, attention, chosen)
-        logits = self._read_out(h, prepared, chosen, None).logits
+            condition = cache.folded = cache.folded or self.fold()
+        chosen = Chosen(at, x.shape)
+        h = self._run(x, cos, sin, condition, attention, chosen)
+        logits = self._read_out(h, condition, chosen, None).logits
         assert logits is not None
         return logits
 
-    def prepare(
-        self,
-        sigma: Tensor | None = None,
-        layout: BlockLayout | None = None,
-        clean_tokens: int = 0,
-    ) -> Prepared:
-        """The layers under σ, as `forward` reads it; without one, for any number of passes.
+    def fold(self) -> Condition:
+        """Every layer under constant conditioning, for any number of passes without a gradient.
 
-        `clean_tokens`: how many tokens of a clean text, with σ = 0, come before the noised ones.
+        CUDA graphs read their weights where they were recorded: with these the result is kept for
+        as long as no weight has changed.
         """
-        with torch.autocast(self.device.type, enabled=False):
-            condition = self._condition(sigma, layout)
-            final = self.output.under(condition)
-            if condition is not None and layout is not None and clean_tokens > 0:
-                clean = self._condition(None, None)
-                if self.config.time_conditioning and clean is not None:
-                    rows, length = len(condition), layout.length
-                    clean = clean.expand(rows, clean_tokens, -1)
-                    condition = torch.cat([clean, condition.expand(rows, length, -1)], dim=1)
-            return Prepared([layer.under(condition) for layer in self.stack()], final)
+        weights = [(p.data_ptr(), p._version) for p in self.parameters()] if self._graphs else None
+        if self._folded is not None and self._folded[0] == weights:
+            return self._folded[1]
+        with torch.inference_mode(False), torch.no_grad():
+            constant = self._condition().final
+            assert not isinstance(constant, FoldedNorm)
+            folded = [layer.fold(constant) for layer in self.stack()]
+            condition = Condition(folded, self.output.fold(constant), True)
+        if self._graphs:
+            for layer in folded:
+                for tensor in _tensors(layer):
+                    torch._dynamo.mark_static_address(tensor)
+            self._folded = weights, condition
+        return condition
 
     # parts of a forward pass
 
@@ -302,83 +315,97 @@ class DiT(PreTrainedModel):
     def _head_dim(self) -> int:
         return self.config.hidden_size // self.config.num_attention_heads
 
-    def _condition(self, sigma: Tensor | None, layout: BlockLayout | None) -> Tensor | None:
-        """What adaLN reads: [1, 1, C] when σ is constant, else [rows of σ, 1 or L, C]."""
-        if self.sigma is None:
-            return None
-        if sigma is None or not self.config.time_conditioning:
-            sigma = torch.zeros(1, 1, device=self.device)
-        elif sigma.dim() == 1:
-            sigma = sigma[:, None]
-        elif layout is not None and sigma.shape[1] > 1:
-            sigma = sigma.repeat_interleave(layout.block_size, dim=1)
-        return self.sigma(sigma)
+    def _condition(
+        self,
+        sigma: Tensor | None = None,
+        layout: BlockLayout | None = None,
+        clean_tokens: int = 0,
+    ) -> Condition:
+        """What adaLN reads under σ: [1, 1, C] where it is constant, else [rows of σ, 1 or L, C].
+
+        `clean_tokens`: how many tokens of a clean text, with σ = 0, come before the noised ones.
+        """
+        final = None
+        if self.sigma is not None:
+            with torch.autocast(self.device.type, enabled=False):
+                final = clean = self.sigma(torch.zeros(1, 1, device=self.device))
+                if sigma is not None and self.config.time_conditioning:
+                    by_row = sigma[:, None] if sigma.dim() == 1 else sigma
+                    if layout is not None and by_row.shape[1] > 1:
+                        by_row = by_row.repeat_interleave(layout.block_size, dim=1)
+                    final = self.sigma(by_row)
+        of_layers = final
+        if final is not None and self.config.time_conditioning and clean_tokens and layout:
+            rows = len(final)
+            parts = clean.expand(rows, clean_tokens, -1), final.expand(rows, layout.length, -1)
+            of_layers = torch.cat(parts, dim=1)
+        return Condition([of_layers] * len(self.layers), final, is_constant(of_layers))
 
     def _run(
         self,
         tokens: Tensor,
         cos: Tensor,
         sin: Tensor,
-        prepared: Prepared,
-        attention: Callable[[int, Tensor, Tensor, Tensor], Tensor | None],
-        at: Tensor | None = None,
+        condition: Condition,
+        attention: Attention,
+        chosen: Chosen | None = None,
         whole: bool = False,
     ) -> Tensor:
         """The residual stream [B, T, E] of tokens [B, T], or [P, E] at the chosen positions.
 
         `attention(i, q, k, v)` is that of layer i; see `DiTLayer.forward` for what it may answer.
-        `at` [P] are the positions whose logits are wanted: the last layer's MLP and the output are
-        computed for these alone, unless the `whole` is wanted or modulations differ by token.
+        The last layer's MLP and the output are computed for the chosen positions alone, unless the
+        `whole` is wanted, modulations differ by token, or a CUDA graph needs the same shape always.
         """
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last pass left may be reused
         h = self.embedding(tokens).float()  # the sum of all branches is float32 in any precision
-        last = len(prepared.layers) - 1
-        for i, (layer, conditioned) in enumerate(zip(self.stack(), prepared.layers, strict=True)):
-            chosen = at if i == last and not whole and conditioned.constant else None
-            after = layer(h, cos, sin, conditioned, partial(attention, i), chosen)
-            if after is None:
-                return h
-            if chosen is not None:
-                return cast(Tensor, after)
-            h = after
-        return h if at is None else h[:, -at.shape[1] :][at]
+        few = chosen if condition.constant and not (whole or self._graphs) else None
+        for i, (layer, own) in enumerate(zip(self.stack(), condition.layers, strict=True)):
+            last = i == len(self.layers) - 1
+            h = layer(h, cos, sin, own, partial(attention, i), few if last else None)
+        return h if few is not None or chosen is None else chosen.of(h)
 
     def _two_streams(
         self,
         x_t: Tensor,
         x_0: Tensor,
-        prepared: Prepared,
+        condition: Condition,
         layout: BlockLayout,
         backend: str,
-        at: Tensor | None,
+        chosen: Chosen | None,
     ) -> Tensor:
         """One pass over x_0 ⊕ x_t under the whole 2L × 2L mask; the x_t half, as `_run`."""
-        length = layout.length
+        length, rows, whole = layout.length, len(x_t), backend == "dense"
         cos, sin = _rope_table(length, self._head_dim, x_t.device)
+        mask = self._mask(layout, "two_stream", backend, rows)
+        # The last layer's clean half is read by nobody.
+        mask_last = None if whole else self._mask(layout, "noised", backend, rows)
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            kind = "two_stream"
-            if backend != "dense" and i == len(self.layers) - 1:
-                kind, q = "noised", q[:, :, length:]  # nothing reads the clean half any more
-            return attend(q, k, v, layout, kind, backend=backend)
+            if mask_last is None or i < len(self.layers) - 1:
+                return attend(q, k, v, mask)
+            return attend(q[:, :, length:], k, v, mask_last)
 
-        tokens = torch.cat([_repeat(x_0, len(x_t)), x_t], dim=1)
+        tokens = torch.cat([_repeat(x_0, rows), x_t], dim=1)
         cos, sin = cos.repeat(2, 1), sin.repeat(2, 1)
-        h = self._run(tokens, cos, sin, prepared, attention, at, whole=backend == "dense")
-        return h if at is not None else h[:, -length:]
+        h = self._run(tokens, cos, sin, condition, attention, chosen, whole)
+        return h if chosen is not None else h[:, -length:]
 
     def _read_out(
-        self, h: Tensor, prepared: Prepared, at: Tensor | None, targets: Tensor | None
+        self, h: Tensor, condition: Condition, chosen: Chosen | None, targets: Tensor | None
     ) -> DenoiserOutput:
         """Logits, or nll, of h [B, L, E], or [P, E] at the chosen positions."""
-        final, linear = prepared.final, self.output.linear
-        h = final(h) if at is None else final.at(at)(h)
-        if targets is None:
-            return DenoiserOutput(logits=apply(linear, h))
-        weight = linear.dense() if isinstance(linear, Int8Linear) else linear.weight
-        nll = subs_nll(
-            h, weight, linear.bias, targets, self.config.mask_token_id, self.config.score
-        )
-        return DenoiserOutput(nll=nll)
+        out = self.output(h, condition.final, chosen, targets)
+        return DenoiserOutput(logits=out) if targets is None else DenoiserOutput(nll=out)
+
+
+def _tensors(layer: FoldedLayer) -> list[Tensor]:
+    """What was folded of a layer."""
+    folded = [*layer.norm_1, *layer.norm_2]
+    for branch in (layer.attention_out, layer.mlp_out):
+        folded += [branch.gate, *(branch.folded or ())]
+    return [tensor for tensor in folded if tensor is not None]
 
 
 def _repeat(x: Tensor, rows: int) -> Tensor:

@@ -3,8 +3,10 @@
     h ← h + gate_1 · W_o attention(qkv(adaLN_1(h)))
     h ← h + gate_2 · MLP(adaLN_2(h)),     adaLN(h) = LayerNorm(h) · (1 + scale) + shift
 
-Without time conditioning scale, shift and gate are constants: they are then folded into the norms'
-weights and the branches' last maps once per pass (`Conditioned`), and cost nothing per token.
+Without time conditioning scale, shift and gate are constants: a layer then folds them into its
+norms' weights and its branches' last maps (`fold`), and they cost nothing per token. It does so in
+its own `forward`, so that a layer can be sharded, compiled or checkpointed by itself; a sampler
+folds once for many passes and hands in the result.
 
 Shapes: B rows, T tokens a row, H heads, D head width, E width, C width of the condition.
 """
@@ -20,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockdiff.models.config import DiTConfig
-from blockdiff.models.packed import expand
+from blockdiff.models.loss import subs_nll
+from blockdiff.models.weights import Linear
 
 
 def rope(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -38,11 +41,26 @@ def _turn(source: Tensor, cos: Tensor, sin: Tensor, target: Tensor) -> None:
     torch.mul(second, cos, out=to_second).addcmul_(first, sin)
 
 
-class _Heads(torch.autograd.Function):
-    """qkv [B, T, 3E] → q and k, rotated, and v: each [B, H, T, D] and contiguous.
+def split_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """qkv [B, T, 3E] → q and k, rotated, and v: each [B, H, T, D]."""
+    if qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _Heads.apply(qkv, cos, sin, heads)
+    return _plain_heads(qkv, cos, sin, heads)
 
-    Written by hand because the same in plain operators costs twice the memory traffic: halves are
-    concatenated forward, and padded with zeros and added backward.
+
+def _plain_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """In plain operators, which a compiler fuses."""
+    cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    first, second = torch.stack([q, k]).chunk(2, dim=-1)
+    q, k = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return q, k, v
+
+
+class _Heads(torch.autograd.Function):
+    """By hand, contiguous: in plain operators run one by one it takes twice the memory traffic.
+
+    Halves are concatenated forward, and padded with zeros and added backward.
     """
 
     @staticmethod
@@ -72,11 +90,11 @@ def drop(x: Tensor, rate: float) -> Tensor:
     """Dropout, to 1/65,536 of the rate.
 
     On a CPU `F.dropout` draws one number an element, a sixth of a `nano` model's step: here 64
-    random bits decide about four.
+    random bits decide about four (a compiler knows `F.dropout` alone).
     """
     if rate == 0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, rate)
     level = round(rate * 2**16)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
@@ -85,7 +103,7 @@ def drop(x: Tensor, rate: float) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """The weight of a LayerNorm without bias; `Affine` applies it, in float32."""
+    """The weight of a LayerNorm without bias; `FoldedNorm` applies it, in float32."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -112,7 +130,7 @@ class SigmaEmbedding(nn.Module):
         return F.silu(self.outer(F.silu(self.inner(waves))))
 
 
-class ResidualLinear(nn.Linear):
+class ResidualLinear(Linear):
     """The last map of a residual branch."""
 
 
@@ -132,7 +150,7 @@ class Modulation(nn.Linear):
         return bias.flatten()
 
 
-class Affine(NamedTuple):
+class FoldedNorm(NamedTuple):
     """A LayerNorm with what adaLN does after it, in float32.
 
     `weight`, `bias` [E]; `shift`, `scale` [B, 1 or T, E] only where they are no constants.
@@ -149,79 +167,98 @@ class Affine(NamedTuple):
             x = torch.addcmul(self.shift, x, 1 + self.scale)
         return x
 
-    def at(self, chosen: Tensor) -> Affine:
-        """The same for tokens [P, E] of the positions chosen [B, T]."""
+    def at(self, chosen: Chosen) -> FoldedNorm:
+        """The same for tokens [P, E] of the positions chosen."""
         if self.shift is None or self.scale is None:
             return self
-        shape = *chosen.shape, -1
-        return self._replace(
-            shift=self.shift.expand(shape)[chosen], scale=self.scale.expand(shape)[chosen]
-        )
+        shift, scale = (chosen.of(x.expand(*chosen.shape, -1)) for x in (self.shift, self.scale))
+        return self._replace(shift=shift, scale=scale)
 
 
-class Branch(NamedTuple):
+class FoldedBranch(NamedTuple):
     """The last map of a residual branch and its gate.
 
     `linear` itself, or where the gate is a constant its weight and bias with the gate in them.
     """
 
-    linear: nn.Module
+    linear: Linear
     gate: Tensor | None = None
     folded: tuple[Tensor, Tensor | None] | None = None
 
     def __call__(self, h: Tensor, x: Tensor, dropout: float) -> Tensor:
-        branch = apply(self.linear, x) if self.folded is None else F.linear(x, *self.folded)
+        branch = self.linear(x) if self.folded is None else F.linear(x, *self.folded)
         branch = drop(branch, dropout)
-        return (
-            h + branch
-            if self.gate is None
-            else torch.addcmul(h, branch, self.gate.to(branch.dtype))
-        )
+        if self.gate is None:
+            return h + branch
+        return torch.addcmul(h, branch, self.gate.to(branch.dtype))
 
 
-class Conditioned(NamedTuple):
+class FoldedLayer(NamedTuple):
     """A layer under one condition, for as many passes as share it."""
 
-    norm_1: Affine
-    attention_out: Branch
-    norm_2: Affine
-    mlp_out: Branch
-
-    @property
-    def constant(self) -> bool:
-        """Whether nothing in it differs from token to token."""
-        return self.norm_1.scale is None
+    norm_1: FoldedNorm
+    attention_out: FoldedBranch
+    norm_2: FoldedNorm
+    mlp_out: FoldedBranch
 
 
-def _affine(norm: LayerNorm, shift: Tensor | None, scale: Tensor | None) -> Affine:
+def _fold_norm(norm: LayerNorm, shift: Tensor | None, scale: Tensor | None) -> FoldedNorm:
     weight = norm.weight.float()
     if shift is None or scale is None:
-        return Affine(weight)
-    if shift.shape[:-1].numel() > 1:
-        return Affine(weight, None, shift, scale)
-    return Affine(weight * (1 + scale.flatten()), shift.flatten())
+        return FoldedNorm(weight)
+    if not is_constant(shift):
+        return FoldedNorm(weight, None, shift, scale)
+    return FoldedNorm(weight * (1 + scale.flatten()), shift.flatten())
 
 
-def _branch(linear: nn.Module, gate: Tensor | None) -> Branch:
-    if gate is None or gate.shape[:-1].numel() > 1 or not isinstance(linear, nn.Linear):
-        return Branch(linear, gate)
+def _fold_branch(linear: Linear, gate: Tensor | None) -> FoldedBranch:
+    if gate is None or not is_constant(gate):
+        return FoldedBranch(linear, gate)
     gate = gate.flatten()
+    if linear.format != "plain":
+        return FoldedBranch(linear, gate)
     bias = None if linear.bias is None else (linear.bias * gate).to(linear.bias.dtype)
-    return Branch(linear, None, ((linear.weight * gate[:, None]).to(linear.weight.dtype), bias))
+    weight = (linear.weight * gate[:, None]).to(linear.weight.dtype)
+    return FoldedBranch(linear, None, (weight, bias))
 
 
-def apply(linear: nn.Module, x: Tensor) -> Tensor:
-    """A linear map of x in the precision of its weights (or of autocast)."""
-    if isinstance(linear, nn.Linear):
-        x = x.to(linear.weight.dtype)
-    out: Tensor = linear(x)  # one that `convert` made knows its own precision
-    return out
+def is_constant(condition: Tensor | None) -> bool:
+    """Whether a condition [B, 1 or T, C], or a part of a modulation, is the same everywhere."""
+    return condition is None or condition.shape[:-1].numel() == 1
+
+
+def _parts(modulation: Modulation | None, condition: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The shifts, scales and gates of a condition in float32, in whatever precision the pass is."""
+    if modulation is None or condition is None:
+        return (None,) * 6
+    with torch.autocast(condition.device.type, enabled=False):
+        return modulation(condition).float().chunk(modulation.parts, dim=-1)
+
+
+class Chosen:
+    """Positions that are wanted: bool [B, T], found once per pass, since asking makes a GPU wait.
+
+    Or their places int64 [P] in a tensor [B, T] of the `shape` given, where the host knows them.
+    """
+
+    def __init__(self, at: Tensor, shape: torch.Size | None = None) -> None:
+        self.shape = at.shape if shape is None else shape
+        self.index = at.flatten().nonzero().squeeze(-1) if shape is None else at
+
+    def of(self, x: Tensor) -> Tensor:
+        """x [B, S ≥ T, …] at the chosen ones of its last T positions, [P, …] in row-major order."""
+        size, index = self.shape[1], self.index
+        if x.shape[1] > size:
+            index = index + (index // size + 1) * (x.shape[1] - size)
+        return x.flatten(0, 1)[index]
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], "Tensor | None"]
+KeysAndValues = tuple[Tensor, Tensor]
 
 
 @torch.compiler.disable
-def _outside(
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor | None], q: Tensor, k: Tensor, v: Tensor
-) -> Tensor | None:
+def _outside(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """Attention runs its own kernels: a compiled layer is compiled before and after it."""
     return attention(q, k, v)
 
@@ -229,70 +266,101 @@ def _outside(
 class DiTLayer(nn.Module):
     """One layer: project, attend, finish. Whose keys are attended to is the caller's affair."""
 
+    # transformers' `gradient_checkpointing_enable` sets both.
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Any]
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
         self.norm_1 = LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
         self.attention_out = ResidualLinear(width, width, bias=False)
         self.norm_2 = LayerNorm(width)
-        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_in = Linear(width, 4 * width)
         self.mlp_out = ResidualLinear(4 * width, width)
         self.modulation = Modulation(config, 6) if config.adaln else None
         self.dropout = config.dropout
 
-    def under(self, condition: Tensor | None) -> Conditioned:
-        """The layer under a condition [B, 1 or T, C]; a single one is folded into the weights."""
-        if self.modulation is None or condition is None:
-            parts: tuple[Tensor | None, ...] = (None,) * 6
-        else:
-            parts = self.modulation(condition).float().chunk(6, dim=-1)
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts
-        return Conditioned(
-            _affine(self.norm_1, shift_1, scale_1),
-            _branch(self.attention_out, gate_1),
-            _affine(self.norm_2, shift_2, scale_2),
-            _branch(self.mlp_out, gate_2),
-        )
+    def fold(self, condition: Tensor | None) -> FoldedLayer:
+        """The layer under a condition [B, 1 or T, C]; a constant one is put into the weights."""
+        with torch.autocast(self.norm_1.weight.device.type, enabled=False):
+            parts = _parts(self.modulation, condition)
+            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts
+            return FoldedLayer(
+                _fold_norm(self.norm_1, shift_1, scale_1),
+                _fold_branch(self.attention_out, gate_1),
+                _fold_norm(self.norm_2, shift_2, scale_2),
+                _fold_branch(self.mlp_out, gate_2),
+            )
 
     def forward(
         self,
         h: Tensor,
         cos: Tensor,
         sin: Tensor,
-        conditioned: Conditioned,
-        attention: Callable[[Tensor, Tensor, Tensor], Tensor | None],
-        at: Tensor | None = None,
-    ) -> Tensor | None:
+        condition: Tensor | FoldedLayer | None,
+        attention: Attention,
+        chosen: Chosen | None = None,
+    ) -> Tensor | KeysAndValues:
         """h [B, T, E] → the residual stream after this layer.
 
-        `attention` gets the rotated q and k, and v, each [B, H, T, D], and answers [B, H, T', D].
-        Where T' < T only the last T' tokens go on; where it answers None nothing does, and None
-        comes back (the last layer of a clean stream is wanted for its keys and values alone).
-        With `at` bool [B, T'] only the chosen positions go on: [P, E] comes back.
+        `condition` [B, 1 or T, C] is what adaLN reads, or what `fold` made of it. `attention` gets
+        the rotated q and k, and v, each [B, H, T, D], and answers [B, H, T', D]. Where T' < T only
+        the last T' tokens go on; where it answers None nothing does, and k and v come back (the
+        last layer of a clean stream is wanted for these alone). Of the positions `chosen` among the
+        T' only these go on: [P, E] comes back.
         """
-        attended = _outside(attention, *self.project(h, cos, sin, conditioned))
+        given = (h, cos, sin, condition, attention, chosen)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(self._forward, *given)
+        return self._forward(*given)
+
+    def _forward(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        condition: Tensor | FoldedLayer | None,
+        attention: Attention,
+        chosen: Chosen | None,
+    ) -> Tensor | KeysAndValues:
+        folded = condition if isinstance(condition, FoldedLayer) else self.fold(condition)
+        q, k, v = self.project(h, cos, sin, folded)
+        attended = _outside(attention, q, k, v)
         if attended is None:
-            return None
-        h = h[:, h.shape[1] - attended.shape[2] :]
-        if at is None:
-            return self.finish(h, attended, conditioned)
-        h, attended = h[at][:, None], attended.transpose(1, 2)[at][:, :, None]
-        return self.finish(h, attended, conditioned).squeeze(1)
+            return k, v
+        attended = attended.transpose(1, 2).flatten(2)
+        if chosen is not None:
+            return self.finish(chosen.of(h), chosen.of(attended), folded)
+        return self.finish(h[:, h.shape[1] - attended.shape[1] :], attended, folded)
 
     def project(
-        self, h: Tensor, cos: Tensor, sin: Tensor, conditioned: Conditioned
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, h: Tensor, cos: Tensor, sin: Tensor, folded: FoldedLayer
+    ) -> tuple[Tensor, ...]:
         """h [B, T, E] → rotated q, rotated k, v, each [B, H, T, D]."""
-        return _Heads.apply(apply(self.qkv, conditioned.norm_1(h)), cos, sin, self.heads)
+        return split_heads(self.qkv(folded.norm_1(h)), cos, sin, self.heads)
 
-    def finish(self, h: Tensor, attended: Tensor, conditioned: Conditioned) -> Tensor:
-        """The residual stream after attention's output [B, H, T, D] and the MLP."""
+    def finish(self, h: Tensor, attended: Tensor, folded: FoldedLayer) -> Tensor:
+        """The residual stream after attention's output, of the shape of h [.., E], and the MLP."""
         dropout = self.dropout if self.training else 0.0
-        h = conditioned.attention_out(h, attended.transpose(1, 2).flatten(2), dropout)
-        x = expand(self.mlp_in, conditioned.norm_2(h))
-        return conditioned.mlp_out(h, x, dropout)
+        h = folded.attention_out(h, attended, dropout)
+        return folded.mlp_out(h, self.mlp_in(folded.norm_2(h), gelu=True), dropout)
+
+
+class OutputMap(Linear):
+    """h [P, E] → logits [P, V], or with targets [P] their −log p [P]: see `subs_nll`."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size)
+        self.config = config
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if targets is None:
+            return super().forward(x)
+        mask_token_id, score = self.config.mask_token_id, self.config.score
+        return subs_nll(x, self.dense(), self.bias, targets, mask_token_id, score)
 
 
 class OutputLayer(nn.Module):
@@ -301,12 +369,21 @@ class OutputLayer(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.norm = LayerNorm(config.hidden_size)
-        self.linear = nn.Linear(config.hidden_size, config.vocab_size)
+        self.linear = OutputMap(config)
         self.modulation = Modulation(config, 2) if config.adaln else None
 
-    def under(self, condition: Tensor | None) -> Affine:
+    def fold(self, condition: Tensor | None) -> FoldedNorm:
         """The final norm under a condition."""
-        if self.modulation is None or condition is None:
-            return _affine(self.norm, None, None)
-        shift, scale = self.modulation(condition).float().chunk(2, dim=-1)
-        return _affine(self.norm, shift, scale)
+        return _fold_norm(self.norm, *_parts(self.modulation, condition)[:2])
+
+    def forward(
+        self,
+        h: Tensor,
+        condition: Tensor | FoldedNorm | None,
+        chosen: Chosen | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """Logits, or −log p of the targets [P], of h [B, T, E], or [P, E] where chosen."""
+        norm = condition if isinstance(condition, FoldedNorm) else self.fold(condition)
+        norm = norm if chosen is None else norm.at(chosen)
+        return self.linear(norm(h), targets)

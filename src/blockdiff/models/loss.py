@@ -8,9 +8,10 @@
 which is part of the NELBO's weight. It equals −log p_θ(target) + (S − 1 − log S): the same cross
 entropy and a penalty that is 0 only where the network's scores add up to a probability, S = 1.
 
-The vocabulary is walked in slices: the forward keeps the running log-sum-exp, the backward computes
-a slice of the probabilities again and leaves its part of every gradient. The largest tensor is
-[P, slice], whatever the vocabulary.
+The logits are made a slice at a time: the forward keeps the log-sum-exp, the backward computes a
+slice of the probabilities again and leaves its part of every gradient. On a CPU a slice is some
+words of the vocabulary for all positions, small enough for its cache, whatever the vocabulary. On a
+GPU it is some positions with the whole vocabulary: few kernels, and none waits for the host.
 
 Shapes: P chosen positions, E width, V vocabulary.
 """
@@ -18,15 +19,16 @@ Shapes: P chosen positions, E width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits computed at a time: 8 MiB in float32, so that a slice stays in a CPU's cache.
-LOGITS = 2**21
+# Logits computed at a time. On a CPU 8 MiB in float32, so that a slice stays in its cache;
+# elsewhere (not measured yet) 512 MiB, so that the launches do not count.
+LOGITS = {"cpu": 2**21}
+LOGITS_ELSEWHERE = 2**27
 
 
 def subs_nll(
@@ -69,27 +71,42 @@ def score_entropy_from_logits(logits: Tensor, targets: Tensor, mask_token_id: in
     return logits.exp().sum(-1) - 1 - of_target
 
 
-def _slices(positions: int, vocabulary: int) -> Iterator[slice]:
-    size = max(256, LOGITS // max(positions, 1))
-    for start in range(0, vocabulary, size):
-        yield slice(start, min(start + size, vocabulary))
+Slices = list[tuple[slice, slice]]
+
+
+def slices(positions: int, vocabulary: int, device: torch.device) -> Slices:
+    """(positions, words) of each slice; the largest has `LOGITS` logits or little more."""
+    everywhere, every_word = slice(0, positions), slice(0, vocabulary)
+    if device.type == "cpu":
+        size = max(256, LOGITS["cpu"] // max(positions, 1))
+        return [(everywhere, words) for words in _cut(vocabulary, size)]
+    size = max(1, LOGITS.get(device.type, LOGITS_ELSEWHERE) // vocabulary)
+    return [(part, every_word) for part in _cut(positions, size)]
+
+
+def _cut(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _logits(
-    h: Tensor, weight: Tensor, bias: Tensor | None, part: slice, mask_token_id: int
+    h: Tensor, weight: Tensor, bias: Tensor | None, words: slice, mask_token_id: int
 ) -> Tensor:
-    """Logits [P, slice] in float32, the mask token's at −inf."""
-    own_bias = None if bias is None else bias[part].to(h.dtype)
-    logits = F.linear(h, weight[part].to(h.dtype), own_bias).float()
-    if part.start <= mask_token_id < part.stop:
-        logits[:, mask_token_id - part.start] = -torch.inf
+    """Logits [p, v] in float32 of h [p, E] for the slice's words, the mask token's at −inf."""
+    own_bias = None if bias is None else bias[words].to(h.dtype)
+    logits = F.linear(h, weight[words].to(h.dtype), own_bias).float()
+    if words.start <= mask_token_id < words.stop:
+        logits[:, mask_token_id - words.start] = -torch.inf
     return logits
 
 
-def _inside(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """Which positions [n] have their target in the slice, and where in it [n]."""
-    rows = ((targets >= part.start) & (targets < part.stop)).nonzero().squeeze(-1)
-    return rows, targets[rows] - part.start
+def _columns(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """[p, 1]: which column of the slice is the target's, and whether the target is in it at all.
+
+    Where it is not, some column of the slice: `nonzero` would make a GPU wait for the host.
+    """
+    inside = (targets >= words.start) & (targets < words.stop)
+    column = (targets - words.start).clamp(0, words.stop - words.start - 1)
+    return column[:, None], inside[:, None]
 
 
 class _SubsNLL(torch.autograd.Function):
@@ -104,12 +121,13 @@ class _SubsNLL(torch.autograd.Function):
         score: bool,
     ) -> Tensor:
         log_sum = torch.full(targets.shape, -torch.inf, device=h.device)
-        of_target = torch.empty_like(log_sum)
-        for part in _slices(len(h), len(weight)):
-            logits = _logits(h, weight, bias, part, mask_token_id)
-            log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))
-            rows, columns = _inside(targets, part)
-            of_target[rows] = logits[rows, columns]
+        of_target = torch.zeros_like(log_sum)
+        for part, words in slices(len(h), len(weight), h.device):
+            logits = _logits(h[part], weight, bias, words, mask_token_id)
+            log_sum[part] = torch.logaddexp(log_sum[part], logits.logsumexp(-1))
+            column, inside = _columns(targets[part], words)
+            found = torch.where(inside, logits.gather(-1, column), 0.0)
+            of_target[part] += found.squeeze(-1)
         nll = log_sum - of_target
         if score:
             fixed = torch.full_like(log_sum, math.log(len(weight) - 1))
@@ -123,18 +141,18 @@ class _SubsNLL(torch.autograd.Function):
         h, weight, bias, targets, log_sum = ctx.saved_tensors
         (outer,) = gradients
         of_h = torch.zeros(h.shape, device=h.device)
-        of_weight = torch.empty_like(weight)
-        of_bias = None if bias is None else torch.empty_like(bias)
-        for part in _slices(len(h), len(weight)):
+        of_weight = torch.zeros_like(weight)
+        of_bias = None if bias is None else torch.zeros_like(bias)
+        for part, words in slices(len(h), len(weight), h.device):
             # ∂ nll / ∂ logits = p − [v = target], with p̃ for p where scores are fitted
-            slope = _logits(h, weight, bias, part, ctx.mask_token_id)
-            slope = slope.sub_(log_sum[:, None]).exp_()
-            rows, columns = _inside(targets, part)
-            slope[rows, columns] -= 1
-            slope *= outer[:, None]
+            slope = _logits(h[part], weight, bias, words, ctx.mask_token_id)
+            slope = slope.sub_(log_sum[part, None]).exp_()
+            column, inside = _columns(targets[part], words)
+            slope.scatter_add_(-1, column, -inside.to(slope.dtype))
+            slope *= outer[part, None]
             if of_bias is not None:
-                of_bias[part] = slope.sum(0)
+                of_bias[words] += slope.sum(0)
             slope = slope.to(h.dtype)
-            of_h += slope @ weight[part].to(h.dtype)
-            of_weight[part] = slope.mT @ h
+            of_h[part] += slope @ weight[words].to(h.dtype)
+            of_weight[words] += slope.mT @ h[part]
         return of_h.to(h.dtype), of_weight, of_bias, None, None, None

@@ -15,7 +15,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from blockdiff.checks import one_of
 from blockdiff.errors import InputError
-from blockdiff.models.precision import resolve_precision
+from blockdiff.models.weights import resolve_precision
+from blockdiff.training import parallel
 from blockdiff.training.config import TrainConfig
 
 # Fields of `TrainingArguments` that are not for `trainer_args`: the option that sets each, or none
@@ -72,7 +73,7 @@ def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArg
             remove_unused_columns=False,
             report_to=[name for name in reporters(config) if name != "tensorboard"],
             disable_tqdm=True,
-            ddp_find_unused_parameters=False,  # every weight has a part in every step
+            **parallel.ARGUMENTS,
             **extra,
         )
     except (ValueError, TypeError, ImportError, AttributeError) as error:

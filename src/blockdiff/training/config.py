@@ -121,6 +121,8 @@ class TrainConfig:
         precision: float32, bf16 (autocast), or auto: bf16 where the processor is made for it.
         backend: Attention.
         compile: Compile the layers with torch.compile.
+        checkpoint_activations: Compute a layer's activations again in the backward: less memory,
+            a third more work.
         device: cpu, cuda, cuda:1, mps, or auto (cuda, else mps, else cpu).
         seed: Seed of weights, data order, masks and dropout, at most 2³² − 1.
         workers: Data loading processes.
@@ -188,6 +190,7 @@ class TrainConfig:
     precision: Precision = "auto"
     backend: Backend = "auto"
     compile: bool = False
+    checkpoint_activations: bool = False
     device: str = "auto"
     seed: int = 0
     workers: int = 0

@@ -35,7 +35,7 @@ from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import WEIGHTS, load_model, resolve, save_model
 from blockdiff.models.loading import check_tokenizer, require_own, settle_mask
-from blockdiff.models.precision import resolve_precision
+from blockdiff.models.weights import resolve_precision
 from blockdiff.noising import Draw, stratified_noise
 from blockdiff.outputs import staging, to_json, write_text
 from blockdiff.registry import OBJECTIVES
@@ -55,6 +55,7 @@ from blockdiff.training.config import (
     merge_resumed,
     save_config,
 )
+from blockdiff.training.parallel import gathered, recompute_activations
 from blockdiff.training.record import check_data, fingerprint, session
 from blockdiff.training.signals import stopped_by
 from blockdiff.training.trainer import BlockDiffusionTrainer
@@ -208,7 +209,7 @@ def _train(
     check_data(config, record, data.fingerprints)
     model = build_model(config, data.tokenizer, start)
     if processes.is_main_process:
-        record = _begin(config, data, where, record)
+        record = _begin(config, data, where, record, model.config)
     processes.wait_for_everyone()
     tokens_per_step = config.batch_size * config.length
     bar = ProgressBar(f"{model.config.kind} → {config.out}", tokens_per_step)
@@ -232,18 +233,23 @@ def _train(
             seconds = float(made.metrics["train_runtime"])
         steps = trainer.state.global_step
         # Before it is measured: whatever comes of that, the model is there.
-        if trainer.is_world_process_zero():
-            save_model(trainer.averaged_model, out)
+        _save(trainer, out)
         metrics = _last_validation(trainer) or trainer.evaluate()
     finally:
         bar.stop()
+    if config.searches_clip:  # the validation may have found another
+        _save(trainer, out)
     if trainer.is_world_process_zero():
-        if config.searches_clip:  # the validation may have found another
-            save_model(trainer.averaged_model, out)
         result = {"steps": steps, "metrics": metrics, "seconds": round(seconds, 1)}
         save_config(config, out, record | {"finished": result})
     seen = steps * tokens_per_step
     return Trained(out, metrics, seen, seconds, processes.is_main_process, steps - before)
+
+
+def _save(trainer: BlockDiffusionTrainer, out: Path) -> None:
+    with gathered(trainer.averaged_model):
+        if trainer.is_world_process_zero():
+            save_model(trainer.averaged_model, out)
 
 
 def _try_estimator(config: TrainConfig) -> None:
@@ -273,7 +279,11 @@ def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
 
 
 def _begin(
-    config: TrainConfig, data: TrainingData, device: torch.device, record: dict[str, Any]
+    config: TrainConfig,
+    data: TrainingData,
+    device: torch.device,
+    record: dict[str, Any],
+    sizes: DiTConfig,
 ) -> dict[str, Any]:
     """Puts run.json and the tokenizer into the folder, for which an earlier run makes room.
 
@@ -285,7 +295,9 @@ def _begin(
         record = {name: value for name, value in record.items() if name != "finished"}
         record["resumed"] = [*record.get("resumed", []), now]
     else:
-        became = {"precision": config.precision, "backend": choose_backend(config.backend, device)}
+        head_dim = sizes.hidden_size // sizes.num_attention_heads
+        backend = choose_backend(config.backend, device, head_dim)
+        became = {"precision": config.precision, "backend": backend}
         record = {**now, "resolved": became, "data": data.fingerprints}
     if not config.resume:
         folders.clear(out)
@@ -496,6 +508,8 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
     model.attention_backend = config.backend
     if start is not None:
         _take_weights(model, start)
+    if config.checkpoint_activations:
+        recompute_activations(model)
     if config.compile:
         model.compile_layers()
     return model

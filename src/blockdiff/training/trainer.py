@@ -13,8 +13,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -45,11 +43,12 @@ from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import Draw, stratified_noise
 from blockdiff.objectives import objective_of
+from blockdiff.training import parallel
 from blockdiff.training.arguments import reporters, training_arguments
 from blockdiff.training.checkpoints import checkpoint_step, checkpoints, newest_checkpoint, seal
 from blockdiff.training.clipping import WHOLE, best_clip, clip_variances
 from blockdiff.training.config import TrainConfig
-from blockdiff.training.ema import make_ema, update_ema
+from blockdiff.training.ema import make_ema
 from blockdiff.training.signals import Signals
 
 NEVER = 2**62  # a step no run comes to
@@ -89,9 +88,13 @@ class BlockDiffusionTrainer(Trainer):
             callbacks=[_Bookkeeping(self), *_tensorboard(config), *callbacks],
         )
         if self.ema is not None:
-            self.ema.to(self.args.device)
-        if self.is_fsdp_enabled and self.ema is None:
-            raise InputError("a sharded (FSDP) run is measured and saved by its `ema`; give one")
+            self.ema.module.to(self.args.device)
+        parallel.allow_tf32(self.args.bf16, self.args.device)
+        if self.is_fsdp_enabled:
+            if self.ema is None:
+                raise InputError("a sharded run is measured and saved by its `ema`; give one")
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = parallel.mixed_precision(self.args.bf16)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         # The loss is already divided by the tokens of the whole step.
@@ -205,12 +208,20 @@ class BlockDiffusionTrainer(Trainer):
 
     @property
     def averaged_model(self) -> PreTrainedModel:
-        """The EMA of the weights, or the weights themselves without one."""
+        """The EMA of the weights, or the weights themselves without one.
+
+        Of a sharded run it is sharded: `parallel.gathered` has it whole.
+        """
         own = self.accelerator.unwrap_model(self.model)
         return cast(PreTrainedModel, own if self.ema is None else self.ema.module)
 
     def evaluate(self, *unused: object, **options: object) -> dict[str, float]:
-        with _own_precision(self.averaged_model):
+        """The likelihood of the validation windows, in the run's precision."""
+        device = self.args.device.type
+        with (
+            parallel.gathered(self.averaged_model),
+            torch.autocast(device, torch.bfloat16, enabled=self.args.bf16),
+        ):
             return self._measure(cast(Denoiser, self.averaged_model))
 
     def _measure(self, model: Denoiser) -> dict[str, float]:
@@ -261,11 +272,13 @@ class BlockDiffusionTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # a half-written one of the same step
             folder.mkdir(parents=True)
-            if self.ema is not None:
-                self._require_finite(self.ema.module)
-                updates = {"updates_before": str(self.ema_updates)}
-                save_file(self.ema.module.state_dict(), folder / EMA_WEIGHTS, metadata=updates)
             (folder / CLIP).write_text(json.dumps(self.clip), encoding="utf-8")
+        if self.ema is not None:
+            with parallel.gathered(self.ema.module):
+                self._require_finite(self.ema.module)
+                if self.args.should_save:
+                    updates = {"updates_before": str(self.ema_updates)}
+                    save_file(self.ema.module.state_dict(), folder / EMA_WEIGHTS, metadata=updates)
         self.accelerator.wait_for_everyone()  # the folder is there for all
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # and holds every process's part
@@ -299,23 +312,6 @@ class BlockDiffusionTrainer(Trainer):
         return 0
 
 
-@contextmanager
-def _own_precision(model: nn.Module) -> Iterator[None]:
-    """The model as it will be saved, without the autocast that accelerate put around `forward`.
-
-    `encode` has none, so that keys and queries would differ in their number format.
-    """
-    wrapped = model.__dict__.get("forward")
-    original = model.__dict__.get("_original_forward")
-    if original is not None:
-        model.forward = original
-    try:
-        yield
-    finally:
-        if original is not None:
-            model.__dict__["forward"] = wrapped
-
-
 class _TensorBoard(TensorBoardCallback):
     """Stays open after the last step: the last validation belongs to the same folder."""
 
@@ -341,18 +337,22 @@ class _Bookkeeping(TrainerCallback):
     def __init__(self, trainer: BlockDiffusionTrainer) -> None:
         self.trainer = trainer
 
+    def _network(self) -> nn.Module:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.n_averaged.fill_(self.trainer.ema_updates + state.global_step)
+            parallel.shard_like(self.trainer.ema.module, self._network())
         self.begin = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any
     ) -> None:
         if self.trainer.ema is not None:
-            update_ema(self.trainer.ema, self.trainer.accelerator.unwrap_model(self.trainer.model))
+            self.trainer.ema.update_parameters(self._network())
         minutes = self.trainer.run.minutes
         if minutes and time.perf_counter() - self.begin > 60 * minutes:
             control.should_training_stop = control.should_save = True

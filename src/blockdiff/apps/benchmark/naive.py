@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockdiff.layout import dense_mask
+from blockdiff.attention.masks import dense_mask
 from blockdiff.models.dit import DiT
 from blockdiff.models.layers import DiTLayer, rope
 from blockdiff.noising import Draw

@@ -23,7 +23,7 @@ from blockdiff.attention import choose_backend
 from blockdiff.checks import one_of
 from blockdiff.device import choose_device
 from blockdiff.models.config import PRESETS
-from blockdiff.models.precision import resolve_precision
+from blockdiff.models.weights import resolve_precision
 from blockdiff.training.config import Precision
 
 # work → (what builds an alternative, its alternatives, the ratios that answer its question)

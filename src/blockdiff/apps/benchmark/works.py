@@ -14,13 +14,13 @@ from blockdiff import objectives
 from blockdiff.apps.benchmark.compare import Run
 from blockdiff.apps.benchmark.naive import naive_nats, naive_sample
 from blockdiff.apps.benchmark.options import BenchmarkOptions
-from blockdiff.attention import attend
+from blockdiff.attention import attend, make_mask
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.models.precision import convert
+from blockdiff.models.weights import convert
 from blockdiff.noising import Noise, exact_k, stratified_noise
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.options import SamplingOptions
@@ -149,8 +149,10 @@ def attention(options: BenchmarkOptions, device: str, backend: str) -> Run:
     )
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
+    mask = make_mask(layout, "two_stream", backend, q.device)
+
     def run() -> dict[str, float]:
-        out = attend(q, k, v, layout, "two_stream", backend=backend)
+        out = attend(q, k, v, mask)
         torch.autograd.grad(out, leaves, outer)
         return {"tokens": options.batch_size * options.length}
 

@@ -1,85 +1,24 @@
-"""Attention under the block layout: three backends behind one call.
+"""Attention by chunks of queries, each with only the keys that some of them may see.
 
-    dense      SDPA with the whole mask as a tensor: the slow, obvious reference
-    blockwise  chunks of queries, each with only the keys it may see, as matrix products: every
-               device, forward and backward, no work on the tiles that are masked out whole
-    flex       FlexAttention with a BlockMask: CUDA; on a CPU its forward only
-
-Shapes: B batch, R draws, H heads, D head width, L positions, Q queries, S keys.
+The backward is by hand: gradients are allocated once and added to, where autograd would pad the
+gradient of every slice. Shapes: B batch, H heads, D head width, Q queries, S keys.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from blockdiff.attention.masks import KINDS, Documents, mask_rows, same_document
 from blockdiff.device import cached
-from blockdiff.errors import InputError
-from blockdiff.layout import BlockLayout, dense_mask, mask_rows
+from blockdiff.layout import BlockLayout
 
-BACKENDS = ("auto", "dense", "blockwise", "flex")
-
-# Queries per chunk of `blockwise`, or an eighth of the sequence if that is more: long enough for
-# efficient matrix products, short enough that the half-masked tile on the diagonal stays a small
-# part of the work.
+# Queries per chunk, or an eighth of the sequence if that is more: long enough for efficient matrix
+# products, short enough that the half-masked tile on the diagonal stays a small part of the work.
 CHUNK = 64
 LONGEST_CHUNK = 256
-
-
-def choose_backend(backend: str, device: torch.device) -> str:
-    """Resolves "auto": `flex` on CUDA, `blockwise` on the CPU and on MPS."""
-    if backend not in BACKENDS:
-        raise InputError(f"no attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    if backend != "auto":
-        return backend
-    return "flex" if device.type == "cuda" else "blockwise"
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: BlockLayout,
-    kind: str,
-    *,
-    backend: str = "blockwise",
-) -> Tensor:
-    """Softmax attention under one part of the two-stream mask.
-
-    `kind` "clean": q, k, v [B, H, L, D], the x_0 stream alone (M_BC). "noised": q [R·B, H, L, D]
-    from x_t, k and v [R·B, H, 2L, D] over x_0 ⊕ x_t (M_OBC and M_BD). "two_stream": all 2L tokens
-    x_0 ⊕ x_t at once. The layout's documents are [B, L] or [R·B, L]. Returns the
-    shape of q.
-    """
-    documents, layout = layout.documents, layout.plain
-    if documents is not None:
-        if documents.shape[0] != q.shape[0]:
-            documents = documents.repeat(q.shape[0] // documents.shape[0], 1)
-        streams = {"clean": (1, 1), "noised": (1, 2), "two_stream": (2, 2)}[kind]
-        same = documents.repeat(1, streams[0]), documents.repeat(1, streams[1])
-    else:
-        same = None
-    if backend == "dense":
-        mask = dense_mask(layout, kind, q.device)
-        if same is not None:
-            mask = (mask & _same(same[0], same[1]))[:, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if backend == "blockwise":
-        return _blockwise(q, k, v, layout, kind, same)
-    if backend == "flex":
-        return _flex(q, k, v, layout, kind, same)
-    raise InputError(f"no attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-
-
-def _same(query_documents: Tensor, key_documents: Tensor) -> Tensor:
-    """[B, Q, S] bool."""
-    return query_documents[:, :, None] == key_documents[:, None, :]
-
 
 Span = tuple[int, int]
 
@@ -96,17 +35,16 @@ class Chunk(NamedTuple):
     hidden: Tensor | None
 
 
-def _blockwise(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: BlockLayout,
-    kind: str,
-    documents: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    chunks = _chunks(layout, kind, q.device)
-    if documents is not None:
-        chunks = [_within_documents(chunk, *documents) for chunk in chunks]
+def prepare(
+    layout: BlockLayout, kind: str, device: torch.device, documents: Documents | None
+) -> list[Chunk]:
+    chunks = _chunks(layout, kind, device)
+    if documents is None:
+        return chunks
+    return [_within_documents(chunk, *documents) for chunk in chunks]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, chunks: list[Chunk]) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         out: Tensor = _ChunkedAttention.apply(q, k, v, chunks)
     return out
@@ -114,7 +52,7 @@ def _blockwise(
 
 def _within_documents(chunk: Chunk, of_query: Tensor, of_key: Tensor) -> Chunk:
     """The chunk with the keys of other documents hidden as well."""
-    hidden = ~_same(of_query[:, chunk.queries], _gather(of_key, chunk.spans, 1))
+    hidden = ~same_document(of_query[:, chunk.queries], _gather(of_key, chunk.spans, 1))
     if chunk.hidden is not None:
         hidden[..., hidden.shape[-1] - chunk.hidden.shape[-1] :] |= chunk.hidden
     return chunk._replace(hidden=hidden[:, None])
@@ -193,13 +131,13 @@ def _scatter(x: Tensor, spans: tuple[Span, ...], parts: Tensor) -> None:
         begin += stop - start
 
 
-@cached(64)
+@cached
 def _chunks(layout: BlockLayout, kind: str, device: torch.device) -> list[Chunk]:
     """The chunks of one kind of attention, read off the layout's one predicate."""
     size = max(CHUNK, min(layout.length // 8, LONGEST_CHUNK))
     size = max(size // layout.block_size, 1) * layout.block_size
     chunks = []
-    streams = 2 if kind == "two_stream" else 1
+    streams = KINDS[kind].queries
     for base in range(0, streams * layout.length, layout.length):
         for start in range(base, base + layout.length, size):
             queries = slice(start, min(start + size, base + layout.length))
@@ -218,67 +156,3 @@ def _runs(flags: Tensor) -> tuple[Span, ...]:
     edges = torch.diff(flags.int(), prepend=flags.new_zeros(1), append=flags.new_zeros(1))
     starts, stops = (edges == 1).nonzero(), (edges == -1).nonzero()
     return tuple(zip(starts.flatten().tolist(), stops.flatten().tolist(), strict=True))
-
-
-def _flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: BlockLayout,
-    kind: str,
-    documents: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    on_cuda = q.device.type == "cuda"
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if trained and not on_cuda:
-        raise InputError(
-            f"flex attention has no backward on {q.device.type}; train with the blockwise backend"
-        )
-    if documents is None:
-        mask = _block_mask(layout, kind, q.device)
-    else:
-        mask = _document_block_mask(layout, kind, q.device, documents)
-    run = _compiled_flex() if on_cuda else flex_attention
-    return run(q, k, v, block_mask=mask)
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex():  # type: ignore[no-untyped-def]
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def _predicate(layout: BlockLayout, kind: str):  # type: ignore[no-untyped-def]
-    return {
-        "clean": layout.m_bc,
-        "noised": layout.noised_sees,
-        "two_stream": layout.two_stream_sees,
-    }[kind]
-
-
-def _sizes(layout: BlockLayout, kind: str) -> tuple[int, int]:
-    queries, keys = {"clean": (1, 1), "noised": (1, 2), "two_stream": (2, 2)}[kind]
-    return queries * layout.length, keys * layout.length
-
-
-@cached(64)
-def _block_mask(layout: BlockLayout, kind: str, device: torch.device) -> BlockMask:
-    sees = _predicate(layout, kind)
-    queries, keys = _sizes(layout, kind)
-
-    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(query, key)
-
-    return create_block_mask(mask_mod, None, None, queries, keys, device=device)
-
-
-def _document_block_mask(
-    layout: BlockLayout, kind: str, device: torch.device, documents: tuple[Tensor, Tensor]
-) -> BlockMask:
-    sees = _predicate(layout, kind)
-    queries, keys = _sizes(layout, kind)
-    of_query, of_key = documents
-
-    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(query, key) & (of_query[b, query] == of_key[b, key])
-
-    return create_block_mask(mask_mod, of_query.shape[0], None, queries, keys, device=device)

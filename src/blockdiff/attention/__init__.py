@@ -1,0 +1,98 @@
+"""Attention under the block layout: several backends behind one call.
+
+    dense      SDPA with the whole mask as a tensor: the slow, obvious reference
+    blockwise  chunks of queries, each with only the keys it may see, as matrix products: every
+               device, forward and backward, no work on the tiles that are masked out whole
+    flex       FlexAttention with a BlockMask: CUDA; on a CPU its forward only
+    sdpa       SDPA without a mask tensor, where a query sees everything (MDLM) or everything up to
+               itself (AR): what "auto" takes for these where it is faster
+
+A mask is made once per pass and handed to every layer:
+
+    mask = make_mask(layout, kind, "auto", device)
+    attended = attend(q, k, v, mask)
+
+Shapes: B batch, R draws, H heads, D head width, L positions, Q queries, S keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blockdiff.attention import blockwise, dense, flex
+from blockdiff.attention.masks import KINDS, Documents
+from blockdiff.errors import InputError
+from blockdiff.layout import BlockLayout
+
+BACKENDS = ("auto", "dense", "blockwise", "flex")
+_ROOMS: dict[str, Any] = {"dense": dense, "blockwise": blockwise, "flex": flex, "sdpa": dense}
+
+
+class Mask(NamedTuple):
+    """Who sees whom in one pass, in the form that `backend` reads."""
+
+    backend: str
+    form: Any
+
+
+def choose_backend(
+    backend: str,
+    device: torch.device,
+    head_dim: int = flex.NARROWEST,
+    layout: BlockLayout | None = None,
+    kind: str = "two_stream",
+) -> str:
+    """Resolves "auto" by the device, and by the layout where one is given.
+
+    `sdpa` where the layout needs no mask and that is faster; `flex` on CUDA, where it has a kernel
+    for heads of `head_dim`; else `blockwise`. Raises `InputError` for a name not in `BACKENDS`.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"no attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend != "auto":
+        return backend
+    if layout is not None and dense.pays_without_mask(layout, kind, device):
+        return "sdpa"
+    return "flex" if device.type == "cuda" and head_dim >= flex.NARROWEST else "blockwise"
+
+
+def make_mask(
+    layout: BlockLayout,
+    kind: str,
+    backend: str,
+    device: torch.device,
+    *,
+    rows: int | None = None,
+    head_dim: int = flex.NARROWEST,
+) -> Mask:
+    """The mask of one pass, for all its layers: one part of the two-stream mask.
+
+    `kind` "clean": queries and keys are the x_0 stream alone (M_BC). "noised": queries are x_t,
+    keys x_0 ⊕ x_t (M_OBC and M_BD). "two_stream": all 2L tokens x_0 ⊕ x_t at once. The layout's
+    documents [B, L] are repeated to `rows` rows of queries, draw-major.
+    """
+    if backend != "sdpa":
+        backend = choose_backend(backend, device, head_dim, layout, kind)
+    if backend == "sdpa":
+        assert dense.needs_no_mask(layout, kind)
+        return Mask(backend, layout.block_size < layout.length)
+    documents, layout = layout.documents, layout.plain
+    pair: Documents | None = None
+    if documents is not None:
+        if rows is not None and rows != len(documents):
+            documents = documents.repeat(rows // len(documents), 1)
+        _, queries, keys = KINDS[kind]
+        pair = documents.repeat(1, queries), documents.repeat(1, keys)
+    return Mask(backend, _ROOMS[backend].prepare(layout, kind, device, pair))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
+    """Softmax attention of q [B, H, Q, D] over k and v [B, H, S, D]; returns the shape of q.
+
+    The mask's kind says what Q and S are: L and L ("clean"), L and 2L ("noised"), 2L and 2L.
+    """
+    out: Tensor = _ROOMS[mask.backend].attend(q, k, v, mask.form)
+    return out

@@ -1,0 +1,94 @@
+"""FlexAttention: only the tiles of 128 × 128 that somebody sees, in one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from blockdiff.attention.masks import KINDS, Documents
+from blockdiff.device import cached
+from blockdiff.errors import InputError
+from blockdiff.layout import BlockLayout
+
+NARROWEST = 16  # head width that its CUDA kernel begins at
+SHAPES = 512  # kernels compiled in a process: one for each layout, kind and shape
+
+
+def prepare(
+    layout: BlockLayout, kind: str, device: torch.device, documents: Documents | None
+) -> BlockMask:
+    return _layout_mask(layout, kind, device) if documents is None else _block_mask(
+        layout, kind, device, documents
+    )  # fmt: skip
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
+    if q.device.type == "cuda":
+        out: Tensor = compiled()(q, k, v, block_mask=mask)
+        return out
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise InputError(
+            f"flex attention has no backward on {q.device.type}; train with the blockwise backend"
+        )
+    return flex_attention(q, k, v, block_mask=mask)
+
+
+def padded(layout: BlockLayout) -> BlockLayout:
+    """The layout with its length rounded up, with padding at its end, to one of a few.
+
+    These are the powers of two from 128 on, made multiples of the block size.
+    """
+    length = max(128, 1 << (layout.length - 1).bit_length())
+    length += -length % layout.block_size
+    documents = layout.documents
+    if documents is not None:
+        documents = F.pad(documents, (0, length - layout.length), value=-1)
+    return replace(layout, length=length, documents=documents)
+
+
+@lru_cache(maxsize=2)
+def compiled(backend: str = "inductor") -> Any:
+    """The kernel, compiled for every shape it meets.
+
+    torch compiles a function for 8 shapes and then, without a word, runs it uncompiled, with all
+    H · Q · S scores in memory. So the limit is raised, and falling back is an error (`fullgraph`).
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, SHAPES)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * SHAPES)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=backend)
+
+
+@cached
+def _layout_mask(layout: BlockLayout, kind: str, device: torch.device) -> BlockMask:
+    return _block_mask(layout, kind, device, None)
+
+
+def _block_mask(
+    layout: BlockLayout, kind: str, device: torch.device, documents: Documents | None
+) -> BlockMask:
+    sees, queries, keys = KINDS[kind]
+
+    def by_layout(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(layout, query, key)
+
+    def by_document(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert documents is not None
+        of_query, of_key = documents
+        return sees(layout, query, key) & (of_query[b, query] == of_key[b, key])
+
+    length = layout.length
+    return create_block_mask(
+        by_layout if documents is None else by_document,
+        None if documents is None else len(documents[0]),
+        None,
+        queries * length,
+        keys * length,
+        device=device,
+    )
