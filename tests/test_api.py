@@ -237,7 +237,7 @@ def test_a_type_checker_sees_wrong_keywords(
         "call(max_new_tokens=3, top_p=None)\n"
         "call(max_tokens=3)\n"
         "call(seed='1')\n"
-        "call(sampler='best')\n"
+        "call(top_p_rule='best')\n"
     )
     # Of the package's own modules those of the options alone: the whole would take a minute.
     source, copy = Path(blockdiff.__file__).parent, tmp_path / "blockdiff"

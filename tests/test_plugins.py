@@ -72,7 +72,9 @@ def test_the_page_is_run_as_it_stands(mine, capsys):
     run = json.loads(Path("runs/mine/run.json").read_text())
     assert (run["schedule"], run["estimator"]) == ("cubic", "antithetic")
     assert run["run"]["plugins"] == [str(Path("mine.py").resolve())]
-    assert '"antithetic"' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert '"antithetic"' in said
+    assert '"nfe"' in said
 
 
 def test_its_parts_do_what_the_page_says(mine):
