@@ -28,7 +28,8 @@ def test_the_functions_theory_names_exist() -> None:
     found = 0
     for name in names:
         module, _, attribute = name.rpartition(".")
-        path = Path(blockdiff.__file__).parent / (module.replace(".", "/") + ".py")
+        path = Path(blockdiff.__file__).parent / module.replace(".", "/")
+        path = path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
         if path.is_file():
             found += 1
             assert re.search(rf"^\s*(def|class) {attribute}\b", path.read_text("utf-8"), re.M), name

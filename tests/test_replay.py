@@ -22,6 +22,7 @@ from blockdiff.sampling.step import Step
 CHROMIUM = shutil.which("chromium")
 BLOCK = 4
 NEVER = torch.zeros(1, dtype=torch.bool)
+ROW = torch.tensor([0])
 
 
 def record(
@@ -85,7 +86,7 @@ def finished(tokenizer, text: str, fixed_at: list[list[int]]) -> list[Step]:
         fixed[0, positions] = True
         canvas = torch.where(fixed, ids, canvas)
         length = ids.shape[1] if nfe == len(fixed_at) else -1
-        steps.append(Step(canvas, fixed, torch.tensor([nfe]), torch.tensor([length]), NEVER))
+        steps.append(Step(canvas, fixed, torch.tensor([nfe]), torch.tensor([length]), NEVER, ROW))
     return steps
 
 
@@ -110,7 +111,7 @@ def test_what_is_past_the_end_of_text_is_kept_apart(tokenizer):
     text = "the<|endoftext|> cat sat"
     *steps, last = finished(tokenizer, text, [[3], [1]])
     last.tokens[0, 2] = tokenizer.mask_token_id
-    end = Step(last.tokens, last.fixed, last.nfe, torch.tensor([2]), NEVER)
+    end = Step(last.tokens, last.fixed, last.nfe, torch.tensor([2]), NEVER, ROW)
     recording = record([*steps, end], tokenizer, 1, BLOCK)
     assert recording.length == 2
     assert recording.special == [1]

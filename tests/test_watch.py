@@ -48,9 +48,8 @@ def a_step(tokenizer, text: str, masked: list[int], fresh: list[int], length: in
     ids[0, masked] = tokenizer.mask_token_id
     fixed = torch.zeros_like(ids, dtype=torch.bool)
     fixed[0, fresh] = True
-    return Step(
-        ids, fixed, torch.tensor([7]), torch.tensor([length]), torch.zeros(1, dtype=torch.bool)
-    )
+    first = torch.zeros(1, dtype=torch.int64)
+    return Step(ids, fixed, torch.tensor([7]), torch.tensor([length]), first > 0, first)
 
 
 def show(steps, tokenizer, prompt_lengths, *, terminal: bool, env=None, **size: int) -> str:
