@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blockdiff.categorical import draw, signed, uniform
+from blockdiff.categorical import draw, real_dtype, signed, uniform
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
@@ -342,7 +342,8 @@ def _sample(options: SamplingOptions, logits: Tensor, numbers: Array, positions:
 
     def uniforms(which: Tensor, attempt: int) -> Tensor:
         if attempt == 0:  # everyone
-            return uniform(options.seed, number, position, TOKEN).to(logits.device)
+            first = uniform(options.seed, number, position, TOKEN)
+            return first.to(logits.device, real_dtype(logits.device))
         return uniform(options.seed, number[which], position[which], TOKEN + attempt)
 
     return draw(
