@@ -1,7 +1,8 @@
 """The obvious way, as the paper describes it: the baseline every speed is measured against.
 
 Training: one pass over all 2L tokens under the whole 2L × 2L mask, logits over the whole vocabulary
-at all 2L positions, the SUBS edit on the full logits, float32. Sampling: at each step the whole
+at all 2L positions, the SUBS edit on the full logits, float32 or whatever its caller's autocast
+says. Sampling: at each step the whole
 vocabulary at every position of the block in float64, a sorted nucleus for each, one position fixed,
 and a pass of its own to cache a finished block. It shares the fast path's weights, never its
 shortcuts.
