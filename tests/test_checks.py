@@ -43,7 +43,7 @@ RIGHT = {("temperature", str(x)) for x in (1e20, 10**30, 1e-320)} | {
 ZERO_MEANS_SOMETHING = {
     TrainConfig: {
         "initial_shift", "minutes", "warmup", "weight_decay", "max_grad_norm", "dropout", "ema",
-        "seed", "workers", "eval_every", "eval_windows",
+        "seed", "workers", "eval_every", "eval_windows", "keep_every",
     },
     SamplingOptions: {"temperature", "seed"},
     BenchmarkOptions: {"dropout"},
