@@ -142,7 +142,11 @@ TINY = ["--length", "16", "--batch-size", "2", "--vocab-size", "50", "--repeats"
     ("work", "alternatives", "figure"),
     [
         ("train", {"naive", NAIVE_BF16, "ours", "ar"}, "share_of_matrix_rate"),
-        ("sample", {"naive", NAIVE_BF16, "ours", "int8", "ar", "gpt2", GPT2_BF16}, "share_of_read_rate"),
+        (
+            "sample",
+            {"naive", NAIVE_BF16, "ours", "int8", "ar", "gpt2", GPT2_BF16},
+            "share_of_read_rate",
+        ),
         ("attention", {"dense", "blockwise"}, "peak_memory_ratio"),
         ("evaluate", {"naive", NAIVE_BF16, "separate", "ours"}, "torch"),
     ],

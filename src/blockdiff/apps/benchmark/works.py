@@ -14,7 +14,14 @@ from torch import Tensor
 from blockdiff import objectives
 from blockdiff.apps.benchmark.compare import Run
 from blockdiff.apps.benchmark.naive import naive_nats, naive_sample
-from blockdiff.apps.benchmark.options import GPT2_BF16, GPTS, NAIVE, NAIVE_BF16, NAIVES, BenchmarkOptions
+from blockdiff.apps.benchmark.options import (
+    GPT2_BF16,
+    GPTS,
+    NAIVE,
+    NAIVE_BF16,
+    NAIVES,
+    BenchmarkOptions,
+)
 from blockdiff.attention import attend, make_mask
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
