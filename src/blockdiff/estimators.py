@@ -35,7 +35,6 @@ from blockdiff.noising import (
     exact_k,
     lowest_k,
     mask_at_rate,
-    per_token,
 )
 from blockdiff.registry import ESTIMATORS, register_estimator
 from blockdiff.schedules import Schedule, get_schedule
@@ -62,7 +61,7 @@ def paired(
     weight = torch.cat([share / k.clamp(min=1), share / (n - k).clamp(min=1)])
     both = torch.cat([masked, maskable & ~masked])
     return apply_mask(
-        x_0, both, per_token(weight, layout), torch.cat([rate, other_rate]), mask_token_id
+        x_0, both, layout.per_token(weight), torch.cat([rate, other_rate]), mask_token_id
     )
 
 
@@ -91,7 +90,7 @@ def enumerate_masks(
     log_choose = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     weight = torch.where(own & (k > 0), torch.exp(-log_choose) / k.clamp(min=1), 0.0)
     rate = (k / (n + 1)).flatten(0, 1)
-    weight = per_token(weight, layout).flatten(0, 1)
+    weight = layout.per_token(weight).flatten(0, 1)
     return apply_mask(x_0, masked.flatten(0, 1), weight, rate, mask_token_id, exact=True)
 
 
@@ -174,7 +173,7 @@ def clipped_redraw(
     k = (mass < largest.pow(size)[..., None]).sum(-1).clamp(max=int(allowed.nonzero()[-1]))
     masked, _ = lowest_k(noise.token, k, torch.ones_like(noise.token, dtype=torch.bool), layout)
     by_rate = torch.ones_like(rate) if beta > 0.5 else 1 / rate.clamp(min=1e-6)
-    weight = per_token(by_rate, layout) / draws
+    weight = layout.per_token(by_rate) / draws
     masked = masked & maskable.repeat(draws, 1)
     return apply_mask(x_0, masked, weight, rate, mask_token_id, unbiased=False)
 

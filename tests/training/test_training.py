@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 import blockdiff
 from blockdiff import objectives
 from blockdiff.errors import InputError, RunStopped
+from blockdiff.evaluation.likelihood import addressed_noise
 from blockdiff.models.dit import DiT
 from blockdiff.models.loss import subs_nll_from_logits
-from blockdiff.noising import addressed_noise, clipped
+from blockdiff.noising import clipped
 from blockdiff.training.callbacks import read_metrics
 from blockdiff.training.checkpoints import (
     COMPLETE,

@@ -19,11 +19,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from blockdiff import checks
+from blockdiff.categorical import uniform
 from blockdiff.errors import InputError
 from blockdiff.estimators import Estimator, MakeDraw, make_estimator
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
-from blockdiff.noising import Noise, addressed_noise, independent_groups
+from blockdiff.noising import Noise
 from blockdiff.objectives import objective_of
 from blockdiff.registry import ESTIMATORS, SCHEDULES, Choices, name_of
 from blockdiff.schedules import Schedule
@@ -51,7 +52,7 @@ class Likelihood:
     `stderr`: its standard error over sequences, which holds the noise of the text and of the masks;
     NaN for a single sequence. `mask_stderr`: the part due to the masks alone, 0 when there is none
     (`exact`) and NaN with a single draw; from the spread of independent groups of draws (see
-    `noising.independent_groups`), whose variance is unbiased. It has one degree of freedom a
+    `independent_groups`), whose variance is unbiased. It has one degree of freedom a
     sequence: of a handful of sequences it is itself uncertain. Under `bernoulli` and `d3pm`, whose
     rare masks weigh most, ± 1.96 errors held the bound in 91 of 100 runs (benchmarks/coverage.py).
 
@@ -269,6 +270,35 @@ def _bound(
             total += tokens.cpu().double().sum(-1)
         nats.append(total)
     return torch.stack(nats)
+
+
+def independent_groups(draws: int) -> int:
+    """How many equal groups the draws of a sequence are in; each group is stratified on its own.
+
+    The error of the draws' mean is read off the spread of the groups, which are independent.
+    Stratified draws are not: their own spread overstates it. The groups are two, or the fewest
+    that divide the draws, since a larger group has less noise.
+    """
+    return next((n for n in range(2, draws + 1) if draws % n == 0), 1)
+
+
+def addressed_noise(numbers: Tensor, layout: BlockLayout, seed: int, draws: int = 1) -> Noise:
+    """Noise that depends on the seed and a sequence's number only, for reproducible evaluation.
+
+    `numbers` int64 [B]: each sequence's in the corpus. Stratified over the blocks of a sequence and
+    the draws of a group (see `independent_groups`), but never across sequences: what a sequence is
+    batched with does not change its noise.
+    """
+    device, groups = numbers.device, independent_groups(draws)
+    cells = draws // groups * layout.blocks
+    cell_index = torch.arange(groups * cells, device=device).view(groups, cells)
+    order = uniform(seed, 0, numbers[:, None, None], cell_index).argsort(-1)
+    block = (order + uniform(seed, 1, numbers[:, None, None], cell_index)) / cells  # [B, G, R/G·N]
+    block = block.view(len(numbers), draws, layout.blocks).transpose(0, 1).flatten(0, 1)
+    draw = torch.arange(draws, device=device)[:, None, None]
+    position = torch.arange(layout.length, device=device)
+    token = uniform(seed, 2, numbers[None, :, None], draw, position).flatten(0, 1)
+    return Noise(block, token)
 
 
 def _summary(per_draw: Tensor, tokens: Tensor, estimator: str, exact: bool) -> Likelihood:

@@ -31,6 +31,7 @@ Precision = Literal["auto", "float32", "bf16"]
 Backend = Literal["auto", "dense", "blockwise", "flex"]
 Detokenizer = Literal["none", "wikitext", "ptb", "lm1b", "lambada", "scientific"]
 
+WHOLE = (0.0, 1.0)  # the clip that cuts nothing off
 REPORTERS = ("tensorboard", "wandb", "none")
 
 # option → the least and the most it can be, both included
@@ -286,6 +287,11 @@ class TrainConfig:
                 f"`clip` {self.clip!r} is neither auto nor of the form 0.45,0.95"
             ) from None
         return checks.clip(beta, omega)
+
+    @property
+    def first_clip(self) -> tuple[float, float] | None:
+        """The clip a run begins with: its own, and where that is searched for, none at all."""
+        return self.clip_range() or (WHOLE if self.searches_clip else None)
 
     @property
     def effective_block_size(self) -> int:

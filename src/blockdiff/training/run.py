@@ -46,7 +46,6 @@ from blockdiff.training.checkpoints import (
     newest_checkpoint,
     remove_unfinished,
 )
-from blockdiff.training.clipping import WHOLE
 from blockdiff.training.config import (
     Precision,
     TrainConfig,
@@ -257,7 +256,7 @@ def _try_estimator(config: TrainConfig) -> None:
     if OBJECTIVES.find(config.objective).noised:
         layout = BlockLayout(config.length, config.effective_block_size)
         noise = stratified_noise(1, layout, torch.Generator().manual_seed(0))
-        clip = config.clip_range() or (WHOLE if config.searches_clip else None)
+        clip = config.first_clip
         make = make_estimator(config.estimator, config.schedule, clip, config.timesteps)
         x_0 = torch.zeros(1, config.length, dtype=torch.int64)
         draw = make(x_0, layout, noise, torch.ones_like(x_0, dtype=torch.bool), 1)
