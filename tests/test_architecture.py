@@ -43,7 +43,15 @@ FLOORS = [
 # the package's own names, what opens or builds a network, and the applications.
 KNOW_THE_CLASS = ["", "api", "apps*", "commands*", "training.run"]
 LIGHT = [
-    *("evaluation.options", "training.config", "sampling.options", "cli", "commands", "folders"),
+    *(
+        "evaluation.options",
+        "training.config",
+        "training.stored",
+        "sampling.options",
+        "cli",
+        "commands",
+        "folders",
+    ),
     "registry",
 ]
 

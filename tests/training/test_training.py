@@ -29,8 +29,10 @@ from blockdiff.training.checkpoints import (
     remove_unfinished,
 )
 from blockdiff.training.clipping import best_clip, clip_grid, clip_variances
-from blockdiff.training.config import TrainConfig, merge_resumed
-from blockdiff.training.run import prepare_data, train
+from blockdiff.training.config import TrainConfig
+from blockdiff.training.data import prepare_data
+from blockdiff.training.run import train
+from blockdiff.training.stored import merge_resumed
 from blockdiff.training.trainer import BlockDiffusionTrainer
 from helpers import random_tokens, tiny_model
 from processes import command
