@@ -10,24 +10,28 @@ same distribution, V times fewer numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from blockdiff import checks
 
+Array = NDArray[Any]
 # SplitMix64's odd constants, as the signed 64-bit integers torch has.
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical shift; torch's own keeps the sign."""
+def _shift_right(z: Any, bits: int) -> Any:
+    """Logical shift; torch's own and numpy's keep the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix(z: Tensor) -> Tensor:
+def _mix(z: Any) -> Any:
     """SplitMix64's finaliser (Steele, Lea and Flood 2014): every bit in moves every bit out."""
     z = (z ^ _shift_right(z, 30)) * _MIX_1
     z = (z ^ _shift_right(z, 27)) * _MIX_2
@@ -58,6 +62,20 @@ def uniform(seed: int | Tensor, *address: Tensor | int) -> Tensor:
     dtype = real_dtype(state.device)
     bits = 52 if dtype == torch.float64 else 23
     return (_shift_right(state, 64 - bits).to(dtype) + 0.5) * 2.0**-bits
+
+
+def host_uniform(seed: int | Array, *address: Array | int) -> Array:
+    """`uniform` for numpy arrays, in float64: the same numbers, in a fifth of the time for few."""
+    state = _mix(_array(seed) + _GOLDEN)
+    for part in address:
+        state = _mix(state * _MIX_2 + _mix(_array(part) + _GOLDEN))
+    found: Array = (_shift_right(state, 12).astype(np.float64) + 0.5) * 2.0**-52
+    return found
+
+
+def _array(part: int | Array) -> Array:
+    """At least one-dimensional: numpy warns of what overflows in a single number."""
+    return np.atleast_1d(np.asarray(signed(part) if isinstance(part, int) else part, np.int64))
 
 
 def signed(seed: int) -> int:

@@ -72,7 +72,7 @@ def test_rows_that_come_later_and_differ_are_what_they_are_alone(kind, every):
         if steps == 4:
             engine.drop(leaves)
         assert steps < 500
-    assert not len(engine.state) and not len(engine.cache.rows)
+    assert not len(engine.rows.state) and not len(engine.cache.rows)
     for name, (prompt, options, number) in names.items():
         assert found[name] == alone(model, prompt, options, number)
 
@@ -153,7 +153,7 @@ def test_bad_rows():
         engine.step()
     with pytest.raises(InputError, match="no row 5"):
         engine.drop(5)
-    assert not engine.active and not len(engine.state)
+    assert not engine.active and not len(engine.rows.state)
 
 
 def test_an_order_from_outside():

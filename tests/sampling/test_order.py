@@ -154,9 +154,9 @@ def finished_length(tokens, stop, start=2, end=6, eos_token_id=7):
     model = tiny_model(vocab_size=10, length=8, block_size=8, eos_token_id=eos_token_id)
     engine = blockdiff.Engine(model)
     engine.admit(tokens[:start], SamplingOptions(end - start, stop=stop))
-    engine.canvas[0, start:end] = tokens[start:end]
-    engine._finish(0)
-    return int(engine.state["length"][0])
+    engine.rows.canvas[0, start:end] = tokens[start:end]
+    engine.rows.finish(0)
+    return int(engine.rows.state["length"][0])
 
 
 @pytest.mark.parametrize(

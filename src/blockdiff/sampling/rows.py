@@ -1,0 +1,235 @@
+"""Rows of text that are being written, as the host knows them.
+
+Three kinds of row differ in where their blocks lie, and in nothing else:
+
+    block diffusion  the block at a multiple of K, after C = L − K cached tokens
+    AR               K = 1; the logits of a token are those of the next, so the cached block gives
+                     them, and the masked one is never run
+    K = L            nothing is cached; the window moves on by half of itself (MDLM, SEDD)
+
+Shapes: B rows, n of them, S canvas length, K block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from blockdiff.categorical import draw, host_uniform, signed
+from blockdiff.errors import InputError
+from blockdiff.registry import ORDERS
+from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.orders.base import ORDER, TOKEN, Order, RowState
+from blockdiff.sampling.step import Step
+from blockdiff.sampling.stopping import StoppingRule, rules_of
+
+Array = NDArray[Any]
+
+# name: what `admit` called it. number, seed: its part of the address of random numbers. group: that
+# of rows with equal options. start, end: where its text begins and ends. known: tokens before the
+# first masked one. first: where its block begins. size: K. stride: from one block to the next.
+# limit: up to which position blocks are filled. capacity: C. prompt: tokens of it still to be
+# cached. uncached: whether the block before its own is. evaluations: those of its block. nfe: all.
+# rejected: whether a rule gave it up. length: −1 until it is finished.
+_FIELDS = (
+    "name number seed group start end known first size stride limit capacity prompt uncached "
+    "evaluations nfe rejected length"
+)
+_STATE = np.dtype([(field, np.int64) for field in _FIELDS.split()])
+
+
+class Rows:
+    """`state` [B]: the fields above. `canvas` int64 [B, S]: prompt, text, and masks."""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.mask_token_id = config, config.mask_token_id
+        # 1 where the logits of a token are those of the next (AR), else 0
+        self.shifted = int(config.prediction == "shift")
+        self.state, self.canvas = np.empty(0, _STATE), np.empty((0, 0), np.int64)
+        self.u = np.empty((0, 0))  # of each row, the uniform numbers of its block
+        self.groups: list[tuple[SamplingOptions, Order, list[StoppingRule]]] = []
+        self.admitted = 0
+
+    def admit(self, prompt: Sequence[int], options: SamplingOptions, number: int | None) -> int:
+        """Adds a row; its place, which is the last."""
+        config, order = self.config, ORDERS.find(options.sampler, "sampler")
+        check_row(config, prompt, options, order)
+        row, place = np.zeros(1, _STATE), len(self.state)
+        size = config.block_size if options.block_size is None else options.block_size
+        start, end = len(prompt), len(prompt) + options.max_new_tokens
+        whole = end + -end % size
+        capacity = min(config.length - size, whole)
+        stride = size if capacity else max(size // 2, 1)
+        first = start // stride * stride
+        if not capacity:
+            first = max(first + stride - size, 0)  # with as much before it as fits
+        row["name"], row["number"] = self.admitted, self.admitted if number is None else number
+        row["seed"], row["group"] = signed(options.seed), self._group(options, order)
+        row["start"], row["end"], row["known"] = start, end, start
+        row["first"], row["size"], row["stride"], row["capacity"] = first, size, stride, capacity
+        # Blocks are filled whole; a window only as far as text is wanted, by most orders.
+        row["limit"] = whole if capacity or order.fills_block else end
+        # AR caches all tokens but the last, whose logits are the next token's.
+        row["prompt"] = first - self.shifted if capacity else 0
+        row["uncached"], row["length"] = self.shifted, -1
+        self.admitted += 1
+        self.state = np.append(self.state, row)
+        self.canvas = _grown(self.canvas, whole, self.mask_token_id)
+        self.canvas[place, :start] = prompt
+        self.u = _grown(self.u, size, 0.0)
+        self._number(np.array([place]))
+        return place
+
+    def drop(self, place: int) -> None:
+        """Forgets a row; those behind it move up."""
+        self.state = np.delete(self.state, place)
+        self.canvas, self.u = np.delete(self.canvas, place, 0), np.delete(self.u, place, 0)
+
+    def _group(self, options: SamplingOptions, order: Order) -> int:
+        for number, (known, *_) in enumerate(self.groups):
+            if known == options:
+                return number
+        self.groups.append((options, order, rules_of(options.stop)))
+        return len(self.groups) - 1
+
+    def look(self, rows: Array) -> tuple[Array, Array]:
+        """Positions [n, K] of the rows' blocks, and which of them are still to be fixed."""
+        state = self.state[rows]
+        column = np.arange(state["size"].max())
+        position = state["first"][:, None] + column
+        inside = (column < state["size"][:, None]) & (position < state["limit"][:, None])
+        return position, inside & (self.read(rows, position) == self.mask_token_id)
+
+    def read(self, rows: Array, position: Array) -> Array:
+        """The canvas at `position` [n, K]; the mask token past its end."""
+        inside = position < self.canvas.shape[1]
+        found = self.canvas[rows[:, None], np.where(inside, position, 0)]
+        return np.where(inside, found, self.mask_token_id)
+
+    def move_on(self, rows: Array) -> None:
+        """From the blocks of `rows`, which are full, to their next with something to fix."""
+        while len(rows):
+            self.state["first"][rows] += self.state["stride"][rows]
+            self.state["uncached"][rows] = self.shifted | (self.state["capacity"][rows] > 0)
+            self.state["evaluations"][rows] = 0
+            full = ~self.look(rows)[1].any(1)
+            self._number(rows[~full])
+            rows = rows[full]
+
+    def _number(self, rows: Array) -> None:
+        """Draws the uniform numbers of the rows' blocks; a block of one has no order."""
+        rows = rows[self.state["size"][rows] > 1]
+        if len(rows):
+            state = self.state[rows][:, None]
+            position = state["first"] + np.arange(state["size"].max())
+            u = host_uniform(state["seed"], state["number"], position, ORDER)
+            self.u[rows, : u.shape[1]] = u
+
+    def views(
+        self, rows: Array, position: Array, masked: Array
+    ) -> list[tuple[Array, Order, RowState]]:
+        """The rows of equal options: their places among `rows`, their order, and what it sees."""
+        group = self.state["group"][rows]
+        found = []
+        for number in np.unique(group).tolist():
+            place = (group == number).nonzero()[0]
+            row, (options, order, _) = rows[place], self.groups[number]
+            size = self.state["size"][row[0]]
+            view = RowState(
+                masked=masked[place, :size],
+                u=self.u[row, :size],
+                evaluations=self.state["evaluations"][row],
+                positions=position[place, :size],
+                numbers=self.state["number"][row],
+                options=options,
+                sample=partial(sample_tokens, options),
+            )
+            found.append((place, order, view))
+        return found
+
+    def finish(self, row: int) -> None:
+        """Ends a row whose text is all fixed, or which a rule ends."""
+        state = self.state[row]
+        known, start, end = int(state["known"]), int(state["start"]), int(state["end"])
+        masked = (self.canvas[row, known:end] == self.mask_token_id).nonzero()[0]
+        now = known + int(masked[0]) if len(masked) else end
+        self.state["known"][row] = now
+        for rule in self.groups[state["group"]][2]:
+            if rule.rejects and now == end:
+                continue
+            length = rule.length(self.canvas[row, :now], known, start, self.config.eos_token_id)
+            if length is not None:
+                self.state["length"][row], self.state["rejected"][row] = length, rule.rejects
+                return
+        if now == end:
+            self.state["length"][row] = end
+
+    def step(self, rows: Array, fixed_rows: Array, fixed_positions: Array) -> Step:
+        """Counts an evaluation of `rows`, sees which are finished, and reports."""
+        self.state["nfe"][rows] += 1
+        fixed = np.zeros(self.canvas.shape, bool)
+        fixed[fixed_rows, fixed_positions] = True
+        for row in np.unique(fixed_rows).tolist():
+            self.finish(row)
+        parts = [self.canvas.copy(), fixed, self.state["nfe"].copy(), self.state["length"].copy()]
+        parts += [self.state["rejected"] > 0, self.state["name"].copy()]
+        return Step(*map(torch.from_numpy, parts))
+
+
+def _grown(table: Array, width: int, fill: float) -> Array:
+    """The table [B, W] with a row more, and at least `width` wide."""
+    grown = np.full((len(table) + 1, max(width, table.shape[1])), fill, table.dtype)
+    grown[:-1, : table.shape[1]] = table
+    return grown
+
+
+def sample_tokens(
+    options: SamplingOptions, logits: Tensor, numbers: Array, positions: Array
+) -> Tensor:
+    """A token for each row of logits [P, V]; its random number is that of row and position."""
+
+    def uniforms(which: Tensor, attempt: int) -> Tensor:
+        own = slice(None) if attempt == 0 else which.numpy()  # later attempts are a CPU's
+        u = host_uniform(options.seed, numbers[own], positions[own], TOKEN + attempt)
+        return torch.from_numpy(u).to(logits.device, non_blocking=True)
+
+    return draw(
+        logits,
+        uniforms,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        top_p_rule=options.top_p_rule,
+    )
+
+
+def check_row(config: Any, prompt: Sequence[int], options: SamplingOptions, order: Order) -> None:
+    """Raises `InputError` for a prompt or options that do not fit the model."""
+    if order.only not in (None, config.kind):
+        raise InputError(
+            f"the {order.name} sampler reads the scores of {str(order.only).upper()}, and this is "
+            f"{config.kind}: use first_hitting or ancestral"
+        )
+    if not len(prompt):
+        raise InputError("an empty prompt: start it with the beginning-of-text token")
+    if config.mask_token_id in prompt and not config.causal:
+        raise InputError("a prompt contains the mask token; take it out")
+    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+        raise InputError(
+            f"a prompt's token ids run outside the model's vocabulary of {config.vocab_size}; "
+            "is this the model's tokenizer?"
+        )
+    config.choose_block_size(options.block_size)
+    if config.kind == "sedd":
+        longest = len(prompt) + options.max_new_tokens
+        if longest > config.length or options.block_size not in (None, config.length):
+            raise InputError(
+                f"SEDD writes within its context of {config.length} tokens, in one block; prompt "
+                f"and new tokens come to {longest}: lower `max_new_tokens`"
+            )
