@@ -4,16 +4,17 @@ Each estimator turns clean tokens into a noised copy and a weight per token such
 
     Σ_r Σ_ℓ weight_{r,ℓ} · CE_{r,ℓ},   CE_ℓ = −log p_θ(x_0^ℓ | x_t^b, x_0^{<b})
 
-estimates the bound (eq. 8 of the paper), Σ_b E_t[ −α'_t/(1 − α_t) Σ_{ℓ masked} CE_ℓ ]. With n the
-number of tokens of a block that may be masked:
+estimates the bound (eq. 8 of the paper), Σ_b E_t[ −α'_t/(1 − α_t) Σ_{ℓ masked} CE_ℓ ]; b is the
+block of token ℓ. With n the number of tokens of a block that may be masked:
 
     bernoulli   t ~ U(0, 1), each token masked with probability 1 − α_t, weight −α'_t/(1 − α_t)
     clipped     mask rate ~ U[β, ω], weight 1/rate: less variance, but no longer a bound
     exact_k     k ~ U{1…n}, a uniform k-subset, weight n/k: bernoulli with t integrated out
 
 `estimators.py` has the others, and how one of your own is registered. No estimator draws its own
-random numbers: all are functions of a `Noise`, so the same code serves training (stratified over
-batch × blocks) and evaluation (addressed by seed and row).
+random numbers: each is a function of a `Noise`. So the same code serves training, whose noise is
+stratified over batch × blocks, and evaluation, whose noise depends on the seed and the sequence
+alone (`evaluation/likelihood.py`).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Says that a checkpoint is whole, once all of it is on the disk."""
+    """Marks a checkpoint as whole, once all of it is on the disk."""
     share(folder)
     files = {}
     for path in _files(folder):

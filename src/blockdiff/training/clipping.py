@@ -62,8 +62,8 @@ def clip_variances(
 ) -> list[ClipVariance]:
     """The variance of the per-block loss under every clip of the grid, on x_0 [B, L].
 
-    `estimator`: clipped or clipped_redraw, whichever is trained with. One noised pass a clip; all
-    share the pass over the clean text.
+    `estimator`: the one that is trained with, clipped or clipped_redraw. Each clip takes a noised
+    pass; all share one pass over the clean text.
     """
     config = model.config
     layout = BlockLayout(x_0.shape[1], config.block_size, documents=documents)

@@ -16,9 +16,9 @@ from blockdiff.training.trainer import BlockDiffusionTrainer
 
 
 def restore(trainer: BlockDiffusionTrainer, checkpoint: Path, log: MetricsLog) -> None:
-    """The state of a run whose steps are all done, but which did not come to its end.
+    """Loads the state of a run that made all its steps, but was stopped before it was saved.
 
-    transformers' own loop would make another step before it looks at their number.
+    transformers' own loop would make one more step before it compares their number.
     """
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -27,7 +27,7 @@ def restore(trainer: BlockDiffusionTrainer, checkpoint: Path, log: MetricsLog) -
         trainer.averaged_model.config.clip = list(trainer.clip)
     log.on_train_begin(trainer.args, trainer.state, trainer.control)
     if trainer.is_world_process_zero() and last_validation(trainer) is None:
-        # That of the end may have been logged just before the kill, and will be logged again.
+        # The last validation may have been logged just before the kill; it will be logged again.
         lines = [
             line
             for line in read_metrics(log.path)

@@ -93,7 +93,7 @@ def train(
         (2, True)
     """
     if config.resume:
-        load_config(folders.local_path("out", config.out))  # a run that is none is not made one
+        load_config(folders.local_path("out", config.out))  # refused before a folder is made
     where = choose_device(config.device if device is None else device)
     # The others wait while one packs the corpus, which can take hours.
     processes = PartialState(cpu=where.type == "cpu", timeout=timedelta(days=1))
@@ -145,7 +145,7 @@ def _claimed(config: TrainConfig, processes: PartialState) -> Iterator[Path]:
 
 
 def _finished(config: TrainConfig, found: dict[str, Any], processes: PartialState) -> Trained:
-    """What a run that is resumed, but has nothing left to do, came to; as it was kept."""
+    """The result of a run that is resumed with nothing left to do, as run.json keeps it."""
     metrics = {
         name: math.nan if value is None else value for name, value in found["metrics"].items()
     }
@@ -162,7 +162,7 @@ def _train(
     record: dict[str, Any],
     trainer_class: Callable[..., BlockDiffusionTrainer],
 ) -> Trained:
-    """A run in a folder that is claimed; `stored` and `record` are those of a resumed one."""
+    """A run in a folder that is claimed; `stored` and `record`: of a run that is resumed."""
     out = Path(config.out)
     reporters(config)
     micro_batch(config, processes.num_processes)
