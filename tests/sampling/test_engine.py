@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 import blockdiff
 from blockdiff import Engine, SamplingOptions
 from blockdiff.errors import InputError
-from blockdiff.sampling import engine as engine_module
+from blockdiff.sampling import rows as rows_module
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.orders import scheduled
 from helpers import Operators, random_tokens, tiny_model
@@ -180,7 +180,7 @@ def test_an_order_from_outside():
 @pytest.mark.parametrize("sampler", ["first_hitting", "analytic"])
 def test_random_numbers_are_moved_in_the_precision_of_the_device(monkeypatch, sampler):
     """MPS has no float64, in which the host draws them: here a device that takes float32 only."""
-    for room in (engine_module, scheduled):
+    for room in (rows_module, scheduled):
         monkeypatch.setattr(room, "real_dtype", lambda device: torch.float32)
     moved = []
 
