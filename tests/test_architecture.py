@@ -43,9 +43,11 @@ FLOORS = [
 # the package's own names, what opens or builds a network, and the applications.
 KNOW_THE_CLASS = ["", "api", "apps*", "commands*", "training.run"]
 LIGHT = [
-    *("evaluation.options", "training.config", "sampling.options", "cli", "commands", "folders"),
-    "registry",
+    *("evaluation.options", "training.config", "training.stored", "sampling.options", "cli"),
+    *("commands", "folders", "registry"),
 ]
+# The whole paper, to be read in this order.
+READERS_PATH = ["schedules", "noising", "objectives", "sampling.engine", "training.trainer"]
 
 
 def module_name(path):
@@ -139,6 +141,20 @@ def test_above_the_networks_nobody_names_their_class():
         and re.search(r"\bDiT\b", path.read_text(encoding="utf-8"))
     }
     assert naming == set()
+
+
+def test_the_readers_path_is_short_and_never_looks_back():
+    lines = {name: len(MODULES[name].read_text("utf-8").splitlines()) for name in READERS_PATH}
+    assert sum(lines.values()) < 900, lines
+    for place, module in enumerate(READERS_PATH):
+        assert not GRAPH[module] & set(READERS_PATH[place + 1 :]), module
+    shown = " → ".join(f"{name.replace('.', '/')}.py" for name in READERS_PATH)
+    assert shown in " ".join((SOURCE.parents[1] / "README.md").read_text("utf-8").split())
+
+
+def test_no_file_is_long():
+    for module, path in MODULES.items():
+        assert len(path.read_text("utf-8").splitlines()) <= 400, module
 
 
 def test_there_is_no_circle():

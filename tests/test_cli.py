@@ -406,9 +406,9 @@ def test_a_full_disk_while_saving_is_one_line(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     """The earlier checkpoint stays whole and the run goes on from it."""
-    from blockdiff.training import trainer
+    from blockdiff.training import base
 
-    real = trainer.save_file
+    real = base.save_file
 
     def full(tensors: object, path: Path, **more: object) -> None:
         if path.parent.name == "checkpoint-2":
@@ -416,7 +416,7 @@ def test_a_full_disk_while_saving_is_one_line(
             raise OSError(28, "No space left on device")
         real(tensors, path, **more)
 
-    monkeypatch.setattr(trainer, "save_file", full)
+    monkeypatch.setattr(base, "save_file", full)
     run = ["train", "--out", tmp_path / "run"]
     options = ["--data", corpus, "--vocab-size", 270, "--length", 16, "--steps", 3, "--ema", 0.9,
                "--batch-size", 2, "--save-every", 1, "--report-to", "none"]  # fmt: skip
@@ -425,7 +425,7 @@ def test_a_full_disk_while_saving_is_one_line(
     assert stop.value.code == 2
     assert "the disk is full" in capsys.readouterr().err
     assert newest_checkpoint(tmp_path / "run").name == "checkpoint-1"
-    monkeypatch.setattr(trainer, "save_file", real)
+    monkeypatch.setattr(base, "save_file", real)
     cli.main([str(word) for word in [*run, "--resume"]])
     assert (tmp_path / "run" / "model.safetensors").exists()
 

@@ -9,12 +9,12 @@ from blockdiff.attention.flex import _layout_mask
 from blockdiff.attention.masks import dense_mask
 from blockdiff.errors import InputError
 from blockdiff.estimators import paired
-from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.evaluation.likelihood import addressed_noise, likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT, _rope_table, _tensors
 from blockdiff.models.loss import subs_nll_from_logits
-from blockdiff.noising import addressed_noise, exact_k
+from blockdiff.noising import exact_k
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.ema import Average
@@ -365,7 +365,7 @@ def test_shapes_of_a_graph_are_the_same_every_pass_and_weights_stay_where_they_a
     options = SamplingOptions(max_new_tokens=12)
     expected = generate_tokens(model, [prompt], options).tokens
     assert model.fold() is not model.fold()
-    model._graphs = True
+    model.graphs = True
     shapes = inputs_of(
         model.layers[-1].mlp_in,
         lambda: generate_tokens(model, [prompt], options),

@@ -17,14 +17,9 @@ from scipy import stats
 
 from blockdiff.errors import InputError
 from blockdiff.estimators import enumerate_masks, make_estimator, paired
+from blockdiff.evaluation.likelihood import addressed_noise, independent_groups
 from blockdiff.layout import BlockLayout
-from blockdiff.noising import (
-    Noise,
-    addressed_noise,
-    exact_k,
-    independent_groups,
-    stratified_noise,
-)
+from blockdiff.noising import Noise, exact_k, stratified_noise
 from blockdiff.registry import ESTIMATORS
 from blockdiff.schedules import SCHEDULES, get_schedule
 from blockdiff.training.clipping import clip_grid

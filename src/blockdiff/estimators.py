@@ -35,7 +35,6 @@ from blockdiff.noising import (
     exact_k,
     lowest_k,
     mask_at_rate,
-    per_token,
 )
 from blockdiff.registry import ESTIMATORS, register_estimator
 from blockdiff.schedules import Schedule, get_schedule
@@ -62,7 +61,7 @@ def paired(
     weight = torch.cat([share / k.clamp(min=1), share / (n - k).clamp(min=1)])
     both = torch.cat([masked, maskable & ~masked])
     return apply_mask(
-        x_0, both, per_token(weight, layout), torch.cat([rate, other_rate]), mask_token_id
+        x_0, both, layout.per_token(weight), torch.cat([rate, other_rate]), mask_token_id
     )
 
 
@@ -86,12 +85,12 @@ def enumerate_masks(
     masked = pattern & maskable
     n = count_in_blocks(maskable, layout)
     k = count_in_blocks(masked, layout)
-    # A pattern that reaches beyond the maskable tokens repeats a smaller one: it counts nothing.
+    # A pattern that reaches beyond the maskable tokens repeats a smaller one: its weight is 0.
     own = k == count_in_blocks(pattern.expand_as(masked), layout)
     log_choose = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     weight = torch.where(own & (k > 0), torch.exp(-log_choose) / k.clamp(min=1), 0.0)
     rate = (k / (n + 1)).flatten(0, 1)
-    weight = per_token(weight, layout).flatten(0, 1)
+    weight = layout.per_token(weight).flatten(0, 1)
     return apply_mask(x_0, masked.flatten(0, 1), weight, rate, mask_token_id, exact=True)
 
 
@@ -120,8 +119,9 @@ def bell(
 ) -> Draw:
     """Mask rate ~ Beta(2, 2), weight 1/rate: few blocks are nearly clean or nearly all masked.
 
-    Biased, since the importance weight 1/(6·rate·(1 − rate)) is left out: it is unbounded at both
-    ends, and would give the variance back.
+    Biased: the bound's mask rates are uniform, so each block would also need the weight
+    1/(6·rate·(1 − rate)), the inverse of this density. That weight has no bound at either end, and
+    would bring back the variance that the bell takes away.
     """
     # The inverse of 3u² − 2u³, by the cubic's trigonometric solution.
     rate = (0.5 - torch.sin(torch.asin(1 - 2 * noise.block) / 3)).clamp(min=1e-6)
@@ -168,13 +168,13 @@ def clipped_redraw(
     log_choose = -torch.lgamma(count + 1) - torch.lgamma(size - count + 1)
     log_mass = log_choose + count * inside.log() + (size - count) * torch.log1p(-inside)
     mass = log_mass.masked_fill(~allowed, -torch.inf).softmax(-1).cumsum(-1)
-    # The largest of n uniform scores, to the n-th power, is uniform and knows nothing of their
-    # order, which is what chooses the subset.
+    # The largest of n uniform scores, to the n-th power, is uniform and independent of the scores'
+    # order. So it draws k, and the order draws the subset.
     largest = noise.token.unflatten(-1, (layout.blocks, size)).amax(-1)
     k = (mass < largest.pow(size)[..., None]).sum(-1).clamp(max=int(allowed.nonzero()[-1]))
     masked, _ = lowest_k(noise.token, k, torch.ones_like(noise.token, dtype=torch.bool), layout)
     by_rate = torch.ones_like(rate) if beta > 0.5 else 1 / rate.clamp(min=1e-6)
-    weight = per_token(by_rate, layout) / draws
+    weight = layout.per_token(by_rate) / draws
     masked = masked & maskable.repeat(draws, 1)
     return apply_mask(x_0, masked, weight, rate, mask_token_id, unbiased=False)
 
@@ -227,7 +227,7 @@ def make_estimator(
     clip: tuple[float, float] | None = None,
     timesteps: int = 1000,
 ) -> MakeDraw:
-    """The estimator called `chosen`, or that itself, with the settings that it reads filled in.
+    """The estimator called `chosen`, or an `Estimator` itself, with the settings that it reads.
 
     `clip` is (β, ω). Raises `InputError` on an unknown name, or without a clip where one is read.
     """

@@ -73,6 +73,14 @@ class BlockLayout:
         """N, the number of blocks."""
         return self.length // self.block_size
 
+    def by_block(self, per_token: Tensor) -> Tensor:
+        """[.., L] → [.., N, L']."""
+        return per_token.unflatten(-1, (self.blocks, self.block_size))
+
+    def per_token(self, per_block: Tensor) -> Tensor:
+        """[.., N] → [.., L]: each block's value at all of its tokens."""
+        return per_block.repeat_interleave(self.block_size, -1)
+
     def block_of(self, position: Tensor) -> Tensor:
         return position // self.block_size
 

@@ -4,27 +4,29 @@ Each estimator turns clean tokens into a noised copy and a weight per token such
 
     Σ_r Σ_ℓ weight_{r,ℓ} · CE_{r,ℓ},   CE_ℓ = −log p_θ(x_0^ℓ | x_t^b, x_0^{<b})
 
-estimates the bound (eq. 8 of the paper), Σ_b E_t[ −α'_t/(1 − α_t) Σ_{ℓ masked} CE_ℓ ]. With n the
-number of tokens of a block that may be masked:
+estimates the bound (eq. 8 of the paper), Σ_b E_t[ −α'_t/(1 − α_t) Σ_{ℓ masked} CE_ℓ ]; b is the
+block of token ℓ. With n the number of tokens of a block that may be masked:
 
     bernoulli   t ~ U(0, 1), each token masked with probability 1 − α_t, weight −α'_t/(1 − α_t)
     clipped     mask rate ~ U[β, ω], weight 1/rate: less variance, but no longer a bound
     exact_k     k ~ U{1…n}, a uniform k-subset, weight n/k: bernoulli with t integrated out
 
 `estimators.py` has the others, and how one of your own is registered. No estimator draws its own
-random numbers: all are functions of a `Noise`, so the same code serves training (stratified over
-batch × blocks) and evaluation (addressed by seed and row).
+random numbers: each is a function of a `Noise`. So the same code serves training, whose noise is
+stratified over batch × blocks, and evaluation, whose noise depends on the seed and the sequence
+alone (`evaluation/likelihood.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blockdiff import checks
-from blockdiff.categorical import real_dtype, uniform
+from blockdiff.categorical import real_dtype
 from blockdiff.layout import BlockLayout
 from blockdiff.schedules import Schedule
 
@@ -33,37 +35,38 @@ from blockdiff.schedules import Schedule
 class Noise:
     """Uniform numbers in (0, 1): one per block [R·B, N] and one per token [R·B, L].
 
-    R draws of each of B rows, draw-major: row r·B + i belongs to sequence i.
+    R draws of each of B sequences, draw-major: row r·B + i is for draw r of sequence i. With B = 2
+    sequences and R = 3 draws the rows belong to the sequences 0, 1, 0, 1, 0, 1.
     """
 
     block: Tensor
     token: Tensor
 
     def rows(self, start: int, end: int) -> Noise:
-        """That of some rows."""
+        """The noise of the rows from `start` up to `end`."""
         return Noise(self.block[start:end], self.token[start:end])
 
 
 @dataclass(frozen=True)
 class Draw:
-    """R noised copies of B sequences, draw-major.
+    """R noised copies of B sequences, in the order of `Noise`: row r·B + i is draw r of sequence i.
 
-    `x_t` [R·B, L] int64. `weight` [R·B, L]: what each token's cross entropy counts for, 0 where
-    nothing is masked; the R copies of a sequence add up, so an average's 1/R is already in it.
-    `sigma` [R·B, N]: total noise −log α of each block, for a time-conditioned network.
+    `x_t` [R·B, L] int64. `weight` [R·B, L]: the factor of each token's cross entropy, 0 where the
+    token is not masked. The loss is summed over the R copies, so the 1/R of their mean is in it.
+    `sigma` [R·B, N]: σ = −log α of each block, for a time-conditioned network.
     `unbiased`: whether the weighted sum estimates the bound without bias.
-    `exact`: whether it *is* the bound, all masks being there.
+    `exact`: whether the weighted sum is the bound itself, because every mask is among the copies.
     """
 
     x_t: Tensor
     weight: Tensor
     sigma: Tensor
-    unbiased: bool
+    unbiased: bool = True
     exact: bool = False
 
     @property
     def masked(self) -> Tensor:
-        """bool [R·B, L]: the tokens that have a loss."""
+        """bool [R·B, L]: the masked tokens, which are those that have a loss."""
         return self.weight > 0
 
     def split(self, rows: int) -> list[Draw]:
@@ -73,87 +76,39 @@ class Draw:
 
 
 def stratified_noise(
-    rows: int, layout: BlockLayout, generator: torch.Generator, draws: int = 1
+    sequences: int, layout: BlockLayout, generator: torch.Generator, draws: int = 1
 ) -> Noise:
-    """Noise for a training batch, on the generator's device.
+    """Noise for a training batch of B `sequences`, on the generator's device.
 
-    The block numbers are stratified over draws × batch × blocks: one in each of R·B·N equal cells,
-    in random order, so that each of them alone is still uniform.
+    The block numbers are stratified over draws × batch × blocks: (0, 1) is cut into R·B·N equal
+    cells, and each block gets a number from a cell of its own. Which cell is random, so that each
+    number alone is still uniform.
     """
-    device = generator.device
-    cells = draws * rows * layout.blocks
-    cell = torch.randperm(cells, generator=generator, device=device)
-    jitter = torch.rand(cells, generator=generator, device=device, dtype=real_dtype(device))
-    token = torch.rand(
-        draws * rows, layout.length, generator=generator, device=device, dtype=real_dtype(device)
-    )
-    return Noise(((cell + jitter) / cells).view(draws * rows, layout.blocks), token)
-
-
-def independent_groups(draws: int) -> int:
-    """How many equal groups the draws of a row are in, each stratified on its own.
-
-    Stratified draws depend on one another, so that their spread overstates the error of their mean;
-    groups do not. Two, or as few as divide the draws: the larger a group, the less its noise.
-    """
-    return next((n for n in range(2, draws + 1) if draws % n == 0), 1)
-
-
-def addressed_noise(rows: Tensor, layout: BlockLayout, seed: int, draws: int = 1) -> Noise:
-    """Noise that depends on the seed and the row's number only, for reproducible evaluation.
-
-    `rows` int64 [B]: each sequence's number in the corpus. Stratified over the blocks of a row and
-    the draws of a group (see `independent_groups`), never across groups, whose spread tells the
-    masks' noise, nor across rows: a row's noise does not depend on what it is batched with.
-    """
-    device = rows.device
-    groups = independent_groups(draws)
-    cells = draws // groups * layout.blocks
-    cell_index = torch.arange(groups * cells, device=device).view(groups, cells)
-    order = uniform(seed, 0, rows[:, None, None], cell_index).argsort(-1)
-    block = (order + uniform(seed, 1, rows[:, None, None], cell_index)) / cells  # [B, G, R/G·N]
-    block = block.view(len(rows), draws, layout.blocks).transpose(0, 1).flatten(0, 1)
-    draw = torch.arange(draws, device=device)[:, None, None]
-    position = torch.arange(layout.length, device=device)
-    token = uniform(seed, 2, rows[None, :, None], draw, position).flatten(0, 1)
-    return Noise(block, token)
+    rows, device = draws * sequences, generator.device
+    cells = rows * layout.blocks
+    own: dict[str, Any] = {"generator": generator, "device": device}
+    cell = torch.randperm(cells, **own)
+    jitter = torch.rand(cells, **own, dtype=real_dtype(device))
+    token = torch.rand(rows, layout.length, **own, dtype=real_dtype(device))
+    return Noise(((cell + jitter) / cells).view(rows, layout.blocks), token)
 
 
 def apply_mask(
-    x_0: Tensor,
-    masked: Tensor,
-    weight: Tensor,
-    rate: Tensor,
-    mask_token_id: int,
-    *,
-    unbiased: bool = True,
-    exact: bool = False,
+    x_0: Tensor, masked: Tensor, weight: Tensor, rate: Tensor, mask_token_id: int, **facts: bool
 ) -> Draw:
-    """Applies a mask [R·B, L]; `weight` broadcasts to it, `rate` [R·B, N] is the mask rate."""
-    x_0 = x_0.repeat(masked.shape[0] // x_0.shape[0], 1)
-    return Draw(
-        x_t=torch.where(masked, mask_token_id, x_0),
-        weight=torch.where(masked, weight, 0.0).float(),
-        sigma=total_noise(rate).float(),
-        unbiased=unbiased,
-        exact=exact,
-    )
+    """The draw of a mask [R·B, L]; `weight` broadcasts to it, `rate` [R·B, N] is the mask rate.
+
+    `facts`: `unbiased` and `exact` of the `Draw`.
+    """
+    x_0 = x_0.repeat(len(masked) // len(x_0), 1)
+    x_t = torch.where(masked, mask_token_id, x_0)
+    weight = torch.where(masked, weight, 0.0).float()
+    return Draw(x_t, weight, total_noise(rate).float(), **facts)
 
 
 def total_noise(rate: Tensor) -> Tensor:
-    """σ = −log α at a mask rate, up to 6.9: log-linear noise, which ends at α = 0.001."""
+    """σ = −log α at a mask rate; at most 6.9, since log-linear noise ends at α = 0.001."""
     return -torch.log1p(-rate.clamp(max=1 - 1e-3))
-
-
-def per_token(per_block: Tensor, layout: BlockLayout) -> Tensor:
-    """[.., N] → [.., L]."""
-    return per_block.repeat_interleave(layout.block_size, -1)
-
-
-def _rank_in_block(score: Tensor, layout: BlockLayout) -> Tensor:
-    """Rank 0, 1, … of each score [R·B, L] within its block, ascending."""
-    by_block = score.view(*score.shape[:-1], layout.blocks, layout.block_size)
-    return by_block.argsort(-1).argsort(-1).view_as(score)
 
 
 def mask_at_rate(
@@ -167,15 +122,14 @@ def mask_at_rate(
     weight: Tensor,
     unbiased: bool = True,
 ) -> Draw:
-    """Each token masked on its own with the `rate` of its block; both, and `weight`, are [R·B, N].
+    """Each token is masked on its own, with the `rate` of its block.
 
-    A token's cross entropy counts for its block's weight, divided by the number of draws R.
+    `rate` and `weight` are [R·B, N]; the weight is that of a single draw, here divided by R.
     """
-    draws = noise.token.shape[0] // x_0.shape[0]
-    masked = (noise.token < per_token(rate, layout)) & maskable.repeat(draws, 1)
-    return apply_mask(
-        x_0, masked, per_token(weight, layout) / draws, rate, mask_token_id, unbiased=unbiased
-    )
+    draws = len(noise.token) // len(x_0)
+    masked = (noise.token < layout.per_token(rate)) & maskable.repeat(draws, 1)
+    weight = layout.per_token(weight) / draws
+    return apply_mask(x_0, masked, weight, rate, mask_token_id, unbiased=unbiased)
 
 
 def bernoulli(
@@ -186,7 +140,7 @@ def bernoulli(
     mask_token_id: int,
     schedule: Schedule,
 ) -> Draw:
-    """Each token masked on its own with probability 1 − α_t, t = `noise.block`."""
+    """Each token is masked on its own with probability 1 − α_t, where t is the block's number."""
     rate, weight = schedule.mask_rate(noise.block), schedule.weight(noise.block)
     return mask_at_rate(x_0, layout, noise, maskable, mask_token_id, rate=rate, weight=weight)
 
@@ -200,9 +154,9 @@ def clipped(
     beta: float,
     omega: float,
 ) -> Draw:
-    """Mask rate ~ U[β, ω], weight 1/rate; biased unless β = 0 and ω = 1: then it is `bernoulli`.
+    """Mask rate ~ U[β, ω], weight 1/rate. Biased, except under the clip [0, 1]: `bernoulli`.
 
-    At L' = 1 the clip [1, 1] is the paper's tuned schedule: every token masked, with weight 1.
+    At L' = 1 the clip [1, 1] is the paper's tuned schedule: every token is masked, with weight 1.
     """
     checks.clip(beta, omega)
     rate = beta + (omega - beta) * noise.block
@@ -216,32 +170,29 @@ def exact_k(
     x_0: Tensor, layout: BlockLayout, noise: Noise, maskable: Tensor, mask_token_id: int
 ) -> Draw:
     """k ~ U{1…n} tokens of each block, weight n/k."""
-    draws = noise.token.shape[0] // x_0.shape[0]
+    draws = len(noise.token) // len(x_0)
     maskable = maskable.repeat(draws, 1)
     n = count_in_blocks(maskable, layout)
     k = ((noise.block * n).floor() + 1).minimum(n)  # a number may round to 1 in float32
     masked, rate = lowest_k(noise.token, k, maskable, layout)
-    return apply_mask(x_0, masked, per_token(n / k / draws, layout), rate, mask_token_id)
+    return apply_mask(x_0, masked, layout.per_token(n / k / draws), rate, mask_token_id)
 
 
 def count_in_blocks(chosen: Tensor, layout: BlockLayout) -> Tensor:
-    """Tokens chosen in each block: bool [.., L] → float [.., N]."""
-    return (
-        chosen.unflatten(-1, (layout.blocks, layout.block_size))
-        .sum(-1)
-        .to(real_dtype(chosen.device))
-    )
+    """How many tokens of each block are chosen: bool [.., L] → float [.., N]."""
+    return layout.by_block(chosen).sum(-1).to(real_dtype(chosen.device))
 
 
 def lowest_k(
     score: Tensor, k: Tensor, maskable: Tensor, layout: BlockLayout
 ) -> tuple[Tensor, Tensor]:
-    """The k maskable tokens of least score in each block, and the k-th least score.
+    """The k maskable tokens with the lowest scores of each block, and the k-th lowest score.
 
-    The set is a uniform k-subset, and independently of it the k-th of n uniform scores is
-    Beta(k, n − k + 1): the mask rate given k, which a time-conditioned network is fed.
+    Of uniform scores these tokens are a uniform k-subset. The k-th lowest of n scores follows
+    Beta(k, n − k + 1), whatever the subset: that is the distribution of the mask rate given k, and
+    a time-conditioned network is fed it.
     """
-    score = score.masked_fill(~maskable, 2.0)
-    masked = (_rank_in_block(score, layout) < per_token(k, layout)) & maskable
-    by_block = torch.where(masked, score, 0.0).unflatten(-1, (layout.blocks, layout.block_size))
-    return masked, by_block.amax(-1)
+    by_block = layout.by_block(score.masked_fill(~maskable, 2.0))
+    rank = by_block.argsort(-1).argsort(-1)
+    masked = (rank < k[..., None]) & layout.by_block(maskable)
+    return masked.flatten(-2), torch.where(masked, by_block, 0.0).amax(-1)

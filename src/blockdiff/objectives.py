@@ -1,14 +1,14 @@
 """Training losses and likelihood bounds: (model, x_0, draw) → nats per token [B, L].
 
     ar      −log p_θ(x^i | x^{<i})
-    bd3lm   Σ_r weight_r · −log p_θ(x_0^ℓ | x_t^b, x_0^{<b}) at the masked tokens of Draw r
+    bd3lm   Σ_r weight_r · −log p_θ(x_0^ℓ | x_t^b, x_0^{<b}) at the masked tokens of copy r
 
-MDLM is `bd3lm` at L' = L. So is SEDD, whose network is fed σ and answers with scores in place of
-probabilities: the model's own loss is then the score entropy (see `models.loss`), under the same
-weights. No objective asks which estimator made its draw.
+MDLM is `bd3lm` with one block, L' = L. So is SEDD, whose network reads σ and gives scores in place
+of probabilities: its loss at a masked token is the score entropy (`models.loss`), under the same
+weights. No objective depends on which estimator made the draw.
 
-Each is an `Objective`, known by its name, which the model's configuration holds: trainer and
-likelihood ask the object, and never which of them it is.
+An `Objective` has a name, which the model's configuration keeps. Trainer and likelihood look it up
+and use its attributes; neither has a branch for one of them.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ Forward = Callable[..., DenoiserOutput]
 def maskable_positions(
     x_0: Tensor, keep_first: bool = True, documents: Tensor | None = None
 ) -> Tensor:
-    """bool [B, L]: what counts. Not position 0 when it is kept clean, and not padding.
+    """bool [B, L]: the tokens that may be masked. Not padding, nor position 0 if it is kept clean.
 
-    `documents` int64 [B, L] holds a negative number at padding.
+    `documents` int64 [B, L]: the document of each token, negative at padding.
     """
     maskable = torch.ones_like(x_0, dtype=torch.bool)
     if keep_first:
@@ -45,14 +45,12 @@ def maskable_positions(
 
 
 def ar(model: Forward, x_0: Tensor, maskable: Tensor, layout: BlockLayout | None = None) -> Tensor:
-    """Nats per token [B, L] of a causal model; 0 at position 0, which nothing predicts."""
+    """Nats per token [B, L] of a causal model; 0 at position 0, which no token comes before."""
     predicted = maskable.clone()
     predicted[:, 0] = False
     at = torch.zeros_like(predicted)
     at[:, :-1] = predicted[:, 1:]  # the logits at i are for token i + 1
-    nll = model(x_0, at=at, targets=x_0[predicted], layout=layout).nll
-    assert nll is not None
-    return _place(nll, predicted)
+    return _place(model(x_0, at=at, targets=x_0[predicted], layout=layout).nll, predicted)
 
 
 def bd3lm(
@@ -62,13 +60,13 @@ def bd3lm(
     layout: BlockLayout | None = None,
     context: Context | None = None,
 ) -> Tensor:
-    """The draw's estimate of the bound in nats per token [B, L].
+    """The draw's estimate of the bound in nats per token [B, L], from x_0 [B, L].
 
-    The R noised copies of each sequence read one pass over x_0, or the `context` given in its
-    place. Only masked tokens go through the output layer.
+    The R noised copies of a sequence share one pass over its clean tokens; `context`, what
+    `model.encode(x_0)` gave, takes its place. Only masked tokens go through the output layer.
     """
     masked = draw.masked
-    targets = x_0.repeat(masked.shape[0] // x_0.shape[0], 1)[masked]
+    targets = x_0.repeat(len(masked) // len(x_0), 1)[masked]
     nll = model(
         draw.x_t,
         x_0=x_0 if context is None else None,
@@ -79,15 +77,13 @@ def bd3lm(
         layout=layout,
     ).nll
     assert nll is not None
-    weighted = _place(nll * draw.weight[masked], masked)
-    return weighted.view(-1, *x_0.shape).sum(0)
+    return _place(nll * draw.weight[masked], masked).view(-1, *x_0.shape).sum(0)
 
 
-def _place(values: Tensor, where: Tensor) -> Tensor:
+def _place(values: Tensor | None, where: Tensor) -> Tensor:
     """values [P] at the True positions of `where`, 0 elsewhere."""
-    return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(
-        where, values
-    )
+    assert values is not None
+    return values.new_zeros(where.shape).masked_scatter(where, values)
 
 
 @dataclass(frozen=True)
@@ -96,16 +92,15 @@ class Objective:
 
     Attributes:
         name: What it is chosen by; the model's configuration keeps it.
-        nats: (model, x_0, what, layout, context) → nats per token [B, L], whose sum over the
-            tokens that count is the loss. `what` is the `Draw` of x_0; without noise it is
-            `maskable` bool [B, L], and there is no `context`.
+        nats: (model, x_0, draw, layout, context) → nats per token [B, L]; the loss is their mean
+            over the tokens that count. Where `noised` is false it is (model, x_0, maskable,
+            layout) with `maskable` bool [B, L], and the nats are the exact likelihood.
         blocks: Which block sizes its models have: the one asked for ("any"), 1 ("one") or the
             context L ("whole").
         network: Fields of the network's configuration, for example {"causal": True}.
-        noised: Whether it reads noised copies of the text. Without, its nats are the exact
-            likelihood.
-        bound: What measures such a model, if not `nats`: as that, and an upper bound on the
-            negative log-likelihood whenever the draw is unbiased.
+        noised: Whether it reads noised copies of the text.
+        bound: The function a likelihood is measured with, `nats` by default. It takes and gives the
+            same and, whenever the draw is unbiased, is an upper bound on −log p in expectation.
 
     Example:
         >>> import blockdiff
@@ -130,7 +125,7 @@ class Objective:
         return {"any": block_size, "one": 1, "whole": length}[self.blocks]
 
     def counted(self, x_0: Tensor, keep_first: bool, documents: Tensor | None = None) -> Tensor:
-        """`maskable_positions`; without noise not position 0, which no token comes before."""
+        """`maskable_positions`; for AR never position 0, which no token comes before."""
         return maskable_positions(x_0, keep_first or not self.noised, documents)
 
 

@@ -5,7 +5,7 @@
 
 Every function takes a tensor of times (or mask rates) in [0, 1] of any shape and returns one of
 the same shape and dtype. Each is written in the form that is exact at both ends: α is 1 and 0
-there, not 1 − 6e-8, and `weight` is +inf at t = 0, where every one of these schedules has a pole.
+there, not 1 − 6e-8, and `weight` is +inf at t = 0, its pole under each of these schedules.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _cosine() -> Schedule:
         return torch.sin(2 * quarter * (1 - t))  # cos(π/2) would be −4e-8 in float32, not 0
 
     def mask_rate(t: Tensor) -> Tensor:
-        # 1 − cos cancels near 0 and the half-angle form misses 1 by one ulp: each on its good side.
+        # 1 − cos cancels near t = 0, and the half-angle form is an ulp off at t = 1.
         return torch.where(t < 0.5, 2 * torch.sin(quarter * t) ** 2, 1 - alpha(t))
 
     return Schedule(
@@ -103,5 +103,5 @@ for _schedule in (
 
 
 def get_schedule(chosen: str | Schedule) -> Schedule:
-    """The schedule called `chosen`, or that itself; `InputError` with the names there are."""
+    """The schedule called `chosen`, or a `Schedule` itself; `InputError` for an unknown name."""
     return SCHEDULES.find(chosen)

@@ -12,8 +12,9 @@ import blockdiff
 from blockdiff import cli
 from blockdiff.data.mixture import MixedStream, MixedWindows
 from blockdiff.errors import InputError
-from blockdiff.training.config import TrainConfig, held_out
-from blockdiff.training.run import prepare_data
+from blockdiff.training.config import TrainConfig
+from blockdiff.training.data import prepare_data
+from blockdiff.training.stored import held_out
 
 
 class Part(list):
@@ -121,7 +122,7 @@ def test_a_mixed_run_resumes_and_its_held_out_text_is_measured(texts, capsys):
 
 def test_what_the_split_holds_out_is_the_same_text_for_evaluate(texts):
     from blockdiff.evaluation.corpus import open_documents
-    from blockdiff.training.run import _open, _split
+    from blockdiff.training.data import _open, _split
 
     config = TrainConfig(**options(texts))
     ours = [_split(config, one, _open(config, one, "train"), False)[1] for one in texts]

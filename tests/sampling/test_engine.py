@@ -143,6 +143,28 @@ def test_the_analytic_order_waits_twice():
         assert engine.waits <= before + 2
 
 
+@EVERY_KIND
+def test_graphs_see_few_shapes_and_give_the_same(kind, monkeypatch):
+    """A finished row stays as padding until half are; a cached block always has its columns."""
+    model, shapes = model_of(kind).eval(), []
+    given = [(p, VARIED[i % 2], i) for i, p in enumerate(prompts(1, 2, 3, 5, 6, 7, 9, 13))]
+    expected = [alone(model, *row) for row in given]
+    decode = model.decode
+
+    def spy(x, *rest, **options):
+        shapes.append(x.shape)
+        return decode(x, *rest, **options)
+
+    monkeypatch.setattr(model, "graphs", True)
+    monkeypatch.setattr(model, "decode", spy)
+    engine = Engine(model)
+    names = [engine.admit(*row) for row in given]
+    while engine.active:
+        step = engine.step()
+    assert [of(step, name, len(row[0])) for name, row in zip(names, given, strict=True)] == expected
+    assert len(set(shapes)) <= 4  # 8, 4, 2 rows, 1
+
+
 def test_bad_rows():
     engine = Engine(model_of("bd3lm").eval())
     for prompt in ([], [8], [9], [-1]):

@@ -21,9 +21,11 @@ from blockdiff.data.tokenizers import load_tokenizer, write_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.training import run as running
 from blockdiff.training.callbacks import read_metrics
-from blockdiff.training.config import RESUMABLE, TrainConfig, load_config, load_record
+from blockdiff.training.config import TrainConfig
+from blockdiff.training.data import prepare_data
 from blockdiff.training.record import commit
-from blockdiff.training.run import prepare_data, train
+from blockdiff.training.run import train
+from blockdiff.training.stored import RESUMABLE, load_config, load_record
 from blockdiff.training.trainer import BlockDiffusionTrainer
 
 TEXT = "the law of the land is the law, and the people of the land keep it. "
@@ -111,7 +113,7 @@ def test_a_finished_run_is_not_touched(
 KILLED: dict[str, tuple[Any, str]] = {
     "in the last validation": (BlockDiffusionTrainer, "evaluate"),
     "before the model is written": (running, "save_model"),
-    "before the end is noted": (running, "_last_validation"),
+    "before the end is noted": (running, "last_validation"),
 }
 
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 import blockdiff
 from blockdiff import objectives
 from blockdiff.errors import InputError, RunStopped
+from blockdiff.evaluation.likelihood import addressed_noise
 from blockdiff.models.dit import DiT
 from blockdiff.models.loss import subs_nll_from_logits
-from blockdiff.noising import addressed_noise, clipped
+from blockdiff.noising import clipped
 from blockdiff.training.callbacks import read_metrics
 from blockdiff.training.checkpoints import (
     COMPLETE,
@@ -28,8 +29,10 @@ from blockdiff.training.checkpoints import (
     remove_unfinished,
 )
 from blockdiff.training.clipping import best_clip, clip_grid, clip_variances
-from blockdiff.training.config import TrainConfig, merge_resumed
-from blockdiff.training.run import prepare_data, train
+from blockdiff.training.config import TrainConfig
+from blockdiff.training.data import prepare_data
+from blockdiff.training.run import train
+from blockdiff.training.stored import merge_resumed
 from blockdiff.training.trainer import BlockDiffusionTrainer
 from helpers import random_tokens, tiny_model
 from processes import command

@@ -25,7 +25,7 @@ from blockdiff.models.weights import convert, resolve_precision
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
 from blockdiff.starter import packaged
-from blockdiff.training.config import held_out
+from blockdiff.training.stored import held_out
 
 Texts = str | Sequence[str]
 PARTS = ("all", "train", "validation")

@@ -19,11 +19,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from blockdiff import checks
+from blockdiff.categorical import uniform
 from blockdiff.errors import InputError
 from blockdiff.estimators import Estimator, MakeDraw, make_estimator
+from blockdiff.evaluation.statistics import ratio_error
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
-from blockdiff.noising import Noise, addressed_noise, independent_groups
+from blockdiff.noising import Noise
 from blockdiff.objectives import objective_of
 from blockdiff.registry import ESTIMATORS, SCHEDULES, Choices, name_of
 from blockdiff.schedules import Schedule
@@ -48,12 +50,13 @@ class Likelihood:
     `nats` [B] float64: the bound (for AR the exact value) of each sequence, averaged over draws.
     `tokens` [B]: how many tokens of each sequence count. `nats_per_token`: total over total.
     `errors` [B] float64: what `mask_stderr` is for each sequence alone, in nats.
-    `stderr`: its standard error over sequences, which holds the noise of the text and of the masks;
-    NaN for a single sequence. `mask_stderr`: the part due to the masks alone, 0 when there is none
-    (`exact`) and NaN with a single draw; from the spread of independent groups of draws (see
-    `noising.independent_groups`), whose variance is unbiased. It has one degree of freedom a
-    sequence: of a handful of sequences it is itself uncertain. Under `bernoulli` and `d3pm`, whose
-    rare masks weigh most, ± 1.96 errors held the bound in 91 of 100 runs (benchmarks/coverage.py).
+    `stderr`: its standard error over sequences, with the noise of the text and of the masks in it;
+    NaN for a single sequence. `mask_stderr`: the part due to the masks alone, 0 where there is none
+    (`exact`) and NaN with a single draw. It comes from the spread of independent groups of draws
+    (see `independent_groups`), an unbiased estimate of the variance with one degree of freedom per
+    sequence: with a handful of sequences it is itself uncertain. Under `bernoulli` and `d3pm`,
+    whose rare masks weigh most, ± 1.96 errors held the bound in 91 of 100 runs
+    (benchmarks/coverage.py).
 
     Example:
         >>> import torch, blockdiff
@@ -239,7 +242,7 @@ def _check(model: Denoiser, x_0: Tensor) -> None:
 def _bound(
     model: Denoiser,
     x_0: Tensor,
-    index: Tensor,
+    numbers: Tensor,
     maskable: Tensor,
     layout: BlockLayout,
     *,
@@ -251,21 +254,20 @@ def _bound(
     seed: int,
     budget: int,
 ) -> Tensor:
-    """The bound by each draw, float64 [R, B]; R = 1 where nothing is random."""
+    """The bound by each of R draws, in nats, float64 [R, B]; R = 1 where nothing is random."""
     context = model.encode(x_0, layout) if layout.blocks > 1 else None
     noises: list[Noise | None] = [None]
     if random:
-        noise = addressed_noise(index, layout, seed, draws)
-        parts = zip(noise.block.chunk(draws), noise.token.chunk(draws), strict=True)
-        noises = [Noise(block, token) for block, token in parts]
-    rounds = [make(x_0, layout, noise, maskable, model.config.mask_token_id) for noise in noises]
+        of_all = addressed_noise(numbers, layout, seed, draws)
+        noises = [of_all.rows(r * len(x_0), (r + 1) * len(x_0)) for r in range(draws)]
+    copies = max(1, budget // (2 * x_0.numel()))  # of each sequence, in one pass
     nats = []
-    for draw in rounds:
+    for noise in noises:
+        draw = make(x_0, layout, noise, maskable, model.config.mask_token_id)
         if not draw.unbiased:
             raise InputError(_BIASED.format(name))
-        # The copies of a round add up; as many go through the network at once as fill a pass.
+        # `paired` and `enumerate` make several copies of each sequence, whose terms are summed.
         total = torch.zeros(len(x_0), dtype=torch.float64)
-        copies = max(1, budget // (2 * x_0.numel()))
         for part in draw.split(copies * len(x_0)):
             tokens = bound(model, x_0, part, layout, context)
             total += tokens.cpu().double().sum(-1)
@@ -273,17 +275,42 @@ def _bound(
     return torch.stack(nats)
 
 
+def independent_groups(draws: int) -> int:
+    """How many equal groups the draws of a sequence are in; each group is stratified on its own.
+
+    The error of the draws' mean is read off the spread of the groups, which are independent.
+    Stratified draws are not: their own spread overstates it. The groups are two, or the fewest
+    that divide the draws, since a larger group has less noise.
+    """
+    return next((n for n in range(2, draws + 1) if draws % n == 0), 1)
+
+
+def addressed_noise(numbers: Tensor, layout: BlockLayout, seed: int, draws: int = 1) -> Noise:
+    """Noise that depends on the seed and a sequence's number only, for reproducible evaluation.
+
+    `numbers` int64 [B]: each sequence's in the corpus. Stratified over the blocks of a sequence and
+    the draws of a group (see `independent_groups`), but never across sequences: what a sequence is
+    batched with does not change its noise.
+    """
+    device, groups = numbers.device, independent_groups(draws)
+    cells = draws // groups * layout.blocks
+    cell_index = torch.arange(groups * cells, device=device).view(groups, cells)
+    order = uniform(seed, 0, numbers[:, None, None], cell_index).argsort(-1)
+    block = (order + uniform(seed, 1, numbers[:, None, None], cell_index)) / cells  # [B, G, R/G·N]
+    block = block.view(len(numbers), draws, layout.blocks).transpose(0, 1).flatten(0, 1)
+    draw = torch.arange(draws, device=device)[:, None, None]
+    position = torch.arange(layout.length, device=device)
+    token = uniform(seed, 2, numbers[None, :, None], draw, position).flatten(0, 1)
+    return Noise(block, token)
+
+
 def _summary(per_draw: Tensor, tokens: Tensor, estimator: str, exact: bool) -> Likelihood:
-    draws, sequences = per_draw.shape
-    nats, total = per_draw.mean(0), tokens.sum().item()
+    """The result of per-sequence totals [R, B] and counts of tokens [B]."""
+    draws, nats, total = len(per_draw), per_draw.mean(0), tokens.sum().item()
     if total == 0:
         raise InputError("nothing to measure: no token of these sequences counts")
     rate = nats.sum().item() / total
-    # A ratio of totals: its error is that of the residuals nats − rate · tokens.
-    residual = (nats - rate * tokens).square().sum().item()
-    stderr = math.nan
-    if sequences > 1:
-        stderr = math.sqrt(residual * sequences / (sequences - 1)) / total
+    stderr = ratio_error(nats.numpy(), tokens.numpy())
     variances = torch.full_like(nats, 0.0 if exact else math.nan)
     if not exact and draws > 1:
         groups = per_draw.unflatten(0, (independent_groups(draws), -1)).mean(1)

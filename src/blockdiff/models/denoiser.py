@@ -90,6 +90,8 @@ class Denoiser(Protocol):
 
     # What vocabulary ids have a token, bool [V]; None for all. `load` sets it.
     drawable: Tensor | None
+    # Whether its layers are CUDA graphs, which are recorded anew for every shape of a pass.
+    graphs: bool
     training: bool
 
     @property

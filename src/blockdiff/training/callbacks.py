@@ -1,4 +1,4 @@
-"""What one sees of a run: metrics.jsonl and a progress bar."""
+"""What happens beside the steps of a run: its average, its end, metrics.jsonl, a progress bar."""
 
 from __future__ import annotations
 
@@ -7,16 +7,72 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 
 from blockdiff.outputs import to_json, write_text
+from blockdiff.training import parallel
+from blockdiff.training.arguments import reporters
+from blockdiff.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from blockdiff.training.base import RunTrainer
 
 Logs = dict[str, float] | None
 METRICS_FILE = "metrics.jsonl"
+
+
+class Bookkeeping(TrainerCallback):
+    """Updates the average after each step, logs before each checkpoint, and ends the run."""
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
+        trainer = self.trainer
+        if trainer.ema is not None:
+            trainer.ema.n_averaged.fill_(trainer.ema_updates + state.global_step)
+            network = trainer.accelerator.unwrap_model(trainer.model)
+            parallel.shard_like(trainer.ema.module, network)
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
+        trainer = self.trainer
+        if trainer.ema is not None:
+            trainer.ema.update_parameters(trainer.accelerator.unwrap_model(trainer.model))
+        minutes = trainer.run.minutes
+        if minutes and time.perf_counter() - self.begin > 60 * minutes:
+            control.should_training_stop = control.should_save = True
+        # To ask another device than the CPU is to wait for it: there only at a log or a checkpoint.
+        if args.device.type == "cpu" or control.should_log or control.should_save:
+            trainer.require_finite_loss()
+            if trainer.received_signal():
+                control.should_training_stop = control.should_save = True
+        if control.should_save:
+            # A log line averages since the one before; ending it here makes a resumed run's
+            # lines equal to an uninterrupted one's.
+            control.should_log = True
+
+
+class _TensorBoard(TensorBoardCallback):
+    """Stays open after the last step: the last validation belongs to the same folder."""
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kw: Any) -> None:
+        if self.tb_writer is not None:
+            self.tb_writer.flush()
+
+
+def tensorboard(config: TrainConfig) -> list[TrainerCallback]:
+    """Event files in the run's own folder; transformers would put them among the checkpoints."""
+    if "tensorboard" not in reporters(config):
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+
+    return [_TensorBoard(SummaryWriter(str(Path(config.out) / "tensorboard")))]
 
 
 class MetricsLog(TrainerCallback):

@@ -40,7 +40,7 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def seal(folder: Path) -> None:
-    """Says that a checkpoint is whole, once all of it is on the disk."""
+    """Marks a checkpoint as whole, once all of it is on the disk."""
     share(folder)
     files = {}
     for path in _files(folder):
@@ -88,6 +88,18 @@ def newest_checkpoint(run: Path, *, say: bool = False) -> Path | None:
             "`overwrite`"
         )
     return None
+
+
+def prune(newest: Path, keep_last: int, keep_every: int, save_every: int) -> None:
+    """Removes a run's checkpoints but the last `keep_last`, counted with the `newest`.
+
+    Of those older, the first at or after each multiple of `keep_every` (0: none) stays.
+    """
+    older = [folder for folder in checkpoints(newest.parents[1]) if folder != newest]
+    for folder in older[keep_last - 1 :]:
+        step = checkpoint_step(folder)
+        if not (0 < keep_every <= step and step % keep_every < save_every):
+            shutil.rmtree(folder)
 
 
 def remove_unfinished(run: Path) -> None:

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from blockdiff.estimators import make_estimator
+from blockdiff.evaluation.likelihood import addressed_noise
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
-from blockdiff.noising import addressed_noise
 from blockdiff.objectives import objective_of
+from blockdiff.training.config import WHOLE
 
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
 STEP = 0.05
-# Before the first search: no clip at all.
-WHOLE = (0.0, 1.0)
 ALWAYS = (1.0, 1.0)
+WINDOWS = 128  # of the validation text, which a search looks at
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def clip_variances(
 ) -> list[ClipVariance]:
     """The variance of the per-block loss under every clip of the grid, on x_0 [B, L].
 
-    `estimator`: clipped or clipped_redraw, whichever is trained with. One noised pass a clip; all
-    share the pass over the clean text.
+    `estimator`: the one that is trained with, clipped or clipped_redraw. Each clip takes a noised
+    pass; all share one pass over the clean text.
     """
     config = model.config
     layout = BlockLayout(x_0.shape[1], config.block_size, documents=documents)
     objective = objective_of(config)
     maskable = objective.counted(x_0, config.keep_first, documents)
-    counted = maskable.unflatten(-1, (layout.blocks, layout.block_size)).sum(-1)
+    counted = layout.by_block(maskable).sum(-1)
     noise = addressed_noise(torch.arange(len(x_0), device=x_0.device), layout, seed)
     was_training = model.training
     model.eval()
@@ -79,8 +79,8 @@ def clip_variances(
         draws = make_estimator(estimator, clip=(beta, omega))
         draw = draws(x_0, layout, noise, maskable, config.mask_token_id)
         nats = objective.nats(model, x_0, draw, layout, context)
-        by_block = nats.unflatten(-1, (layout.blocks, layout.block_size)).sum(-1)
-        per_token = (by_block / counted.clamp(min=1))[counted > 0]
+        per_block = layout.by_block(nats).sum(-1)
+        per_token = (per_block / counted.clamp(min=1))[counted > 0]
         found.append(ClipVariance(beta, omega, float(per_token.cpu().double().var())))
     model.train(was_training)
     return found
@@ -89,3 +89,15 @@ def clip_variances(
 def best_clip(found: list[ClipVariance]) -> ClipVariance:
     """The clip of least variance; of equal ones the widest, which bounds best."""
     return min(found, key=lambda clip: (clip.variance, clip.beta - clip.omega))
+
+
+def search_clip(
+    model: Denoiser,
+    x_0: Tensor,
+    seed: int,
+    documents: Tensor | None = None,
+    estimator: str = "clipped",
+) -> ClipVariance:
+    """The clip of least variance on the first `WINDOWS` of x_0 [B, L]; as `clip_variances`."""
+    documents = None if documents is None else documents[:WINDOWS]
+    return best_clip(clip_variances(model, x_0[:WINDOWS], seed, documents, estimator))

@@ -5,17 +5,13 @@ Imports nothing heavy, so that `blockdiff train --help` answers at once.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from blockdiff import checks
 from blockdiff.errors import InputError
-from blockdiff.outputs import local_path, to_json, write_text
 from blockdiff.registry import (
     ESTIMATORS,
     OBJECTIVES,
@@ -31,6 +27,7 @@ Precision = Literal["auto", "float32", "bf16"]
 Backend = Literal["auto", "dense", "blockwise", "flex"]
 Detokenizer = Literal["none", "wikitext", "ptb", "lm1b", "lambada", "scientific"]
 
+WHOLE = (0.0, 1.0)  # the clip that cuts nothing off
 REPORTERS = ("tensorboard", "wandb", "none")
 
 # option → the least and the most it can be, both included
@@ -217,7 +214,7 @@ class TrainConfig:
                 object.__setattr__(self, name, choices.registry.register(value).name)
         extra = self.trainer_args
         if isinstance(extra, Mapping):  # as Python's users write it
-            extra = [f"{name}={_told(value)}" for name, value in extra.items()] or None
+            extra = [f"{name}={as_typed(value)}" for name, value in extra.items()] or None
         extra = [extra] if isinstance(extra, str) else extra
         object.__setattr__(self, "trainer_args", extra)
         checks.options(self, WHOLE_NUMBERS, REAL_NUMBERS, smallest=checks.SMALLEST)
@@ -288,132 +285,17 @@ class TrainConfig:
         return checks.clip(beta, omega)
 
     @property
+    def first_clip(self) -> tuple[float, float] | None:
+        """The clip a run begins with: its own, and where that is searched for, none at all."""
+        return self.clip_range() or (WHOLE if self.searches_clip else None)
+
+    @property
     def effective_block_size(self) -> int:
         """L' of the model to train: 1 for AR, L for MDLM."""
         return OBJECTIVES.find(self.objective).block_size(self.length, self.block_size)
 
 
-# What a resumed run may be told anew: it changes what is watched, where and for how long it runs.
-RESUMABLE = frozenset(
-    {"out", "steps", "minutes", "resume", "overwrite", "workers", "log_every", "eval_every",
-     "eval_windows", "eval_draws", "save_every", "keep_last",
-     "keep_every", "report_to", "device"}
-)  # fmt: skip
-# What decides which text a run never saw.
-HELD_OUT = ("data", "data_weights", "split", "subset", "text_column", "detokenizer",
-            "validation_data", "validation_split", "validation_fraction", "seed", "bos", "eos",
-            "across_documents", "window_marks")  # fmt: skip
-
-CONFIG_FILE = "run.json"
-# The key of what run.json tells beside the options: data, versions, commit, command, device, …
-RECORD = "run"
-
-
-def save_config(config: TrainConfig, folder: Path, record: dict[str, Any] | None = None) -> None:
-    """Writes run.json: the options as they were resolved and, under `run`, the run's record."""
-    options = asdict(config) | {"resume": False, "overwrite": False}  # how it was begun, not what
-    text = to_json({**options, RECORD: record or {}}, indent=2)
-    write_text(folder / CONFIG_FILE, text + "\n")
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not os.path.isfile(path):
-        raise InputError(
-            f"{folder} holds no run ({CONFIG_FILE} is missing); start one without `resume`"
-        )
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} does not describe a run: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} does not describe a run: it holds no JSON object")
-    return found
-
-
-def load_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in `folder`; raises `InputError` when there is none.
-
-    So it does where a name is a plugin's: which plugin that was is told, and never imported.
-    """
-    options = _options(folder)
-    for name, choices in checks.choices_of(TrainConfig).items():
-        value = options.get(name)
-        if isinstance(choices, Choices) and isinstance(value, str) and value not in choices:
-            used = load_record(folder).get("plugins") or ["MODULE or FILE.py"]
-            raise InputError(
-                f"the run in {folder} has the {name} {value!r}, which nothing has registered; give "
-                f"`plugin` {' '.join(map(str, used))}"
-            )
-    return _config(folder, options)
-
-
-def _options(folder: Path) -> dict[str, Any]:
-    options = {name: value for name, value in _read(folder).items() if name != RECORD}
-    unknown = options.keys() - {field.name for field in fields(TrainConfig)}
-    if unknown:
-        raise InputError(
-            f"{folder / CONFIG_FILE} does not describe a run: there is no option {min(unknown)!r}"
-        )
-    return options
-
-
-def _config(folder: Path, options: dict[str, Any]) -> TrainConfig:
-    try:
-        return TrainConfig(**options)
-    except InputError as error:
-        raise InputError(f"{folder / CONFIG_FILE} does not describe a run: {error}") from None
-
-
-def load_record(folder: Path) -> dict[str, Any]:
-    """What run.json tells of the run beside its options; empty for one of an earlier version."""
-    record = _read(folder).get(RECORD)
-    return record if isinstance(record, dict) else {}
-
-
-def held_out(folder: str | Path) -> dict[str, Any] | None:
-    """The options that decided which text the run in `folder` held out, by their names.
-
-    None where there is no run, as in a model's folder from elsewhere. Raises `InputError` when its
-    run.json is damaged.
-    """
-    if not os.path.isfile(Path(folder) / CONFIG_FILE):
-        return None
-    options = _options(Path(folder))
-    told = {name: options[name] for name in HELD_OUT if name in options}
-    return {name: getattr(_config(Path(folder), told), name) for name in HELD_OUT}
-
-
-def merge_resumed(asked: TrainConfig, given: Collection[str] | None = None) -> TrainConfig:
-    """The stored configuration of the run in `asked.out`, with what may be told anew.
-
-    `given`: the options that were asked for, at their defaults or not; the others are the run's
-    own. None, for who has a `TrainConfig` alone: those that differ from their defaults. `minutes`
-    count from each start and are not carried over. Raises `InputError` when an option that shapes
-    the run was given another value.
-    """
-    out = local_path("out", asked.out)
-    stored, default = load_config(out), TrainConfig()
-    changed: dict[str, Any] = {
-        "out": str(out), "minutes": asked.minutes, "resume": True, "overwrite": False
-    }  # fmt: skip
-    for field in fields(TrainConfig):
-        name, value, own = field.name, getattr(asked, field.name), getattr(stored, field.name)
-        told = value != getattr(default, name) if given is None else name in given
-        if not told or value == own or name in changed:
-            continue
-        if name == "precision" and value == "auto":
-            continue  # decided when the run began
-        if name not in RESUMABLE:
-            raise InputError(
-                f"the run in {asked.out} has `{name}` {_told(own)}, not {_told(value)}; leave the "
-                "option out to resume"
-            )
-        changed[name] = value
-    return TrainConfig(**{**asdict(stored), **changed})
-
-
-def _told(value: object) -> str:
+def as_typed(value: object) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, list):
         return " ".join(value)

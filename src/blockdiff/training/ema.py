@@ -18,8 +18,8 @@ class Average(AveragedModel):
     """A copy of a model, its `module`, that follows it: call `update_parameters` after every step.
 
     Where the model is sharded, shard `module` like it first (`parallel.shard_like`): each process
-    then averages its own part. `n_averaged`, the count of updates, stays on the host, and torch's
-    own update, which a GPU is waited for at, is replaced.
+    then averages its own part. torch's own update, which waits for the GPU, is replaced by one that
+    does not: `n_averaged`, the count of updates, stays on the host.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -37,6 +37,6 @@ class Average(AveragedModel):
 
 
 def _parts(model: nn.Module) -> list[Tensor]:
-    """The parameters, or what this process has of them."""
+    """The parameters; of sharded ones, this process's shards."""
     own = (p.detach() for p in model.parameters())
     return [p.to_local() if isinstance(p, DTensor) else p for p in own]

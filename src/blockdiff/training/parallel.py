@@ -3,7 +3,7 @@
     DDP        every process has all weights; gradients are averaged (accelerate's default)
     FSDP2      weights, gradients, optimizer and average are sharded, gathered a layer at a time
     compile    each layer around its attention
-    recompute  each layer's activations are computed again in the backward, not kept
+    recompute  each layer's activations are not kept, but computed again in the backward
 
 The first two come from `accelerate launch` (recipes/accelerate), or from `shard_layers` in a loop
 of one's own.
@@ -24,14 +24,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-# transformers' arguments: every weight has a part in every step
+# transformers' arguments: every weight gets a gradient in every step
 ARGUMENTS: dict[str, Any] = {"ddp_find_unused_parameters": False}
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Has each layer keep its input alone in training, and run again in the backward.
+    """Makes each layer keep its input only, and run its forward again in the backward.
 
-    As transformers' own method does, whose name its versions do not agree on.
+    transformers has a method for it, but its versions do not agree on the name.
     """
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
@@ -91,9 +91,10 @@ def shard_like(module: nn.Module, model: nn.Module) -> None:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Has every weight of a sharded `module` whole, in every process; all must enter together.
+    """While entered, every process has every weight of a sharded `module` whole.
 
-    For measuring and saving. A module that is not sharded is as it is.
+    For measuring and saving; all processes must enter together. A module that is not sharded stays
+    as it is.
     """
     parts = {name: p for name, p in module.named_parameters() if isinstance(p, DTensor)}
     for name, part in parts.items():

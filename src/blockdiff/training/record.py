@@ -14,12 +14,14 @@ from typing import Any
 import torch
 import transformers
 
-from blockdiff.errors import InputError
+from blockdiff import folders
+from blockdiff.attention import choose_backend
+from blockdiff.models.config import DiTConfig
+from blockdiff.outputs import staging
 from blockdiff.plugins import loaded_plugins
 from blockdiff.training.config import TrainConfig
-
-# In the place of a fingerprint: a stream is never read to its end.
-UNKNOWN = "a stream has no fingerprint"
+from blockdiff.training.data import TrainingData
+from blockdiff.training.stored import save_config
 
 
 def session(device: torch.device) -> dict[str, Any]:
@@ -64,18 +66,31 @@ def commit() -> str:
         return ""
 
 
-def fingerprint(windows: object) -> str:
-    """A hash of text, tokenizer and packing; of a stream, words that say there is none."""
-    return str(getattr(windows, "key", UNKNOWN))
+def begin(
+    config: TrainConfig,
+    data: TrainingData,
+    device: torch.device,
+    record: dict[str, Any],
+    sizes: DiTConfig,
+) -> dict[str, Any]:
+    """Puts run.json and the tokenizer into the folder, for which an earlier run makes room.
 
-
-def check_data(config: TrainConfig, record: dict[str, Any], data: dict[str, str]) -> None:
-    """Raises `InputError` when the run began with another text than `data`, its fingerprints."""
-    for part, what in (("train", "text"), ("validation", "text to validate on")):
-        known = record.get("data", {}).get(part)
-        if known is not None and known != data[part]:
-            source = config.data if part == "train" else config.validation_data or config.data
-            raise InputError(
-                f"the {what} in {source} is not what the run in {config.out} began with; put the "
-                "old one back, or begin another run in another `out`"
-            )
+    Returns the run's record: that of its start, and under `resumed` those of later sessions.
+    """
+    out = Path(config.out)
+    now = session(device)
+    if config.resume and "started" in record:
+        record = {name: value for name, value in record.items() if name != "finished"}
+        record["resumed"] = [*record.get("resumed", []), now]
+    else:
+        head_dim = sizes.hidden_size // sizes.num_attention_heads
+        backend = choose_backend(config.backend, device, head_dim)
+        became = {"precision": config.precision, "backend": backend}
+        record = {**now, "resolved": became, "data": data.fingerprints}
+    if not config.resume:
+        folders.clear(out)
+    save_config(config, out, record)
+    if not (out / "tokenizer_config.json").is_file():
+        with staging(out) as temporary:
+            data.tokenizer.save_pretrained(temporary)
+    return record

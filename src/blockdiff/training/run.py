@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -14,50 +13,37 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerState, get_scheduler, set_seed
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
 from blockdiff import folders
-from blockdiff.attention import choose_backend
-from blockdiff.data.corpora import Corpus, load_corpus, split_documents
-from blockdiff.data.detokenizers import detokenized
-from blockdiff.data.mixture import MixedStream, MixedWindows, chained
-from blockdiff.data.packing import StreamedWindows, Windows, pack, require_cache
-from blockdiff.data.tokenizers import bos_id, eos_id, load_tokenizer, train_tokenizer
-from blockdiff.data.windows import stack
+from blockdiff.data.tokenizers import bos_id, eos_id
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.estimators import make_estimator
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import WEIGHTS, load_model, resolve, save_model
-from blockdiff.models.loading import check_tokenizer, require_own, settle_mask
+from blockdiff.models.hub import WEIGHTS, load_model, save_model
+from blockdiff.models.loading import check_tokenizer, settle_mask
 from blockdiff.models.weights import resolve_precision
 from blockdiff.noising import Draw, stratified_noise
-from blockdiff.outputs import staging, to_json, write_text
 from blockdiff.registry import OBJECTIVES
 from blockdiff.training.arguments import extra_arguments, micro_batch, reporters
-from blockdiff.training.callbacks import MetricsLog, ProgressBar, read_metrics
+from blockdiff.training.callbacks import MetricsLog, ProgressBar
 from blockdiff.training.checkpoints import (
     checkpoint_step,
     newest_checkpoint,
     remove_unfinished,
 )
-from blockdiff.training.clipping import WHOLE
-from blockdiff.training.config import (
-    Precision,
-    TrainConfig,
-    load_config,
-    load_record,
-    merge_resumed,
-    save_config,
-)
+from blockdiff.training.config import Precision, TrainConfig
+from blockdiff.training.data import check_data, prepare_data
 from blockdiff.training.parallel import gathered, recompute_activations
-from blockdiff.training.record import check_data, fingerprint, session
+from blockdiff.training.record import begin
+from blockdiff.training.resume import announce_rate, last_validation, restore
 from blockdiff.training.signals import stopped_by
+from blockdiff.training.stored import load_config, load_record, merge_resumed, save_config
 from blockdiff.training.trainer import BlockDiffusionTrainer
 
 
@@ -75,19 +61,6 @@ class Trained:
     seconds: float
     is_main_process: bool = True
     steps: int = 0
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """`train`: windows to train on; `validation`: x_0 [B, L] (and documents [B, L]).
-
-    `fingerprints`: of both texts, as run.json keeps them.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    train: Dataset[dict[str, Tensor]]
-    validation: dict[str, Tensor]
-    fingerprints: dict[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -120,7 +93,7 @@ def train(
         (2, True)
     """
     if config.resume:
-        load_config(folders.local_path("out", config.out))  # a run that is none is not made one
+        load_config(folders.local_path("out", config.out))  # refused before a folder is made
     where = choose_device(config.device if device is None else device)
     # The others wait while one packs the corpus, which can take hours.
     processes = PartialState(cpu=where.type == "cpu", timeout=timedelta(days=1))
@@ -144,7 +117,7 @@ def train(
         if finished.get("steps") == config.steps and (out / WEIGHTS).is_file():
             return _finished(config, finished, processes)
         if processes.is_main_process and config.steps != stored.steps:
-            _announce_rate(stored, config, done)
+            announce_rate(stored, config, done)
         return _train(config, processes, where, progress, stored, record, trainer_class)
 
 
@@ -172,7 +145,7 @@ def _claimed(config: TrainConfig, processes: PartialState) -> Iterator[Path]:
 
 
 def _finished(config: TrainConfig, found: dict[str, Any], processes: PartialState) -> Trained:
-    """What a run that is resumed, but has nothing left to do, came to; as it was kept."""
+    """The result of a run that is resumed with nothing left to do, as run.json keeps it."""
     metrics = {
         name: math.nan if value is None else value for name, value in found["metrics"].items()
     }
@@ -189,7 +162,7 @@ def _train(
     record: dict[str, Any],
     trainer_class: Callable[..., BlockDiffusionTrainer],
 ) -> Trained:
-    """A run in a folder that is claimed; `stored` and `record` are those of a resumed one."""
+    """A run in a folder that is claimed; `stored` and `record`: of a run that is resumed."""
     out = Path(config.out)
     reporters(config)
     micro_batch(config, processes.num_processes)
@@ -209,7 +182,7 @@ def _train(
     check_data(config, record, data.fingerprints)
     model = build_model(config, data.tokenizer, start)
     if processes.is_main_process:
-        record = _begin(config, data, where, record, model.config)
+        record = begin(config, data, where, record, model.config)
     processes.wait_for_everyone()
     tokens_per_step = config.batch_size * config.length
     bar = ProgressBar(f"{model.config.kind} → {config.out}", tokens_per_step)
@@ -224,7 +197,7 @@ def _train(
     seconds = 0.0
     try:
         if checkpoint is not None and before >= config.steps:
-            _restore(trainer, checkpoint, log)
+            restore(trainer, checkpoint, log)
         else:
             with trainer.signals:
                 made = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -234,7 +207,7 @@ def _train(
         steps = trainer.state.global_step
         # Before it is measured: whatever comes of that, the model is there.
         _save(trainer, out)
-        metrics = _last_validation(trainer) or trainer.evaluate()
+        metrics = last_validation(trainer) or trainer.evaluate()
     finally:
         bar.stop()
     if config.searches_clip:  # the validation may have found another
@@ -257,7 +230,7 @@ def _try_estimator(config: TrainConfig) -> None:
     if OBJECTIVES.find(config.objective).noised:
         layout = BlockLayout(config.length, config.effective_block_size)
         noise = stratified_noise(1, layout, torch.Generator().manual_seed(0))
-        clip = config.clip_range() or (WHOLE if config.searches_clip else None)
+        clip = config.first_clip
         make = make_estimator(config.estimator, config.schedule, clip, config.timesteps)
         x_0 = torch.zeros(1, config.length, dtype=torch.int64)
         draw = make(x_0, layout, noise, torch.ones_like(x_0, dtype=torch.bool), 1)
@@ -278,86 +251,6 @@ def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
     return replace(config, precision=cast(Precision, chosen[0]))
 
 
-def _begin(
-    config: TrainConfig,
-    data: TrainingData,
-    device: torch.device,
-    record: dict[str, Any],
-    sizes: DiTConfig,
-) -> dict[str, Any]:
-    """Puts run.json and the tokenizer into the folder, for which an earlier run makes room.
-
-    Returns the run's record: that of its start, and under `resumed` those of later sessions.
-    """
-    out = Path(config.out)
-    now = session(device)
-    if config.resume and "started" in record:
-        record = {name: value for name, value in record.items() if name != "finished"}
-        record["resumed"] = [*record.get("resumed", []), now]
-    else:
-        head_dim = sizes.hidden_size // sizes.num_attention_heads
-        backend = choose_backend(config.backend, device, head_dim)
-        became = {"precision": config.precision, "backend": backend}
-        record = {**now, "resolved": became, "data": data.fingerprints}
-    if not config.resume:
-        folders.clear(out)
-    save_config(config, out, record)
-    if not (out / "tokenizer_config.json").is_file():
-        with staging(out) as temporary:
-            data.tokenizer.save_pretrained(temporary)
-    return record
-
-
-def _restore(trainer: BlockDiffusionTrainer, checkpoint: Path, log: MetricsLog) -> None:
-    """The state of a run whose steps are all done, but which did not come to its end.
-
-    transformers' own loop would make another step before it looks at their number.
-    """
-    trainer._load_from_checkpoint(str(checkpoint))
-    trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    trainer.state.is_world_process_zero = trainer.is_world_process_zero()
-    if trainer.run.searches_clip and trainer.clip is not None:
-        trainer.averaged_model.config.clip = list(trainer.clip)
-    log.on_train_begin(trainer.args, trainer.state, trainer.control)
-    if trainer.is_world_process_zero() and _last_validation(trainer) is None:
-        # That of the end may have been logged just before the kill, and will be logged again.
-        lines = [
-            line
-            for line in read_metrics(log.path)
-            if line["step"] < trainer.state.global_step or "eval_perplexity" not in line
-        ]
-        write_text(log.path, "".join(to_json(line) + "\n" for line in lines))
-
-
-def _last_validation(trainer: BlockDiffusionTrainer) -> dict[str, float] | None:
-    """The validation of the weights as they are now, where one was made after the last step."""
-    for line in reversed(trainer.state.log_history):
-        if line.get("step") == trainer.state.global_step and "eval_perplexity" in line:
-            names = ("eval_", "clip_")
-            return {name: value for name, value in line.items() if name.startswith(names)}
-    return None
-
-
-def _announce_rate(stored: TrainConfig, config: TrainConfig, done: int) -> None:
-    """One line on standard error where another number of steps moves the learning rate."""
-    if config.lr_schedule == "constant":
-        return
-    old, new = (_rate(options, done) for options in (stored, config))
-    print(
-        f"blockdiff: the learning rate goes from {old:.3g} to {new:.3g} at step {done}: its "
-        f"{config.lr_schedule} decay was to end at step {stored.steps} and now ends at "
-        f"{config.steps}",
-        file=sys.stderr,
-    )
-
-
-def _rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of step `step`, counted from 0."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
-    schedule: Any = get_scheduler(config.lr_schedule, optimizer, config.warmup, config.steps)
-    return float(config.lr * schedule.lr_lambdas[0](step))
-
-
 def _start(source: str | None, checkpoint: Path | None) -> tuple[DiT | None, DiT | None, int]:
     """(weights, their moving average, how many updates made it) to start from.
 
@@ -372,105 +265,6 @@ def _start(source: str | None, checkpoint: Path | None) -> tuple[DiT | None, DiT
     if newest is None:
         return average, None, 0
     return load_model(newest), average, checkpoint_step(newest)
-
-
-def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> TrainingData:
-    """Corpus, split, tokenizer and windows of a run.
-
-    `process` (number, count): whose share of a stream it is; the first tells how far it is.
-    """
-    require_cache()
-    progress = process[0] == 0
-    tokenizer = _known_tokenizer(config)
-    sources, weights = config.mixture()
-    texts, held_out = [], []
-    for source in sources:
-        corpus = _open(config, source, config.split, process if config.streaming else None)
-        text, held = _split(config, source, corpus, progress)
-        texts.append(text)
-        held_out.append(held)
-    if config.validation_data is not None:  # one text for all of a mixture
-        held_out = held_out[:1]
-    if tokenizer is None:
-        if config.streaming:
-            raise InputError("a streamed corpus needs a `tokenizer`")
-        tokenizer = train_tokenizer(chained("the corpus", texts), config.vocab_size)
-    options: dict[str, Any] = {
-        "length": config.length, "bos": config.bos, "eos": config.eos,
-        "window_marks": config.window_marks,
-    }  # fmt: skip
-    whole = {**options, "across_documents": config.across_documents, "progress": progress}
-    windows: Dataset[dict[str, Tensor]]
-    if config.streaming:
-        streams = [StreamedWindows(text, tokenizer, endless=True, **options) for text in texts]
-        windows = streams[0]
-        if len(streams) > 1:
-            windows = MixedStream(streams, weights, config.seed, process[0])
-    else:
-        windows = _mixed([pack(text, tokenizer, **whole) for text in texts], weights)
-        if len(windows) < config.batch_size:
-            raise InputError(
-                f"{config.data} fills {len(windows)} windows of {config.length} tokens, less than "
-                f"a batch of {config.batch_size}: give more text, or lower `batch_size` or `length`"
-            )
-    name = "the text held out to validate on"
-    if config.validation_data is None and config.validation_split is None:
-        name += f" (`validation_fraction` {config.validation_fraction:g})"
-    packed = [pack(text, tokenizer, name=name, **whole) for text in held_out]
-    validation = _mixed(packed, weights, repeat=False)
-    fingerprints = {"train": fingerprint(windows), "validation": fingerprint(validation)}
-    return TrainingData(tokenizer, windows, stack(validation, config.eval_windows), fingerprints)
-
-
-def _split(
-    config: TrainConfig, source: str | list[str], corpus: Corpus, progress: bool
-) -> tuple[Iterable[str], Iterable[str]]:
-    """(text to train on, text held out) of one corpus of the run, or of all that are not mixed."""
-    if config.validation_data is not None or config.validation_split is not None:
-        split = config.validation_split or "train"
-        return corpus, list(_open(config, config.validation_data or source, split))
-    if config.streaming:
-        raise InputError("a streamed corpus needs `validation_data` or `validation_split`")
-    return split_documents(corpus, config.validation_fraction, config.seed, progress=progress)
-
-
-def _mixed(
-    parts: list[Windows], weights: list[float], *, repeat: bool = True
-) -> Windows | MixedWindows:
-    return parts[0] if len(parts) == 1 else MixedWindows(parts, weights, repeat=repeat)
-
-
-def _open(
-    config: TrainConfig, data: str | list[str], split: str, process: tuple[int, int] | None = None
-) -> Corpus:
-    """A corpus of the run; as a stream, where `process` says whose share of it."""
-    corpus = load_corpus(
-        data,
-        split=split,
-        text_column=config.text_column,
-        streaming=process is not None,
-        subset=None if data == config.validation_data != config.data else config.subset,
-        process=process or (0, 1),
-    )
-    return detokenized(corpus, config.detokenizer)
-
-
-def _known_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the run or the one it is told to use; None where it trains one.
-
-    Raises `InputError` when it is not that of the model to start from, whatever its size.
-    """
-    if config.resume and (Path(config.out) / "tokenizer_config.json").is_file():
-        return load_tokenizer(Path(config.out))
-    source = config.tokenizer or config.init_from
-    if source is None:
-        return None
-    tokenizer = load_tokenizer(source, config.mask_token)
-    if config.tokenizer is not None and config.init_from is not None:
-        folder = resolve(config.init_from)
-        if (folder / "tokenizer_config.json").is_file():
-            require_own(tokenizer, folder, config.mask_token)
-    return tokenizer
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: DiT | None) -> DiT:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blockdiff import objectives
 from blockdiff.categorical import fold_seed
 from blockdiff.training.trainer import BlockDiffusionTrainer
 
@@ -31,15 +30,12 @@ class HalfCounted(BlockDiffusionTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        x_0 = inputs["x_0"]
-        counted = self.counted(x_0)
-        nats = objectives.ar(model, x_0, counted)
-        loss = nats.sum() / counted.sum().clamp(min=1)
-        return (loss, {"nats": nats}) if return_outputs else loss
+        tokens = self.counted(inputs["x_0"]).sum()
+        return super().compute_loss(model, inputs, return_outputs, tokens)
 
-    def counted(self, x_0: Tensor) -> Tensor:
+    def counted(self, x_0: Tensor, documents: Tensor | None = None) -> Tensor:
         """bool [B, L]: the tokens that this step's loss counts; never position 0."""
         seed = fold_seed(self.run.seed, self.state.global_step)
         generator = torch.Generator(x_0.device).manual_seed(seed)
         chance = torch.rand(x_0.shape, device=x_0.device, generator=generator)
-        return objectives.maskable_positions(x_0) & (chance < SHARE)
+        return super().counted(x_0, documents) & (chance < SHARE)

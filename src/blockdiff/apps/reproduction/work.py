@@ -34,8 +34,9 @@ from blockdiff.outputs import to_json, write_text
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.callbacks import METRICS_FILE, read_metrics
 from blockdiff.training.checkpoints import checkpoint_step, newest_checkpoint
-from blockdiff.training.config import CONFIG_FILE, TrainConfig, load_config
+from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import train
+from blockdiff.training.stored import CONFIG_FILE, load_config
 from blockdiff.training.trainer import BlockDiffusionTrainer
 
 

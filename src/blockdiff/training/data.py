@@ -1,0 +1,155 @@
+"""The text of a run: corpora, the text held out, tokenizer and windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from blockdiff.data.corpora import Corpus, load_corpus, split_documents
+from blockdiff.data.detokenizers import detokenized
+from blockdiff.data.mixture import MixedStream, MixedWindows, chained
+from blockdiff.data.packing import StreamedWindows, Windows, pack, require_cache
+from blockdiff.data.tokenizers import load_tokenizer, train_tokenizer
+from blockdiff.data.windows import stack
+from blockdiff.errors import InputError
+from blockdiff.models.hub import resolve
+from blockdiff.models.loading import require_own
+from blockdiff.training.config import TrainConfig
+
+# In the place of a fingerprint: a stream is never read to its end.
+UNKNOWN = "a stream has no fingerprint"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """`train`: windows to train on; `validation`: x_0 [B, L] (and documents [B, L]).
+
+    `fingerprints`: of both texts, as run.json keeps them.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset[dict[str, Tensor]]
+    validation: dict[str, Tensor]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+def prepare_data(config: TrainConfig, process: tuple[int, int] = (0, 1)) -> TrainingData:
+    """Corpus, split, tokenizer and windows of a run.
+
+    `process` (number, count): whose share of a stream it is; the first tells how far it is.
+    """
+    require_cache()
+    progress = process[0] == 0
+    tokenizer = _known_tokenizer(config)
+    sources, weights = config.mixture()
+    texts, held_out = [], []
+    for source in sources:
+        corpus = _open(config, source, config.split, process if config.streaming else None)
+        text, held = _split(config, source, corpus, progress)
+        texts.append(text)
+        held_out.append(held)
+    if config.validation_data is not None:  # one text for all of a mixture
+        held_out = held_out[:1]
+    if tokenizer is None:
+        if config.streaming:
+            raise InputError("a streamed corpus needs a `tokenizer`")
+        tokenizer = train_tokenizer(chained("the corpus", texts), config.vocab_size)
+    options: dict[str, Any] = {
+        "length": config.length, "bos": config.bos, "eos": config.eos,
+        "window_marks": config.window_marks,
+    }  # fmt: skip
+    whole = {**options, "across_documents": config.across_documents, "progress": progress}
+    windows: Dataset[dict[str, Tensor]]
+    if config.streaming:
+        streams = [StreamedWindows(text, tokenizer, endless=True, **options) for text in texts]
+        windows = streams[0]
+        if len(streams) > 1:
+            windows = MixedStream(streams, weights, config.seed, process[0])
+    else:
+        windows = _mixed([pack(text, tokenizer, **whole) for text in texts], weights)
+        if len(windows) < config.batch_size:
+            raise InputError(
+                f"{config.data} fills {len(windows)} windows of {config.length} tokens, less than "
+                f"a batch of {config.batch_size}: give more text, or lower `batch_size` or `length`"
+            )
+    name = "the text held out to validate on"
+    if config.validation_data is None and config.validation_split is None:
+        name += f" (`validation_fraction` {config.validation_fraction:g})"
+    packed = [pack(text, tokenizer, name=name, **whole) for text in held_out]
+    validation = _mixed(packed, weights, repeat=False)
+    fingerprints = {"train": _fingerprint(windows), "validation": _fingerprint(validation)}
+    return TrainingData(tokenizer, windows, stack(validation, config.eval_windows), fingerprints)
+
+
+def _split(
+    config: TrainConfig, source: str | list[str], corpus: Corpus, progress: bool
+) -> tuple[Iterable[str], Iterable[str]]:
+    """(text to train on, text held out) of one corpus of the run, or of all that are not mixed."""
+    if config.validation_data is not None or config.validation_split is not None:
+        split = config.validation_split or "train"
+        return corpus, list(_open(config, config.validation_data or source, split))
+    if config.streaming:
+        raise InputError("a streamed corpus needs `validation_data` or `validation_split`")
+    return split_documents(corpus, config.validation_fraction, config.seed, progress=progress)
+
+
+def _mixed(
+    parts: list[Windows], weights: list[float], *, repeat: bool = True
+) -> Windows | MixedWindows:
+    return parts[0] if len(parts) == 1 else MixedWindows(parts, weights, repeat=repeat)
+
+
+def _open(
+    config: TrainConfig, data: str | list[str], split: str, process: tuple[int, int] | None = None
+) -> Corpus:
+    """A corpus of the run; as a stream, where `process` says whose share of it."""
+    corpus = load_corpus(
+        data,
+        split=split,
+        text_column=config.text_column,
+        streaming=process is not None,
+        subset=None if data == config.validation_data != config.data else config.subset,
+        process=process or (0, 1),
+    )
+    return detokenized(corpus, config.detokenizer)
+
+
+def _known_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the run or the one it is told to use; None where it trains one.
+
+    Raises `InputError` when it is not that of the model to start from, whatever its size.
+    """
+    if config.resume and (Path(config.out) / "tokenizer_config.json").is_file():
+        return load_tokenizer(Path(config.out))
+    source = config.tokenizer or config.init_from
+    if source is None:
+        return None
+    tokenizer = load_tokenizer(source, config.mask_token)
+    if config.tokenizer is not None and config.init_from is not None:
+        folder = resolve(config.init_from)
+        if (folder / "tokenizer_config.json").is_file():
+            require_own(tokenizer, folder, config.mask_token)
+    return tokenizer
+
+
+def _fingerprint(windows: object) -> str:
+    """A hash of text, tokenizer and packing; of a stream, words that say there is none."""
+    return str(getattr(windows, "key", UNKNOWN))
+
+
+def check_data(config: TrainConfig, record: dict[str, Any], data: dict[str, str]) -> None:
+    """Raises `InputError` when the run began with another text than `data`, its fingerprints."""
+    for part, what in (("train", "text"), ("validation", "text to validate on")):
+        known = record.get("data", {}).get(part)
+        if known is not None and known != data[part]:
+            source = config.data if part == "train" else config.validation_data or config.data
+            raise InputError(
+                f"the {what} in {source} is not what the run in {config.out} began with; put the "
+                "old one back, or begin another run in another `out`"
+            )
