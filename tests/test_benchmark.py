@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blockdiff import cli, objectives
-from blockdiff.apps.benchmark import compare, report
+from blockdiff.apps.benchmark import compare, report, works
 from blockdiff.apps.benchmark.compare import Machine, Timing, Work, alternate, ratio
 from blockdiff.apps.benchmark.naive import (
     naive_log_probabilities,
@@ -14,12 +14,13 @@ from blockdiff.apps.benchmark.naive import (
     naive_sample,
     naive_step,
 )
-from blockdiff.apps.benchmark.options import BenchmarkOptions
+from blockdiff.apps.benchmark.options import NAIVE_BF16, BenchmarkOptions
 from blockdiff.apps.benchmark.report import body_parameters, describe, useful_flops
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.noising import exact_k, stratified_noise
+from blockdiff.training.config import Precision
 from processes import CONTEXT
 
 
@@ -140,10 +141,10 @@ TINY = ["--length", "16", "--batch-size", "2", "--vocab-size", "50", "--repeats"
 @pytest.mark.parametrize(
     ("work", "alternatives", "figure"),
     [
-        ("train", {"naive", "ours", "ar"}, "share_of_matrix_rate"),
-        ("sample", {"naive", "ours", "int8", "ar", "gpt2"}, "share_of_read_rate"),
+        ("train", {"naive", NAIVE_BF16, "ours", "ar"}, "share_of_matrix_rate"),
+        ("sample", {"naive", NAIVE_BF16, "ours", "int8", "ar", "gpt2"}, "share_of_read_rate"),
         ("attention", {"dense", "blockwise"}, "peak_memory_ratio"),
-        ("evaluate", {"naive", "separate", "ours"}, "torch"),
+        ("evaluate", {"naive", NAIVE_BF16, "separate", "ours"}, "torch"),
     ],
 )
 def test_command(
@@ -151,6 +152,7 @@ def test_command(
     work: str, alternatives: set[str], figure: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(report, "measure_machine", lambda device: machine)
+    monkeypatch.setattr(report, "resolve_precision", lambda precision, device: "bf16")
     monkeypatch.setattr(compare, "START", CONTEXT)
     cli.main(["benchmark", work, *TINY, "--tokens", "8", "--json"])
     record = json.loads(capsys.readouterr().out)
@@ -158,7 +160,51 @@ def test_command(
     assert all(done["tokens_per_second"] > 0 for done in record["alternatives"].values())
     assert record["machine"]["float32_gflops"] > 0 and record[figure]
     assert all(pair["lowest"] <= pair["median"] for pair in record["ratios"].values())
-    assert "tokens/s" in describe(record)
+    if NAIVE_BF16 in alternatives:
+        assert f"{NAIVE_BF16} / ours" in record["ratios"] and NAIVE_BF16 in describe(record)
+    assert "tokens/s" in describe(record) and not record["left_out"]
+
+
+def test_a_processor_without_bf16_leaves_its_autocast_out(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine
+) -> None:
+    """There it is slower than float32: a ratio to it would flatter."""
+    monkeypatch.setattr(report, "measure_machine", lambda device: machine)
+    monkeypatch.setattr(report, "resolve_precision", lambda precision, device: "float32")
+    monkeypatch.setattr(
+        report, "alternate", lambda works, *rest: {name: Timing(name, [1.0]) for name in works}
+    )
+    record = report.benchmark("train", BenchmarkOptions(length=16))
+    assert set(record["alternatives"]) == {"naive", "ours", "ar"}
+    assert set(record["ratios"]) == {"naive / ours", "ours / ar"}
+    assert record["left_out"] == {NAIVE_BF16: report.NO_BF16}
+    assert f"{NAIVE_BF16}: not measured on this processor" in describe(record)
+
+
+def test_the_naive_step_runs_under_autocast(model: DiT) -> None:
+    """The same code under its one line: the same numbers but for the rounding."""
+    x_0 = torch.randint(0, 19, (3, 16))
+    x_t = x_0.masked_fill(torch.rand(3, 16) < 0.5, 19)
+    with torch.no_grad():
+        exact = naive_log_probabilities(model, x_t, x_0)
+        with works.autocast(BenchmarkOptions(precision="float32"), x_0.device, NAIVE_BF16):
+            rounded = naive_log_probabilities(model, x_t, x_0)
+    rounded = rounded.float()  # on a CPU autocast leaves a log-softmax in bf16
+    finite = exact.isfinite()
+    assert torch.equal(finite, rounded.isfinite()) and not torch.equal(exact, rounded)
+    torch.testing.assert_close(rounded[finite], exact[finite], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "bf16"),
+    [
+        ("naive", "bf16", False), (NAIVE_BF16, "float32", True),
+        ("ours", "bf16", True), ("ours", "float32", False),
+    ],
+)  # fmt: skip
+def test_who_runs_in_bf16(kind: str, precision: Precision, bf16: bool) -> None:
+    with works.autocast(BenchmarkOptions(precision=precision), torch.device("cpu"), kind):
+        assert torch.is_autocast_enabled("cpu") == bf16
 
 
 def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from blockdiff.categorical import _survives, draw, fold_seed, sample, uniform, warp
+from blockdiff.categorical import _survives, draw, fold_seed, host_uniform, sample, uniform, warp
 from blockdiff.errors import InputError
 
 # Tests of a distribution reject under p = 1e-4; seeds are fixed, so each verdict is final.
@@ -211,3 +211,24 @@ def test_drawing_does_not_sort(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "sort", lambda *a, **k: seen.append(a))
     draw(torch.randn(8, 5000), lambda rows, attempt: uniform(1, rows, attempt + 7), top_p=0.95)
     assert not seen
+
+
+@pytest.mark.parametrize("rule", ["nucleus", "paper"])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.8}])
+def test_a_draw_on_a_gpu_asks_it_nothing(rule, cut):
+    """A tensor without data cannot be asked: what would wait for a device fails here."""
+    logits = torch.empty(5, 9, device="meta")
+
+    def uniforms(which, attempt):
+        assert attempt == 0
+        return torch.empty(5, device="meta", dtype=torch.float64)
+
+    tokens = draw(logits, uniforms, temperature=0.7, top_p_rule=rule, **cut)
+    assert tokens.shape == (5,) and tokens.dtype == torch.int64
+
+
+def test_the_host_has_the_numbers_of_the_device():
+    rows, positions = torch.arange(50)[:, None] - 3, torch.arange(7) * 10**12
+    for seed in (0, 1, -(2**63), 2**64 - 1):
+        ours = host_uniform(seed, rows.numpy(), positions.numpy(), 1)
+        assert (ours == uniform(seed, rows, positions, 1).numpy()).all()

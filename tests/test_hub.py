@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import blockdiff
 from blockdiff import load_model, save_model
 from blockdiff.errors import InputError
+from blockdiff.models import loading
 from helpers import read_golden, tiny_model
 
 
@@ -168,3 +169,19 @@ def test_a_released_models_mask_is_its_tokenizers(tmp_path: Path, layout: str, m
     if layout != "ar":
         with pytest.raises(InputError, match="mask token has id"):
             blockdiff.load(tmp_path, tokenizer=tmp_path / "words")
+
+
+def test_a_model_opens_where_the_command_line_would_put_it(monkeypatch):
+    asked = []
+
+    def choose(name):
+        asked.append(name)
+        return torch.device("meta")
+
+    monkeypatch.setattr(loading, "choose_device", choose)
+    model, _ = blockdiff.load("starter")
+    assert asked == ["auto"] and model.device.type == "meta"
+    monkeypatch.undo()
+    assert blockdiff.load("starter", device="cpu")[0].device.type == "cpu"
+    with pytest.raises(InputError, match="`device` 'abacus' cannot be used here"):
+        blockdiff.load("starter", device="abacus")

@@ -56,10 +56,11 @@ class BlockCache:
         self.rows = np.empty(0, np.int64)  # which rows of the caller's these are
         self.lengths, self.sizes, self.capacities = (self.rows.copy() for _ in range(3))
         self.used = 0  # slots that hold a token of some row
-        self._front = self._room = self._places = 0
-        # Layers of one shape share a tensor: [M, places, H, front + room, D].
+        # Layers of one shape share a tensor, [M, places, H, front + room, D], made when it is used:
+        # many rows may be admitted before.
         self._stacks: dict[LayerShape, tuple[Tensor, Tensor]] = {}
-        self._reserve(rows, capacity, block_size)
+        self._front = self._room = self._places = 0
+        self._needed = rows, capacity, 2 * block_size
 
     def admit(self, rows: Array, block_sizes: Array, capacities: Array) -> None:
         """Adds empty rows, each with a block size and a capacity of its own."""
@@ -67,16 +68,22 @@ class BlockCache:
         self.sizes = np.concatenate([self.sizes, block_sizes])
         self.capacities = np.concatenate([self.capacities, capacities])
         self.lengths = np.concatenate([self.lengths, np.zeros_like(rows)])
-        self._reserve(len(self.rows), int(capacities.max()), int(block_sizes.max()))
+        places, room, front = self._needed
+        self._needed = (
+            max(places, len(self.rows)),
+            max(room, int(capacities.max())),
+            max(front, 2 * int(block_sizes.max())),
+        )
 
-    def _reserve(self, rows: int, capacity: int, block_size: int) -> None:
+    def _reserve(self) -> None:
         """Makes the tensors larger where they are too small; what they hold is kept."""
-        if rows <= self._places and capacity <= self._room and 2 * block_size <= self._front:
+        places, room, front = self._needed
+        if places <= self._places and room <= self._room and front <= self._front:
             return
         old, front, held = dict(self._stacks), self._front, len(self.lengths)
-        if rows > self._places:
-            self._places = max(rows, 2 * self._places)
-        self._room, self._front = max(capacity, self._room), max(2 * block_size, self._front)
+        if places > self._places:
+            self._places = max(places, 2 * self._places)  # rows come one by one
+        _, self._room, self._front = self._needed
         for shape in dict.fromkeys(self.layers):
             size = self.layers.count(shape), self._places, shape.heads, self._front + self._room
             made = tuple(
@@ -99,6 +106,7 @@ class BlockCache:
 
         Both [n, H, T + used, D], the T tokens first.
         """
+        self._reserve()
         rows, tokens = len(keys), keys.shape[2]
         found = []
         for store, own in zip(self._of_layer[layer], (keys, values), strict=True):
@@ -162,6 +170,7 @@ class BlockCache:
         values: Sequence[Tensor] = (),
     ) -> None:
         """From the staged tokens that begin at `begin` [m], or from keys and values given."""
+        self._reserve()
         capacity = self.capacities[which]
         first = np.maximum(counts - capacity, 0)
         kept = counts - first

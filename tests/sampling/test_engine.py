@@ -5,11 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import blockdiff
 from blockdiff import Engine, SamplingOptions
 from blockdiff.errors import InputError
+from blockdiff.sampling import engine as engine_module
 from blockdiff.sampling.generate import generate_tokens
+from blockdiff.sampling.orders import scheduled
 from helpers import Operators, random_tokens, tiny_model
 
 KINDS = {
@@ -172,3 +175,23 @@ def test_an_order_from_outside():
     )
     places = [step.fixed[0].nonzero().flatten().tolist() for step in steps]
     assert [place for place in places if place] == [[3], [2], [7], [6], [5], [4]]
+
+
+@pytest.mark.parametrize("sampler", ["first_hitting", "analytic"])
+def test_random_numbers_are_moved_in_the_precision_of_the_device(monkeypatch, sampler):
+    """MPS has no float64, in which the host draws them: here a device that takes float32 only."""
+    for room in (engine_module, scheduled):
+        monkeypatch.setattr(room, "real_dtype", lambda device: torch.float32)
+    moved = []
+
+    class Moves(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.to and any(isinstance(x, torch.device) for x in args):
+                moved.append(func(*args, **(kwargs or {})).dtype)
+            return func(*args, **(kwargs or {}))
+
+    model = tiny_model(vocab_size=9, block_size=12, time_conditioning=True, score=True)
+    steps = 5 if sampler == "analytic" else None
+    with Moves():
+        generate_tokens(model, prompts(1, 3), SamplingOptions(8, sampler=sampler, steps=steps))
+    assert torch.float32 in moved and torch.float64 not in moved

@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.ema import Average
@@ -176,3 +178,18 @@ def test_an_average_asks_its_device_nothing() -> None:
     assert int(ema.n_averaged) == 3
     assert "_foreach_lerp_" in seen.names and "_to_copy" not in seen.names
     assert not any(p.requires_grad for p in ema.parameters())
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
+def test_a_streams_batches_are_pinned_for_a_gpu(device: str, pinned: bool) -> None:
+    arguments = SimpleNamespace(
+        device=torch.device(device), per_device_train_batch_size=2, dataloader_num_workers=0,
+        dataloader_pin_memory=True,
+    )  # fmt: skip
+    trainer: Any = SimpleNamespace(train_dataset=Endless(), args=arguments)
+    assert BlockDiffusionTrainer.get_train_dataloader(trainer).pin_memory is pinned
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(())

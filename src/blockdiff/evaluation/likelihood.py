@@ -121,7 +121,7 @@ def likelihood(
     progress: Callable[[int], None] | None = None,
     processes: PartialState | None = None,
 ) -> Likelihood:
-    """Measures sequences x_0 int64 [B, L] under the model.
+    """Measures sequences x_0 int64 [B, L], on any device, under the model.
 
     `estimator`: "auto" (`enumerate` up to L' = 4, else `exact_k`), or one that is unbiased, by its
     name or as an object, with the `schedule` and `timesteps` it may read; AR models ignore it.
@@ -149,6 +149,8 @@ def likelihood(
     checks.numbers(draws=draws, seed=seed, timesteps=timesteps, batch_size=batch_size)
     check_estimator(estimator)
     _check(model, x_0)
+    x_0 = x_0.to(model.device)
+    documents = None if documents is None else documents.to(model.device)
     layout = BlockLayout(x_0.shape[1], model.config.choose_block_size(block_size, x_0.shape[1]))
     if keep_first is None:
         keep_first = model.config.keep_first

@@ -139,6 +139,8 @@ def variance(
     """
     checks.numbers(batch_size=batch_size, draws=draws, seed=seed)
     make, stratified = parse_estimator(estimator)
+    x_0 = x_0.to(model.device)
+    documents = None if documents is None else documents.to(model.device)
     batches = len(x_0) // batch_size
     if batches < 2 or draws < 2:
         raise InputError(

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blockdiff.data.tokenizers import MASK_TOKEN, fingerprint, load_tokenizer
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import load_model, resolve
@@ -19,12 +20,14 @@ def load(
     *,
     tokenizer: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
 ) -> tuple[DiT, PreTrainedTokenizerBase]:
     """Model and tokenizer from a folder or hub id, or `starter`, which comes with the package.
 
     `tokenizer` names another place for the tokenizer: released checkpoints come without one (the
-    OpenWebText models use GPT-2's). Raises `InputError` when either is missing or they do not fit.
+    OpenWebText models use GPT-2's). `device`: as on the command line, by default CUDA where there
+    is one, else MPS, else the CPU. Raises `InputError` when either is missing, they do not fit, or
+    the machine has no such device.
 
     Example:
         >>> import blockdiff
@@ -32,9 +35,10 @@ def load(
         >>> tokenizer.mask_token
         '<|mask|>'
     """
+    chosen = choose_device(device)
     folder = resolve(source)
     model = load_model(folder, dtype=dtype)
-    model.to(device=device)  # type: ignore[call-arg]
+    model.to(device=chosen)  # type: ignore[call-arg]
     has_own = (folder / "tokenizer_config.json").is_file()
     if tokenizer is None and not has_own:
         raise InputError(f"{source} has no tokenizer; name one with `tokenizer`, for example gpt2")

@@ -83,6 +83,7 @@ class Engine:
         self.cache.admit(np.array([place]), row["size"], row["capacity"])
         return int(row["name"][0])
 
+    @torch.inference_mode()
     def drop(self, name: int) -> None:
         """Forgets a row, finished or not; raises `InputError` where there is none of that name."""
         places = (self.rows.state["name"] == name).nonzero()[0].tolist()

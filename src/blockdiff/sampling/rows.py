@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blockdiff.categorical import draw, host_uniform, signed
+from blockdiff.categorical import draw, host_uniform, real_dtype, signed
 from blockdiff.errors import InputError
 from blockdiff.registry import ORDERS
 from blockdiff.sampling.options import SamplingOptions
@@ -197,7 +197,7 @@ def sample_tokens(
     def uniforms(which: Tensor, attempt: int) -> Tensor:
         own = slice(None) if attempt == 0 else which.numpy()  # later attempts are a CPU's
         u = host_uniform(options.seed, numbers[own], positions[own], TOKEN + attempt)
-        return torch.from_numpy(u).to(logits.device, non_blocking=True)
+        return torch.from_numpy(u).to(logits.device, real_dtype(logits.device))
 
     return draw(
         logits,

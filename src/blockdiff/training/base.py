@@ -88,6 +88,7 @@ class RunTrainer(Trainer):
             batch_size=self.args.per_device_train_batch_size,
             num_workers=self.args.dataloader_num_workers,
             drop_last=True,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -81,7 +81,7 @@ def clip_variances(
         nats = objective.nats(model, x_0, draw, layout, context)
         per_block = layout.by_block(nats).sum(-1)
         per_token = (per_block / counted.clamp(min=1))[counted > 0]
-        found.append(ClipVariance(beta, omega, float(per_token.double().var())))
+        found.append(ClipVariance(beta, omega, float(per_token.cpu().double().var())))
     model.train(was_training)
     return found
 

@@ -89,12 +89,14 @@ def measure_machine(device: torch.device) -> Machine:
 
     def rate(dtype: torch.dtype) -> float:
         size = 8192 if device.type == "cuda" else 2048
-        a = torch.ones(size, size, dtype=dtype, device=device)
+        # Random: equal numbers draw less power, and a GPU that is not held back runs faster.
+        a = torch.randn(size, size, device=device).to(dtype)
         repeats = 4 if dtype == torch.float32 or device.type == "cuda" else 8
+        _timed(lambda: a[:256] @ a, device)  # the first call loads the library
         # Formats the processor lacks are emulated very slowly: once is enough to know.
-        first = _timed(lambda: a[:256] @ a, device)
-        if first > 1:
-            return 2 * 256 * size**2 / first / 1e9
+        few = _timed(lambda: a[:256] @ a, device)
+        if few > 1:
+            return 2 * 256 * size**2 / few / 1e9
         return 2 * size**3 / min(_timed(lambda: a @ a, device) for _ in range(repeats)) / 1e9
 
     source = torch.ones(64 * 2**20, device=device)

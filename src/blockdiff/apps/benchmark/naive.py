@@ -1,7 +1,8 @@
 """The obvious way, as the paper describes it: the baseline every speed is measured against.
 
 Training: one pass over all 2L tokens under the whole 2L × 2L mask, logits over the whole vocabulary
-at all 2L positions, the SUBS edit on the full logits, float32. Sampling: at each step the whole
+at all 2L positions, the SUBS edit on the full logits, float32 or whatever its caller's autocast
+says. Sampling: at each step the whole
 vocabulary at every position of the block in float64, a sorted nucleus for each, one position fixed,
 and a pass of its own to cache a finished block. It shares the fast path's weights, never its
 shortcuts.
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blockdiff.attention.masks import dense_mask
+from blockdiff.categorical import real_dtype
 from blockdiff.models.dit import DiT
 from blockdiff.models.layers import DiTLayer, rope
 from blockdiff.noising import Draw
@@ -76,7 +78,7 @@ def naive_sample(model: DiT, prompt: list[int], new: int, top_p: float) -> tuple
 def naive_step(
     model: DiT, x: Tensor, position: Tensor, cached: list[tuple[Tensor, Tensor]] | None
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """p_θ [1, K, V] in float64 of a block x [1, K], and the cache with the block's own appended."""
+    """p_θ [1, K, V] of a block x [1, K] in `real_dtype`, and the cache with the block's own."""
     grown: list[tuple[Tensor, Tensor]] = []
 
     def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def naive_step(
         grown.append((k, v))
         return F.scaled_dot_product_attention(q, k, v)
 
-    logits = _logits(model, x, position, attend).double()
+    logits = _logits(model, x, position, attend).to(real_dtype(x.device))
     return _subs(logits, x, model.config.mask_token_id).exp(), grown
 
 

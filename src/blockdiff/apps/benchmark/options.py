@@ -11,6 +11,7 @@ from blockdiff.training.config import Backend, Precision, Preset
 
 Work = Literal["train", "sample", "attention", "evaluate"]
 WORKS = get_args(Work)
+NAIVE, NAIVE_BF16 = NAIVES = ("naive", "naive, bf16 autocast")
 WHOLE_NUMBERS = {
     "vocab_size": (2, checks.LARGEST_VOCABULARY),
     "tokens": (1, checks.LARGEST_TEXT),
@@ -29,9 +30,11 @@ class BenchmarkOptions:
         length: Context L.
         block_size: Block size L'.
         batch_size: Sequences per step, or rows sampled at once.
-        precision: Ours: auto, float32 or bf16; what is naive is always float32.
+        precision: Ours: auto, float32 or bf16; what is naive runs in float32, and beside it under
+            bf16 autocast where the device has the instructions.
         backend: Attention of ours: auto, blockwise, flex or dense.
         compile: Compile our layers (train, sample).
+        checkpoint_activations: Compute our layers' activations again in the backward (train).
         dropout: Dropout (train).
         tokens: New tokens a row (sample).
         top_p: Top-p cut of every sampler (sample).
@@ -47,6 +50,7 @@ class BenchmarkOptions:
     precision: Precision = "auto"
     backend: Backend = "auto"
     compile: bool = False
+    checkpoint_activations: bool = False
     dropout: float = 0.1
     tokens: int = 64
     top_p: float = 0.9

@@ -18,7 +18,7 @@ from blockdiff.apps.benchmark.compare import (
     measure_machine,
     ratio,
 )
-from blockdiff.apps.benchmark.options import WORKS, BenchmarkOptions
+from blockdiff.apps.benchmark.options import NAIVE, NAIVE_BF16, NAIVES, WORKS, BenchmarkOptions
 from blockdiff.attention import choose_backend
 from blockdiff.checks import one_of
 from blockdiff.device import choose_device
@@ -29,28 +29,31 @@ from blockdiff.training.config import Precision
 # work → (what builds an alternative, its alternatives, the ratios that answer its question)
 _COMPARISONS: dict[str, tuple[Callable[..., Run], tuple[str, ...], tuple[tuple[str, str], ...]]] = {
     "train": (
-        works.training_step, ("naive", "ours", "ar"), (("naive", "ours"), ("ours", "ar")),
+        works.training_step, (*NAIVES, "ours", "ar"),
+        ((NAIVE, "ours"), (NAIVE_BF16, "ours"), ("ours", "ar")),
     ),
     "sample": (
-        works.sampling, ("naive", "ours", "int8", "ar", "gpt2"),
-        (("naive", "ours"), ("gpt2", "ours"), ("naive", "int8"), ("ours", "ar")),
+        works.sampling, (*NAIVES, "ours", "int8", "ar", "gpt2"),
+        ((NAIVE, "ours"), (NAIVE_BF16, "ours"), ("gpt2", "ours"), (NAIVE, "int8"), ("ours", "ar")),
     ),
     "attention": (works.attention, ("dense", "blockwise"), (("dense", "blockwise"),)),
     "evaluate": (
-        works.exact_likelihood, ("naive", "separate", "ours"),
-        (("naive", "ours"), ("separate", "ours")),
+        works.exact_likelihood, (*NAIVES, "separate", "ours"),
+        ((NAIVE, "ours"), (NAIVE_BF16, "ours"), ("separate", "ours")),
     ),
 }  # fmt: skip
 # They run as their users run them: nothing tuned for them.
-_UNTUNED = ("naive", "gpt2")
+_UNTUNED = (*NAIVES, "gpt2")
+NO_BF16 = "not measured on this processor, which has no bf16 instructions"
 
 
 def benchmark(work: str, options: BenchmarkOptions) -> dict[str, Any]:
     """Times the alternatives of a work, "train", "sample", "attention" or "evaluate".
 
     The record: options with the precision resolved, the machine's measured limits, each
-    alternative's seconds, tokens per second and peak memory, the ratios per token, pair by pair,
-    and the shares of the machine's own rates. Raises `InputError` for an unknown work.
+    alternative's seconds, tokens per second and peak memory, those left out and why, the ratios per
+    token, pair by pair, and the shares of the machine's own rates. Raises `InputError` for an
+    unknown work.
     """
     one_of("work", work, WORKS)
     device = choose_device(options.device)
@@ -60,6 +63,11 @@ def benchmark(work: str, options: BenchmarkOptions) -> dict[str, Any]:
     make, kinds, pairs = _COMPARISONS[work]
     if work == "attention" and device.type == "cuda":
         kinds, pairs = (*kinds, "flex"), (*pairs, ("dense", "flex"))
+    left_out = {}
+    if NAIVE_BF16 in kinds and resolve_precision("auto", device) != "bf16":
+        left_out[NAIVE_BF16] = NO_BF16
+        kinds = tuple(kind for kind in kinds if kind not in left_out)
+        pairs = tuple(pair for pair in pairs if not left_out.keys() & set(pair))
     timings = alternate(
         {
             kind: Work(make, (options, str(device), kind), tuned=kind not in _UNTUNED)
@@ -74,6 +82,7 @@ def benchmark(work: str, options: BenchmarkOptions) -> dict[str, Any]:
         "torch": torch.__version__,
         "machine": asdict(machine),
         "alternatives": {name: _record(timing) for name, timing in timings.items()},
+        "left_out": left_out,
         "ratios": {f"{a} / {b}": ratio(timings[a], timings[b]) for a, b in pairs},
     }
     if work == "train":
@@ -81,7 +90,7 @@ def benchmark(work: str, options: BenchmarkOptions) -> dict[str, Any]:
     if work == "sample":
         record["share_of_read_rate"] = _read_share(options, timings["ours"], machine)
     if work in ("train", "attention"):
-        fast, slow = ("ours", "naive") if work == "train" else ("blockwise", "dense")
+        fast, slow = ("ours", NAIVE) if work == "train" else ("blockwise", "dense")
         record["peak_memory_ratio"] = _memory_ratio(timings[fast], timings[slow])
     if work == "attention":
         record["backend_of_auto"] = choose_backend("auto", device)
@@ -157,9 +166,11 @@ def describe(record: dict[str, Any]) -> str:
         peak = done["peak_bytes"]
         memory = "" if peak is None else f", peak {peak / 2**30:.2f} GiB"
         lines.append(
-            f"{name:>9}: {done['median_seconds']:8.3f} s, "
+            f"{name:>20}: {done['median_seconds']:8.3f} s, "
             f"{done['tokens_per_second']:9,.1f} tokens/s{memory}"
         )
+    for name, why in record.get("left_out", {}).items():
+        lines.append(f"{name:>20}: {why}")
     for pair, found in record["ratios"].items():
         lines.append(
             f"{pair}: {found['median']:.2f} (pairs {found['lowest']:.2f} to {found['highest']:.2f})"

@@ -5,6 +5,7 @@ Every random choice is seeded, weights are random: a network's speed does not de
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from blockdiff import objectives
 from blockdiff.apps.benchmark.compare import Run
 from blockdiff.apps.benchmark.naive import naive_nats, naive_sample
-from blockdiff.apps.benchmark.options import BenchmarkOptions
+from blockdiff.apps.benchmark.options import NAIVE, NAIVE_BF16, NAIVES, BenchmarkOptions
 from blockdiff.attention import attend, make_mask
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
@@ -24,6 +25,7 @@ from blockdiff.models.weights import convert
 from blockdiff.noising import Noise, exact_k, stratified_noise
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.options import SamplingOptions
+from blockdiff.training.parallel import recompute_activations
 
 
 def build_model(options: BenchmarkOptions, device: str, *, causal: bool = False) -> DiT:
@@ -47,21 +49,28 @@ def random_text(options: BenchmarkOptions, device: str) -> Tensor:
     return torch.randint(options.vocab_size - 1, shape, generator=generator).to(device)
 
 
+def autocast(options: BenchmarkOptions, device: torch.device, kind: str) -> AbstractContextManager:
+    """What an alternative runs under: the naive code in float32, or under the one line for bf16."""
+    bf16 = kind == NAIVE_BF16 or (kind != NAIVE and options.precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
 def training_step(options: BenchmarkOptions, device: str, kind: str) -> Run:
-    """A step of "naive", "ours" or "ar": forward, backward, clipping, AdamW, on random tokens."""
+    """A step of `NAIVES`, "ours" or "ar": forward, backward, clipping, AdamW, on random tokens."""
     model = build_model(options, device, causal=kind == "ar")
     x_0 = random_text(options, device)
-    ours = kind != "naive"
+    ours = kind not in NAIVES
+    if options.checkpoint_activations and ours:
+        recompute_activations(model)
     if options.compile and ours:
         model.compile_layers()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0, fused=ours)
     generator = torch.Generator(x_0.device).manual_seed(1)
     maskable = objectives.maskable_positions(x_0)
     layout = model.config.layout
-    bf16 = ours and options.precision == "bf16"
 
     def run() -> dict[str, float]:
-        with torch.autocast(x_0.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(options, x_0.device, kind):
             if kind == "ar":
                 nats = objectives.ar(model, x_0, maskable)
             else:
@@ -85,20 +94,22 @@ def new_tokens(options: BenchmarkOptions) -> int:
 
 
 def sampling(options: BenchmarkOptions, device: str, kind: str) -> Run:
-    """Text after one token of prompt: "naive" (one row), "ours", "int8", "ar" or "gpt2"."""
+    """Text after one token of prompt: `NAIVES` (one row), "ours", "int8", "ar" or "gpt2"."""
     if kind == "gpt2":
         return _gpt2(options, device)
     model = build_model(options, device, causal=kind == "ar").eval()
-    if options.compile and kind != "naive":
+    ours = kind not in NAIVES
+    if options.compile and ours:
         model.compile_layers()
-    if kind != "naive":
+    if ours:
         precision = "int8" if kind == "int8" else options.precision
         convert(model, precision, model.device, few_tokens=not options.compile)
     new = new_tokens(options)
-    if kind == "naive":
+    if not ours:
 
         def run_naive() -> dict[str, float]:
-            text, evaluations = naive_sample(model, [0], new, options.top_p)
+            with autocast(options, model.device, kind):
+                text, evaluations = naive_sample(model, [0], new, options.top_p)
             return {"tokens": len(text) - 1, "nfe": evaluations}
 
         return run_naive
@@ -162,22 +173,21 @@ def attention(options: BenchmarkOptions, device: str, backend: str) -> Run:
 def exact_likelihood(options: BenchmarkOptions, device: str, kind: str) -> Run:
     """`enumerate` as it is ("ours"), or a two-stream pass for each of the 2^L' − 1 masks.
 
-    Those passes are the "naive" network's, or the fast one's ("separate"): then only the sharing
-    of the clean pass differs.
+    Those passes are the naive network's (`NAIVES`), or the fast one's ("separate"): then only the
+    sharing of the clean pass differs.
     """
     model = build_model(options, device).eval()
     x_0 = random_text(options, device)
-    bf16 = options.precision == "bf16" and kind != "naive"
     layout = model.config.layout
     maskable = objectives.maskable_positions(x_0)
-    law = naive_nats if kind == "naive" else objectives.bd3lm
+    law = naive_nats if kind in NAIVES else objectives.bd3lm
     draw = make_estimator("enumerate")(
         x_0, layout, Noise(x_0, x_0), maskable, model.config.mask_token_id
     )
 
     @torch.no_grad()
     def run() -> dict[str, float]:
-        with torch.autocast(x_0.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(options, x_0.device, kind):
             if kind == "ours":
                 likelihood(model, x_0, estimator="enumerate")
             else:

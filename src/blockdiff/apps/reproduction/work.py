@@ -119,7 +119,7 @@ def _train(folder: Path, scale: Scale, job: Job) -> dict[str, Any]:
 
 
 def _open(folder: Path, job: Job, windows: int) -> tuple[Any, torch.Tensor]:
-    model, words = load(folder / "models" / job.settings["model"])
+    model, words = load(folder / "models" / job.settings["model"], device="cpu")
     data = str(folder / "data" / "test.jsonl")
     return model, open_sequences(model, words, data, windows=windows, bos=True)[1]["x_0"]
 
@@ -132,7 +132,7 @@ def _likelihood(folder: Path, scale: Scale, job: Job) -> dict[str, Any]:
 
 def _samples(folder: Path, scale: Scale, job: Job) -> dict[str, Any]:
     """Texts of a model, from the beginning-of-text token, and how good they are."""
-    model, words = load(folder / "models" / job.settings["model"])
+    model, words = load(folder / "models" / job.settings["model"], device="cpu")
     options = SamplingOptions(**job.settings["options"])
     done = generate(model, tokenizer=words, samples=scale.samples, options=options)
     lengths = [len(row) for row in done.tokens]

@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from blockdiff.categorical import real_dtype
 from blockdiff.registry import register_order
 from blockdiff.sampling.orders.base import ORDER, Array, Order, RowState
 from blockdiff.schedules import get_schedule
@@ -98,9 +99,10 @@ class Analytic(Order):
         rate, later = (self._rate(rows, rows.evaluations + i) for i in (0, 1))
         row = wanted.nonzero()[0]
         share = torch.from_numpy(((rate - later) / rate)[row]).to(logits)
-        u = rows.uniform(ORDER, rows.evaluations[:, None])[wanted]
+        u = torch.from_numpy(rows.uniform(ORDER, rows.evaluations[:, None])[wanted])
         last = torch.from_numpy(rows.evaluations[row] == self._steps(rows) - 1)
-        chosen = torch.from_numpy(u).to(logits.device) < unmask_probability(logits, share)
+        moved = u.to(logits.device, real_dtype(logits.device))
+        chosen = moved < unmask_probability(logits, share)
         chosen = (chosen | last.to(chosen.device)).cpu()
         fixed = wanted.copy()
         fixed[wanted] = chosen.numpy()
