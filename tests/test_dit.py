@@ -366,7 +366,7 @@ def test_shapes_of_a_graph_are_the_same_every_pass_and_weights_stay_where_they_a
     options = SamplingOptions(max_new_tokens=12)
     expected = generate_tokens(model, [prompt], options).tokens
     assert model.fold() is not model.fold()
-    model._graphs = True
+    model.graphs = True
     shapes = inputs_of(
         model.layers[-1].mlp_in,
         lambda: generate_tokens(model, [prompt], options),

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 import blockdiff
 from blockdiff import Engine, SamplingOptions
 from blockdiff.errors import InputError
-from blockdiff.sampling import engine as engine_module
+from blockdiff.sampling import rows as rows_module
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.orders import scheduled
 from helpers import Operators, random_tokens, tiny_model
@@ -143,6 +143,28 @@ def test_the_analytic_order_waits_twice():
         assert engine.waits <= before + 2
 
 
+@EVERY_KIND
+def test_graphs_see_few_shapes_and_give_the_same(kind, monkeypatch):
+    """A finished row stays as padding until half are; a cached block always has its columns."""
+    model, shapes = model_of(kind).eval(), []
+    given = [(p, VARIED[i % 2], i) for i, p in enumerate(prompts(1, 2, 3, 5, 6, 7, 9, 13))]
+    expected = [alone(model, *row) for row in given]
+    decode = model.decode
+
+    def spy(x, *rest, **options):
+        shapes.append(x.shape)
+        return decode(x, *rest, **options)
+
+    monkeypatch.setattr(model, "graphs", True)
+    monkeypatch.setattr(model, "decode", spy)
+    engine = Engine(model)
+    names = [engine.admit(*row) for row in given]
+    while engine.active:
+        step = engine.step()
+    assert [of(step, name, len(row[0])) for name, row in zip(names, given, strict=True)] == expected
+    assert len(set(shapes)) <= 4  # 8, 4, 2 rows, 1
+
+
 def test_bad_rows():
     engine = Engine(model_of("bd3lm").eval())
     for prompt in ([], [8], [9], [-1]):
@@ -180,7 +202,7 @@ def test_an_order_from_outside():
 @pytest.mark.parametrize("sampler", ["first_hitting", "analytic"])
 def test_random_numbers_are_moved_in_the_precision_of_the_device(monkeypatch, sampler):
     """MPS has no float64, in which the host draws them: here a device that takes float32 only."""
-    for room in (engine_module, scheduled):
+    for room in (rows_module, scheduled):
         monkeypatch.setattr(room, "real_dtype", lambda device: torch.float32)
     moved = []
 

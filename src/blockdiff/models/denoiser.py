@@ -91,6 +91,8 @@ class Denoiser(Protocol):
 
     # Which ids of the vocabulary stand for a token, bool [V]; None where all do. `load` sets it.
     drawable: Tensor | None
+    # Whether its layers are CUDA graphs, which are recorded anew for every shape of a pass.
+    graphs: bool
     training: bool
 
     @property

@@ -100,7 +100,7 @@ class DiT(PreTrainedModel):
         self.layers = nn.ModuleList(DiTLayer(config) for _ in range(config.num_hidden_layers))
         self.output = OutputLayer(config)
         self.attention_backend = "auto"
-        self._graphs = False  # whether layers are CUDA graphs, which need the same shapes each pass
+        self.graphs = False  # whether layers are CUDA graphs, which need the same shapes each pass
         self._folded: tuple[object, Condition] | None = None
         self.drawable: Tensor | None = None  # which ids have a token; `load` knows
         self.post_init()
@@ -145,9 +145,9 @@ class DiT(PreTrainedModel):
         (not measured yet). A copy of the model, such as its average, is not compiled. `backend`:
         torch.compile's.
         """
-        self._graphs = self.device.type == "cuda" and not self.training
+        self.graphs = self.device.type == "cuda" and not self.training
         for layer in self.layers:
-            layer.compile(backend=backend, mode="reduce-overhead" if self._graphs else None)
+            layer.compile(backend=backend, mode="reduce-overhead" if self.graphs else None)
 
     # the network
 
@@ -222,7 +222,7 @@ class DiT(PreTrainedModel):
             if i == len(context.keys):  # not when activation checkpointing computes it again
                 for kept, x in ((context.keys, k), (context.values, v)):
                     own = x[:, :, :length]
-                    kept.append(own.clone() if self._graphs else own)
+                    kept.append(own.clone() if self.graphs else own)
             return None if i == last else attend(q, k, v, mask)
 
         cos, sin = _rope_table(x_0.shape[1], self._head_dim, x_0.device)
@@ -285,7 +285,7 @@ class DiT(PreTrainedModel):
         A CUDA graph reads weights at the addresses they had when it was recorded: with graphs the
         result is kept until a weight changes.
         """
-        weights = [(p.data_ptr(), p._version) for p in self.parameters()] if self._graphs else None
+        weights = [(p.data_ptr(), p._version) for p in self.parameters()] if self.graphs else None
         if self._folded is not None and self._folded[0] == weights:
             return self._folded[1]
         with torch.inference_mode(False), torch.no_grad():
@@ -293,7 +293,7 @@ class DiT(PreTrainedModel):
             assert not isinstance(constant, FoldedNorm)
             folded = [cast(DiTLayer, layer).fold(constant) for layer in self.layers]
             condition = Condition(folded, self.output.fold(constant), True)
-        if self._graphs:
+        if self.graphs:
             for tensor in tree_leaves(folded):
                 if isinstance(tensor, Tensor):
                     torch._dynamo.mark_static_address(tensor)
@@ -348,10 +348,10 @@ class DiT(PreTrainedModel):
         The last layer's MLP and the output are computed for the chosen positions alone, unless the
         `whole` is wanted, modulations differ by token, or a CUDA graph needs the same shape always.
         """
-        if self._graphs:
+        if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the last pass left may be reused
         h = self.embedding(tokens).float()  # the sum of all branches is float32 in any precision
-        few = chosen if condition.constant and not (whole or self._graphs) else None
+        few = chosen if condition.constant and not (whole or self.graphs) else None
         for i, (layer, own) in enumerate(zip(self.layers, condition.layers, strict=True)):
             last = i == len(self.layers) - 1
             h = layer(h, cos, sin, own, partial(attention, i), few if last else None)

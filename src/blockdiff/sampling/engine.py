@@ -67,7 +67,7 @@ class Engine:
     @property
     def active(self) -> bool:
         """Whether some row is not finished."""
-        return len(self.cache.rows) > 0
+        return bool((self.rows.state["length"] < 0).any())
 
     def admit(
         self, prompt: Sequence[int], options: SamplingOptions, number: int | None = None
@@ -97,14 +97,15 @@ class Engine:
     def step(self) -> Step:
         """One network evaluation: of the prompts that came since the last, else of all blocks."""
         rows, state = self.cache.rows, self.rows.state
-        if not len(rows):
+        live = (state["length"][rows] < 0).nonzero()[0]
+        if not len(live):
             raise InputError("no row is left to go on with; admit one first")
         waiting = rows[state["prompt"][rows] > 0]
         if len(waiting):
             self._prefill(waiting)
             return self.rows.step(waiting, waiting[:0], waiting[:0])
         position, masked = self.rows.look(rows)
-        views = self.rows.views(rows, position, masked)
+        views = self.rows.views(rows, live, position, masked)
         wanted, rate = np.zeros_like(masked), np.zeros(len(rows))
         for place, order, view in views:
             own = order.wanted(view)
@@ -112,22 +113,25 @@ class Engine:
             if self._timed:
                 rate[place] = order.mask_rate(view, own)
         logits = self._evaluate(rows, position, wanted, rate)
-        state["evaluations"][rows] += 1
+        state["evaluations"][rows[live]] += 1
         place, column, tokens = self._choose(logits, wanted, views)
         fixed, at = rows[place], position[place, column]
         self.rows.canvas[fixed, at] = tokens
-        step = self.rows.step(rows, fixed, at)
+        step = self.rows.step(rows[live], fixed, at)
         masked[place, column] = False
         going = state["length"][rows] < 0
         self.rows.move_on(rows[going & ~masked.any(1)])
-        self.cache.drop((~going).nonzero()[0])
+        # A finished row is padding for graphs, until half are: each drop changes the shapes.
+        if not self.model.graphs or 2 * going.sum() <= len(rows):
+            self.cache.drop((~going).nonzero()[0])
         return step
 
     def _evaluate(self, rows: Array, position: Array, wanted: Array, rate: Array) -> Tensor:
         """Logits [P, V] of the wanted positions of the rows' blocks, float32, row by row."""
         state, shifted, device = self.rows.state[rows], self.rows.shifted, self.model.device
         finished = state["uncached"] > 0
-        clean = int(state["size"][finished].max(initial=0))
+        cached = finished | (self.model.graphs & (state["capacity"] > 0))
+        clean = int(state["size"][cached].max(initial=0))
         noised = 0 if shifted else position.shape[1]
         # Finished blocks end, and noised ones begin, at column `clean`.
         before = np.maximum(state["first"][:, None] + np.arange(-clean, noised), 0)

@@ -132,13 +132,16 @@ class Rows:
             self.u[rows, : u.shape[1]] = u
 
     def views(
-        self, rows: Array, position: Array, masked: Array
+        self, rows: Array, live: Array, position: Array, masked: Array
     ) -> list[tuple[Array, Order, RowState]]:
-        """The rows of equal options: their places among `rows`, their order, and what it sees."""
-        group = self.state["group"][rows]
+        """The rows of equal options: their places among `rows`, their order, and what it sees.
+
+        `live`: the places of those that go on.
+        """
+        group = self.state["group"][rows[live]]
         found = []
         for number in np.unique(group).tolist():
-            place = (group == number).nonzero()[0]
+            place = live[group == number]
             row, (options, order, _) = rows[place], self.groups[number]
             size = self.state["size"][row[0]]
             view = RowState(
