@@ -152,8 +152,7 @@ def _invert(probability: Tensor, u: Tensor) -> Tensor:
     rest = probability[:, whole:].sum(-1, keepdim=True, dtype=dtype)
     cumulative = torch.cat([sums, rest], dim=-1).cumsum(-1)
     below_one = 1 - torch.finfo(dtype).eps
-    target = torch.minimum(u.to(dtype)[:, None], u.new_tensor(below_one, dtype=dtype))
-    target = target * cumulative[:, -1:]
+    target = u.to(dtype)[:, None].clamp(max=below_one) * cumulative[:, -1:]
     # Of numbers that are not finite the search would give the place behind the last token.
     part = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)
     before = torch.where(part > 0, cumulative.gather(-1, (part - 1).clamp(min=0)), 0)

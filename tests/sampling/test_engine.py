@@ -199,21 +199,30 @@ def test_an_order_from_outside():
     assert [place for place in places if place] == [[3], [2], [7], [6], [5], [4]]
 
 
-@pytest.mark.parametrize("sampler", ["first_hitting", "analytic"])
-def test_random_numbers_are_moved_in_the_precision_of_the_device(monkeypatch, sampler):
-    """MPS has no float64, in which the host draws them: here a device that takes float32 only."""
+@pytest.mark.parametrize("sampler", ["first_hitting", "analytic", "threshold"])
+def test_what_the_host_knows_is_moved_without_waiting(monkeypatch, sampler):
+    """And never in float64, which MPS lacks: here a device that takes float32 only."""
     for room in (rows_module, scheduled):
         monkeypatch.setattr(room, "real_dtype", lambda device: torch.float32)
-    moved = []
+    moved, waited = [], []
 
     class Moves(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is torch.Tensor.to and any(isinstance(x, torch.device) for x in args):
-                moved.append(func(*args, **(kwargs or {})).dtype)
-            return func(*args, **(kwargs or {}))
+            done = func(*args, **(kwargs or {}))
+            to_device = [x for x in args[1:] if isinstance(x, torch.device | torch.Tensor)]
+            if func is torch.Tensor.to and to_device:
+                moved.append(done.dtype)
+                waited.extend([] if (kwargs or {}).get("non_blocking") else [args])
+            elif func is torch.Tensor.new_tensor:  # a number of the host's
+                waited.append(args)
+            return done
 
     model = tiny_model(vocab_size=9, block_size=12, time_conditioning=True, score=True)
+    engine = Engine(model.eval())
     steps = 5 if sampler == "analytic" else None
+    for seed, prompt in enumerate(prompts(1, 3)):
+        engine.admit(prompt, SamplingOptions(8, sampler=sampler, steps=steps, seed=seed))
     with Moves():
-        generate_tokens(model, prompts(1, 3), SamplingOptions(8, sampler=sampler, steps=steps))
-    assert torch.float32 in moved and torch.float64 not in moved
+        while engine.active:
+            engine.step()
+    assert torch.float32 in moved and torch.float64 not in moved and not waited

@@ -140,7 +140,8 @@ class Engine:
         x = torch.from_numpy(np.stack([self.rows.read(rows, before), before]))
         x = x.to(device, non_blocking=True)
         places = torch.from_numpy(at.ravel().nonzero()[0]).to(device, non_blocking=True)
-        sigma = total_noise(torch.from_numpy(rate)).float().to(device) if self._timed else None
+        sigma = total_noise(torch.from_numpy(rate)).float() if self._timed else None
+        sigma = None if sigma is None else sigma.to(device, non_blocking=True)
         mask = self.cache.visible(clean, noised, finished)
         logits = self.model.decode(
             x[0], x[1], self.cache, places, mask=mask, clean=clean, sigma=sigma
@@ -184,7 +185,8 @@ class Engine:
             own = rows[state["size"][rows] == size]
             counts = state["prompt"][own]
             longest = int(counts.max())
-            x_0 = torch.from_numpy(self.rows.canvas[own, :longest]).to(self.model.device)
+            x_0 = torch.from_numpy(self.rows.canvas[own, :longest])
+            x_0 = x_0.to(self.model.device, non_blocking=True)
             layout = BlockLayout(longest, size, self.model.config.length)
             context = self.model.encode(x_0, layout)
             places = np.array([(cache.rows == row).nonzero()[0][0] for row in own])

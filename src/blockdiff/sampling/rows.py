@@ -200,7 +200,7 @@ def sample_tokens(
     def uniforms(which: Tensor, attempt: int) -> Tensor:
         own = slice(None) if attempt == 0 else which.numpy()  # later attempts are a CPU's
         u = host_uniform(options.seed, numbers[own], positions[own], TOKEN + attempt)
-        return torch.from_numpy(u).to(logits.device, real_dtype(logits.device))
+        return torch.from_numpy(u).to(logits.device, real_dtype(logits.device), non_blocking=True)
 
     return draw(
         logits,
