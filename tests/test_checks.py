@@ -22,10 +22,9 @@ from blockdiff.apps.demo import demo
 from blockdiff.apps.reproduction.pool import reproduce
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
-from blockdiff.evaluation.corpus import evaluate_corpus
 from blockdiff.evaluation.judge import load_judge
-from blockdiff.evaluation.samples import measure_samples
-from blockdiff.evaluation.variance import measure_corpus, variance
+from blockdiff.evaluation.options import EvaluateOptions, SampleOptions, VarianceOptions
+from blockdiff.evaluation.variance import variance
 from blockdiff.evaluation.zero_shot import zero_shot
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.config import TrainConfig
@@ -43,7 +42,7 @@ RIGHT = {("temperature", str(x)) for x in (1e20, 10**30, 1e-320)} | {
 ZERO_MEANS_SOMETHING = {
     TrainConfig: {
         "initial_shift", "minutes", "warmup", "weight_decay", "max_grad_norm", "dropout", "ema",
-        "seed", "workers", "eval_every", "eval_windows", "keep_every",
+        "seed", "workers", "eval_every", "keep_every", "eval_windows",
     },
     SamplingOptions: {"temperature", "seed"},
     BenchmarkOptions: {"dropout"},
@@ -105,7 +104,7 @@ def nothing_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(*given: object, **named: object) -> None:
         raise Opened
 
-    for module in ("corpus", "variance", "zero_shot"):
+    for module in ("corpus", "variance"):
         monkeypatch.setattr(f"blockdiff.evaluation.{module}.load", begin)
     monkeypatch.setattr("blockdiff.evaluation.samples.read_samples", begin)
     monkeypatch.setattr("blockdiff.evaluation.judge.AutoConfig.from_pretrained", begin)
@@ -119,18 +118,14 @@ X_0 = torch.ones(16, 16, dtype=torch.int64)
 CORPUS = ("length", "windows", "split_seed", "validation_fraction")
 # What is called, numbers that its signature does not tell, and those of which 0 is one.
 CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...], set[str]]] = {
-    "evaluate_corpus": (
-        partial(evaluate_corpus, "starter", "x.txt"), (), {"windows", "seed", "split_seed"}
+    "evaluate_corpus": (partial(EvaluateOptions, "x.txt"), (), {"windows", "seed", "split_seed"}),
+    "measure_corpus": (partial(VarianceOptions, "x.txt"), (), {"seed", "split_seed"}),
+    "zero_shot": (
+        partial(zero_shot, "starter", "ptb"), ("length", "windows", "draws", "seed"),
+        {"windows", "seed"},
     ),
-    "measure_corpus": (
-        partial(measure_corpus, "starter", "x.txt"),
-        ("length", "split_seed", "validation_fraction"),
-        {"seed", "split_seed"},
-    ),
-    "zero_shot": (partial(zero_shot, "starter", "ptb"), (), {"windows", "seed"}),
     "measure_samples": (
-        partial(measure_samples, "x.json", tokenizer="starter"),
-        ("split_seed", "validation_fraction"), {"seed", "split_seed"},
+        partial(SampleOptions, "x.json", tokenizer="starter"), (), {"seed", "split_seed"}
     ),
     "load_judge": (partial(load_judge, "starter"), (), set()),
     "train_tokenizer": (partial(train_tokenizer, ["a text"]), (), set()),

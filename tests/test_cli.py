@@ -88,7 +88,7 @@ def test_options_are_few_and_known() -> None:
     counts = {name: len(command.options) for name, command in COMMANDS.items()}
     assert counts == {
         "train": 59, "evaluate": 25, "score": 14, "zero-shot": 14, "variance": 25,
-        "evaluate-samples": 13, "generate": 23, "tokenizer": 5, "benchmark": 15, "reproduce": 6,
+        "evaluate-samples": 13, "generate": 23, "tokenizer": 5, "benchmark": 16, "reproduce": 6,
         "demo": 5,
     }  # fmt: skip
 
