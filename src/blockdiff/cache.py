@@ -207,7 +207,8 @@ class BlockCache:
         count = int(kept.sum())
         order = np.arange(count)
         order[~kept[:count]] = count + kept[count:].nonzero()[0]
-        for hole in (~kept[:count]).nonzero()[0].tolist():
+        # A row that came since tensors were last made larger may lie beyond them, and is empty.
+        for hole in (~kept[:count] & (self.lengths[order] > 0)).nonzero()[0].tolist():
             for stack in self._stacks.values():
                 for store in stack:
                     store[:, hole].copy_(store[:, int(order[hole])])

@@ -195,20 +195,20 @@ def draw(
         return sample(cut, uniforms(everyone, 0))
     probability = logits.softmax(-1)
     tokens = _invert(probability, uniforms(everyone, 0))
-    outside = (~_inside(probability, tokens, top_p, top_p_rule)).nonzero().squeeze(-1)
+    outside = (~_survives(probability, tokens, top_p, top_p_rule)).nonzero().squeeze(-1)
     for attempt in range(1, ATTEMPTS):
         if not len(outside):
             return tokens
         again = probability[outside]
         tokens[outside] = _invert(again, uniforms(outside, attempt))
-        outside = outside[~_inside(again, tokens[outside], top_p, top_p_rule)]
+        outside = outside[~_survives(again, tokens[outside], top_p, top_p_rule)]
     if len(outside):
         cut = warp(logits[outside], top_p=top_p, top_p_rule=top_p_rule)
         tokens[outside] = sample(cut, uniforms(outside, ATTEMPTS))
     return tokens
 
 
-def _inside(probability: Tensor, tokens: Tensor, top_p: float, rule: str) -> Tensor:
+def _survives(probability: Tensor, tokens: Tensor, top_p: float, rule: str) -> Tensor:
     """Whether each token [n] survives the top-p cut of its row of probability [n, V].
 
     Among equally probable tokens the one with the lower id comes first.

@@ -97,6 +97,46 @@ def test_block_sizes_side_by_side():
         assert of(step, name, len(row[0])) == alone(model, *row)
 
 
+@EVERY_KIND
+def test_rows_dropped_before_the_cache_has_room_for_the_new(kind):
+    """Three rows come after the first step, one of which takes the dropped row's place."""
+    model, options = model_of(kind).eval(), VARIED[1]
+    engine, given = Engine(model), prompts(7, 5, 6, 13)
+    gone = engine.admit(given[0], options)
+    engine.step()
+    names = [engine.admit(prompt, options) for prompt in given[1:]]
+    engine.drop(gone)
+    while engine.active:
+        step = engine.step()
+    for number, (name, prompt) in enumerate(zip(names, given[1:], strict=True), start=1):
+        assert of(step, name, len(prompt)) == alone(model, prompt, options, number)
+
+
+@EVERY_KIND
+def test_an_order_that_fixes_nothing_in_some_evaluations(kind):
+    """It waits every other time, and fixes the same tokens with twice the evaluations."""
+
+    class Hesitant(blockdiff.Order):
+        name = "hesitant"
+
+        def choose(self, logits, wanted, rows):
+            first = (wanted.cumsum(1) == 1) & (rows.evaluations % 2 == 1)[:, None]
+            return torch.from_numpy(first[wanted]), rows.draw(logits, wanted)
+
+    class Steady(Hesitant):
+        def choose(self, logits, wanted, rows):
+            first = wanted.cumsum(1) == 1
+            return torch.from_numpy(first[wanted]), rows.draw(logits, wanted)
+
+    model, found = model_of(kind), []
+    for order in (Hesitant(), Steady()):
+        options = SamplingOptions(max_new_tokens=20, stop="none", sampler=order)
+        found.append(generate_tokens(model, prompts(1, 7, 13), options))
+    assert found[0].tokens == found[1].tokens
+    new = [after - before for before, after in zip(found[1].nfe, found[0].nfe, strict=True)]
+    assert new == [20] * 3
+
+
 def test_a_seed_of_its_own_and_a_number():
     """Equal options and numbers give equal rows; another number or seed gives another."""
     engine = Engine(model_of("bd3lm").eval())

@@ -117,6 +117,8 @@ class Engine:
         place, column, tokens = self._choose(logits, wanted, views)
         fixed, at = rows[place], position[place, column]
         self.rows.canvas[fixed, at] = tokens
+        if self.rows.shifted:  # a token whose next is not fixed yet is run again
+            self._store(rows, np.isin(np.arange(len(rows)), place), 0)
         step = self.rows.step(rows[live], fixed, at)
         masked[place, column] = False
         going = state["length"][rows] < 0
@@ -146,13 +148,18 @@ class Engine:
         logits = self.model.decode(
             x[0], x[1], self.cache, places, mask=mask, clean=clean, sigma=sigma
         ).float()
-        if clean:
-            self.cache.append_staged(finished.nonzero()[0], noised)
-            self.rows.state["uncached"][rows] = 0
+        if not shifted:
+            self._store(rows, finished, noised)
         logits[:, self._mask_token_id] = -torch.inf
         if self._no_token is not None:
             logits.masked_fill_(self._no_token, -torch.inf)
         return logits
+
+    def _store(self, rows: Array, which: Array, noised: int) -> None:
+        """Appends the staged blocks of those of `rows` for which bool [n] `which` is true."""
+        if which.any():
+            self.cache.append_staged(which.nonzero()[0], noised)
+            self.rows.state["uncached"][rows[which]] = 0
 
     def _choose(
         self, logits: Tensor, wanted: Array, views: list[tuple[Array, Order, RowState]]
