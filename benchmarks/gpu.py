@@ -583,7 +583,7 @@ def train_after_sampling(s: Setting, kind: str, backend: str) -> Found:
 def average_of_compiled(s: Setting) -> Found:
     """The moving average of a compiled model follows no raw weight, and its dropout is off."""
     model = s.tiny().train()
-    for layer in model.stack():
+    for layer in model.layers:
         layer.dropout = 0.5
     model.compile_layers()
     average = Average(model, 0.9).eval()

@@ -8,6 +8,7 @@ from blockdiff import objectives
 from blockdiff.attention.blockwise import _chunks
 from blockdiff.attention.flex import _layout_mask
 from blockdiff.attention.masks import dense_mask
+from blockdiff.device import SHAPES
 from blockdiff.errors import InputError
 from blockdiff.estimators import paired
 from blockdiff.evaluation.likelihood import addressed_noise, likelihood
@@ -344,6 +345,22 @@ def test_a_copy_of_a_compiled_model_is_its_own():
         for parameter in model.parameters():
             parameter.add_(1.0)
     assert torch.equal(average.module(x_0, x_0=x_0).logits, before)
+
+
+def test_compiled_layers_meet_many_shapes_and_never_fall_back(caplog):
+    """torch gives a function up after 8 kinds of input, here 2: one process soon has more."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):
+        model = tiny_model(length=12, num_hidden_layers=1)
+        model.compile_layers(backend="eager")
+        for rows in (1, 2, 3):
+            x_0, x_t = pair(model, rows)
+            model(x_t, x_0=x_0)
+            with torch.no_grad():
+                model(x_t, x_0=x_0)
+        assert torch._dynamo.config.recompile_limit == SHAPES
+    assert "recompile_limit" not in caplog.text
+    torch._dynamo.reset()
 
 
 def test_a_layer_runs_through_its_forward():

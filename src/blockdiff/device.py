@@ -14,6 +14,7 @@ from blockdiff.errors import InputError
 
 Result = TypeVar("Result")
 
+SHAPES = 512  # one for each layout, kind and shape of attention
 KEPT_BYTES = 2**28  # of cached tensors, by function: masks of 8,192 positions are that large
 
 
@@ -50,6 +51,16 @@ def _bytes(made: object) -> int:
         return made.nbytes
     inner = made if isinstance(made, list | tuple) else getattr(made, "__dict__", {}).values()
     return sum(map(_bytes, inner))
+
+
+def compile_every_shape() -> None:
+    """Has torch compile a function for up to `SHAPES` kinds of input.
+
+    By default it does for 8, and then, with a line in its log, runs it uncompiled.
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, SHAPES)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * SHAPES)
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:

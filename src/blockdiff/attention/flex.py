@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from blockdiff.attention.masks import KINDS, Documents
-from blockdiff.device import cached
+from blockdiff.device import cached, compile_every_shape
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 
 NARROWEST = 16  # head width that its CUDA kernel begins at
-SHAPES = 512  # kernels compiled in a process: one for each layout, kind and shape
 
 
 def prepare(
@@ -56,12 +55,9 @@ def padded(layout: BlockLayout) -> BlockLayout:
 def compiled(backend: str = "inductor") -> Any:
     """The kernel, compiled for every shape it meets.
 
-    torch compiles a function for 8 shapes and then, without a word, runs it uncompiled, with all
-    H · Q · S scores in memory. So the limit is raised, and falling back is an error (`fullgraph`).
+    Uncompiled it has all H · Q · S scores in memory: falling back is an error (`fullgraph`).
     """
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, SHAPES)
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * SHAPES)
+    compile_every_shape()
     return torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=backend)
 
 

@@ -33,7 +33,7 @@ from transformers import initialization as init
 
 from blockdiff.attention import Mask, attend, choose_backend, flex, make_mask
 from blockdiff.cache import BlockCache, LayerShape
-from blockdiff.device import cached
+from blockdiff.device import cached, compile_every_shape
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.denoiser import Context, DenoiserOutput
@@ -146,6 +146,7 @@ class DiT(PreTrainedModel):
         torch.compile's.
         """
         self.graphs = self.device.type == "cuda" and not self.training
+        compile_every_shape()
         for layer in self.layers:
             layer.compile(backend=backend, mode="reduce-overhead" if self.graphs else None)
 
