@@ -8,9 +8,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import blockdiff
-from blockdiff import Engine, SamplingOptions
+from blockdiff import Engine, SamplingOptions, registry
 from blockdiff.errors import InputError
 from blockdiff.sampling import rows as rows_module
+from blockdiff.sampling import stopping
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.orders import scheduled
 from helpers import Operators, random_tokens, tiny_model
@@ -210,6 +211,14 @@ def test_bad_rows():
     for prompt in ([], [8], [9], [-1]):
         with pytest.raises(InputError):
             engine.admit(prompt, SamplingOptions())
+    for prompt in ([1.0], ["1"], "12", [[1]], 3, None, [True]):
+        with pytest.raises(InputError, match="whole numbers"):
+            engine.admit(prompt, SamplingOptions())
+    for number in (-1, 2**80, 0.5, "a"):
+        with pytest.raises(InputError, match="number"):
+            engine.admit([1], SamplingOptions(), number)
+    with pytest.raises(InputError, match="`options` is dict"):
+        engine.admit([1], {"seed": 1})
     with pytest.raises(InputError, match="block size 5"):
         engine.admit([1], SamplingOptions(block_size=5))
     with pytest.raises(InputError, match="analytic"):
@@ -219,6 +228,87 @@ def test_bad_rows():
     with pytest.raises(InputError, match="no row 5"):
         engine.drop(5)
     assert not engine.active and not len(engine.rows.state)
+
+
+def answers(**methods):
+    """An order that answers as it should, but for the methods that are given."""
+
+    class Mine(blockdiff.Order):
+        name = "mine"
+
+        def choose(self, logits, wanted, rows):
+            return None, rows.draw(logits, wanted)
+
+    for name, answer in methods.items():
+        setattr(Mine, name, lambda self, *given, answer=answer: answer(*given))
+    return Mine()
+
+
+WRONG_ORDERS = {
+    "wanted": [
+        lambda rows: rows.masked & False,
+        lambda rows: ~rows.masked,
+        lambda rows: rows.masked[:, :0],
+        lambda rows: rows.masked.astype(int),
+        lambda rows: torch.from_numpy(rows.masked),
+        lambda rows: None,
+    ],
+    "mask_rate": [
+        lambda rows, wanted: rows.u[:, 0] + np.nan,
+        lambda rows, wanted: rows.u,
+        lambda rows, wanted: rows.u[:, 0] + 2,
+    ],
+    "choose": [
+        lambda logits, wanted, rows: None,
+        lambda logits, wanted, rows: logits.argmax(-1),
+        lambda logits, wanted, rows: (None, logits.argmax(-1)[:-1]),
+        lambda logits, wanted, rows: (None, logits.amax(-1)),
+        lambda logits, wanted, rows: (None, logits.argmax(-1).numpy()),
+        lambda logits, wanted, rows: (logits.argmax(-1), logits.argmax(-1)),
+        lambda logits, wanted, rows: (torch.from_numpy(wanted), logits.argmax(-1)),
+        lambda logits, wanted, rows: (None, logits.argmax(-1) + 9),
+        lambda logits, wanted, rows: (None, logits.argmax(-1) - 9),
+        lambda logits, wanted, rows: (None, logits.argmin(-1)),  # the mask token
+        lambda logits, wanted, rows: (logits[:, 0] > 1e9, logits.argmax(-1)),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ["timed", "ar"])
+@pytest.mark.parametrize("method", WRONG_ORDERS)
+def test_an_order_that_answers_wrongly_is_one_line(kind, method):
+    """Nothing hangs, and nothing is an error of numpy's or torch's."""
+    for answer in WRONG_ORDERS[method]:
+        options = SamplingOptions(8, sampler=answers(**{method: answer}), stop="none")
+        with pytest.raises(InputError, match="order mine"):
+            generate_tokens(model_of(kind), [[1, 2]], options)
+
+
+@pytest.mark.parametrize("length", [99, 1, -1, 2.5, True, "3"])
+def test_a_stopping_rule_that_answers_wrongly_is_one_line(monkeypatch, length):
+    rule = stopping.StoppingRule()
+    rule.name, rule.length = "mine", lambda *given: length
+    monkeypatch.setitem(registry.STOPPING_RULES._objects, "mine", rule)
+    with pytest.raises(InputError, match="stopping rule mine"):
+        generate_tokens(model_of("bd3lm"), [[1, 2, 3]], SamplingOptions(8, stop="mine"))
+
+
+def test_rows_that_differ_in_seed_and_length_are_asked_about_together():
+    """One call of the order for all, and one wait for rows of several orders."""
+    asked = []
+
+    def choose(logits, wanted, rows):
+        asked.append(len(wanted))
+        return None, rows.draw(logits, wanted)
+
+    model, order = model_of("bd3lm").eval(), answers(choose=choose)
+    engine = Engine(model)
+    for number in range(5):
+        options = SamplingOptions(8 + number, sampler=order, seed=number, stop="none")
+        engine.admit([1], options)
+    engine.admit([1], SamplingOptions(8))
+    engine.step()
+    assert asked == [5] and engine.waits == 1
 
 
 def test_an_order_from_outside():

@@ -342,7 +342,9 @@ def test_tokens_of_a_cut_have_their_probabilities(top_p, rule):
     logits[8] = -torch.inf
     options = SamplingOptions(max_new_tokens=1, top_p=top_p, top_p_rule=rule)
     rows = np.arange(count)
-    drawn = sample_tokens(options, logits.expand(count, -1).clone(), rows, np.zeros_like(rows))
+    drawn = sample_tokens(
+        options, logits.expand(count, -1).clone(), np.zeros_like(rows), rows, np.zeros_like(rows)
+    )
     cut = warp(logits[:8], top_p=top_p, top_p_rule=rule).softmax(-1)
     share = torch.bincount(drawn, minlength=9)[:8] / count
     assert (share - cut).abs().max() < 5 * math.sqrt(0.25 / count)

@@ -38,8 +38,9 @@ def rows_of(u, options, masked=None):
         np.zeros(count, np.int64),
         np.arange(size) + np.zeros((count, 1), np.int64),
         np.arange(count),
+        np.zeros(count, np.int64),
         options,
-        lambda logits, numbers, positions: logits.argmax(-1),
+        lambda logits, *address: logits.argmax(-1),
     )
 
 

@@ -28,7 +28,7 @@ from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import total_noise
 from blockdiff.sampling.options import SamplingOptions
-from blockdiff.sampling.orders.base import Order, RowState
+from blockdiff.sampling.orders.base import Order, RowState, answered, asked
 from blockdiff.sampling.rows import Rows
 from blockdiff.sampling.step import Step
 
@@ -108,19 +108,18 @@ class Engine:
         views = self.rows.views(rows, live, position, masked)
         wanted, rate = np.zeros_like(masked), np.zeros(len(rows))
         for place, order, view in views:
-            own = order.wanted(view)
+            own, rate[place] = asked(order, view)
             wanted[place, : own.shape[1]] = own
-            if self._timed:
-                rate[place] = order.mask_rate(view, own)
         logits = self._evaluate(rows, position, wanted, rate)
         state["evaluations"][rows[live]] += 1
         place, column, tokens = self._choose(logits, wanted, views)
         fixed, at = rows[place], position[place, column]
-        self.rows.canvas[fixed, at] = tokens
+        self.rows.fix(fixed, at, tokens)
         if self.rows.shifted:  # a token whose next is not fixed yet is run again
             self._store(rows, np.isin(np.arange(len(rows)), place), 0)
         step = self.rows.step(rows[live], fixed, at)
         masked[place, column] = False
+        self.rows.require_end(rows)
         going = state["length"][rows] < 0
         self.rows.move_on(rows[going & ~masked.any(1)])
         # A finished row is padding for graphs, until half are: each drop changes the shapes.
@@ -166,24 +165,24 @@ class Engine:
     ) -> tuple[Array, Array, Array]:
         """Places among the rows, columns of their blocks and tokens of what is fixed."""
         owner, column = wanted.nonzero()
-        taken, tokens = np.ones(len(owner), bool), np.zeros(len(owner), np.int64)
+        indices, found = [], []
         for place, order, view in views:
             mine: Any = slice(None)
+            own = logits
             if len(views) > 1:
                 mine = np.isin(owner, place).nonzero()[0]
                 own = logits[torch.from_numpy(mine).to(logits.device, non_blocking=True)]
-            else:
-                own = logits
-            chosen, found = order.choose(own, wanted[place, : view.masked.shape[1]], view)
-            if chosen is not None:
-                if chosen.device == found.device:  # one wait for both
-                    chosen, found = torch.stack([chosen.long(), found]).cpu()
-                else:
-                    self.waits += 1
-                taken[mine] = chosen.numpy() > 0
-            tokens[mine] = found.cpu().numpy()
-            self.waits += 1
-        return owner[taken], column[taken], tokens[taken]
+            chosen, tokens = answered(order, own, wanted[place, : view.masked.shape[1]], view)
+            if chosen is None:
+                chosen = torch.ones_like(tokens, dtype=torch.bool)
+            elif chosen.device != tokens.device:  # the order itself has waited for it
+                self.waits += 1
+            indices.append(np.arange(len(owner))[mine])
+            found.append(torch.stack([chosen.to(tokens.device, torch.int64), tokens]))
+        taken, drawn = torch.cat(found, 1).cpu().numpy()  # one wait for all
+        self.waits += 1
+        which, drawn = np.concatenate(indices)[taken > 0], drawn[taken > 0]
+        return owner[which], column[which], drawn
 
     def _prefill(self, rows: Array) -> None:
         """Caches the prompts' whole blocks, in one evaluation for each block size."""

@@ -13,7 +13,9 @@ Shapes: B rows, n of them, S canvas length, K block size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blockdiff.categorical import draw, host_uniform, real_dtype, signed
+from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.registry import ORDERS
 from blockdiff.sampling.options import SamplingOptions
@@ -41,6 +44,9 @@ _FIELDS = (
     "name number seed group start end known first size stride limit capacity prompt uncached "
     "evaluations nfe rejected length"
 )
+# A block in which something is masked still, this many evaluations beyond its positions and steps,
+# has an order that does not end.
+PATIENCE = 1000
 _STATE = np.dtype([(field, np.int64) for field in _FIELDS.split()])
 
 
@@ -58,6 +64,9 @@ class Rows:
 
     def admit(self, prompt: Sequence[int], options: SamplingOptions, number: int | None) -> int:
         """Adds a row; its place, which is the last."""
+        if not isinstance(options, SamplingOptions):
+            raise InputError(f"`options` is {type(options).__name__}; give a SamplingOptions")
+        number = self.admitted if number is None else whole_number("number", number, 0)
         config, order = self.config, ORDERS.find(options.sampler, "sampler")
         check_row(config, prompt, options, order)
         row, place = np.zeros(1, _STATE), len(self.state)
@@ -69,7 +78,7 @@ class Rows:
         first = start // stride * stride
         if not capacity:
             first = max(first + stride - size, 0)  # with as much before it as fits
-        row["name"], row["number"] = self.admitted, self.admitted if number is None else number
+        row["name"], row["number"] = self.admitted, number
         row["seed"], row["group"] = signed(options.seed), self._group(options, order)
         row["start"], row["end"], row["known"] = start, end, start
         row["first"], row["size"], row["stride"], row["capacity"] = first, size, stride, capacity
@@ -89,13 +98,16 @@ class Rows:
     def drop(self, place: int) -> None:
         """Forgets a row; those behind it move up."""
         self.state = np.delete(self.state, place)
+        if not len(self.state):
+            self.groups.clear()  # no row names one by its number
         self.canvas, self.u = np.delete(self.canvas, place, 0), np.delete(self.u, place, 0)
 
     def _group(self, options: SamplingOptions, order: Order) -> int:
+        shared = replace(options, seed=0, max_new_tokens=1)  # what no order asks for
         for number, (known, *_) in enumerate(self.groups):
-            if known == options:
+            if known == shared:
                 return number
-        self.groups.append((options, order, rules_of(options.stop)))
+        self.groups.append((shared, order, rules_of(options.stop)))
         return len(self.groups) - 1
 
     def look(self, rows: Array) -> tuple[Array, Array]:
@@ -111,6 +123,17 @@ class Rows:
         inside = position < self.canvas.shape[1]
         found = self.canvas[rows[:, None], np.where(inside, position, 0)]
         return np.where(inside, found, self.mask_token_id)
+
+    def fix(self, rows: Array, positions: Array, tokens: Array) -> None:
+        """Writes tokens [n]; raises `InputError` for the mask token or one there is not."""
+        wrong = (tokens < 0) | (tokens >= self.config.vocab_size) | (tokens == self.mask_token_id)
+        if wrong.any():
+            order = self.groups[self.state["group"][rows[wrong][0]]][1]
+            raise InputError(
+                f"the order {order.name} fixed a position with {tokens[wrong][0]}, which is no "
+                "token; `draw` gives those there are"
+            )
+        self.canvas[rows, positions] = tokens
 
     def move_on(self, rows: Array) -> None:
         """From the blocks of `rows`, which are full, to their next with something to fix."""
@@ -134,7 +157,7 @@ class Rows:
     def views(
         self, rows: Array, live: Array, position: Array, masked: Array
     ) -> list[tuple[Array, Order, RowState]]:
-        """The rows of equal options: their places among `rows`, their order, and what it sees.
+        """The rows of one group: their places among `rows`, their order, and what it sees.
 
         `live`: the places of those that go on.
         """
@@ -150,11 +173,24 @@ class Rows:
                 evaluations=self.state["evaluations"][row],
                 positions=position[place, :size],
                 numbers=self.state["number"][row],
+                seeds=self.state["seed"][row],
                 options=options,
                 sample=partial(sample_tokens, options),
             )
             found.append((place, order, view))
         return found
+
+    def require_end(self, rows: Array) -> None:
+        """Raises `InputError` for an order that evaluates a block of `rows` without end."""
+        state = self.state[rows]
+        for row in state[state["evaluations"] > state["size"] + PATIENCE]:
+            options, order, _ = self.groups[row["group"]]
+            if row["evaluations"] > row["size"] + PATIENCE + (options.steps or 0):
+                raise InputError(
+                    f"the order {order.name} has not fixed a block of {row['size']} after "
+                    f"{row['evaluations']} evaluations: sooner or later `choose` must fix each "
+                    "position"
+                )
 
     def finish(self, row: int) -> None:
         """Ends a row whose text is all fixed, or which a rule ends."""
@@ -168,6 +204,13 @@ class Rows:
                 continue
             length = rule.length(self.canvas[row, :now], known, start, self.config.eos_token_id)
             if length is not None:
+                if isinstance(length, bool) or not isinstance(length, Integral):
+                    length = -1  # not a length
+                if not start <= length <= now:
+                    raise InputError(
+                        f"the stopping rule {rule.name}: `length` must give None, or a whole "
+                        f"number from {start}, the prompt's, to {now}, the text's so far"
+                    )
                 self.state["length"][row], self.state["rejected"][row] = length, rule.rejects
                 return
         if now == end:
@@ -193,13 +236,13 @@ def _grown(table: Array, width: int, fill: float) -> Array:
 
 
 def sample_tokens(
-    options: SamplingOptions, logits: Tensor, numbers: Array, positions: Array
+    options: SamplingOptions, logits: Tensor, seeds: Array, numbers: Array, positions: Array
 ) -> Tensor:
-    """A token for each row of logits [P, V]; its random number is that of row and position."""
+    """A token for each row of logits [P, V]; its random number is that of seed, row, position."""
 
     def uniforms(which: Tensor, attempt: int) -> Tensor:
         own = slice(None) if attempt == 0 else which.numpy()  # later attempts are a CPU's
-        u = host_uniform(options.seed, numbers[own], positions[own], TOKEN + attempt)
+        u = host_uniform(seeds[own], numbers[own], positions[own], TOKEN + attempt)
         return torch.from_numpy(u).to(logits.device, real_dtype(logits.device), non_blocking=True)
 
     return draw(
@@ -214,6 +257,9 @@ def sample_tokens(
 
 def check_row(config: Any, prompt: Sequence[int], options: SamplingOptions, order: Order) -> None:
     """Raises `InputError` for a prompt or options that do not fit the model."""
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+        raise InputError("a prompt is no row of token ids, which are whole numbers")
     if order.only not in (None, config.kind):
         raise InputError(
             f"the {order.name} sampler reads the scores of {str(order.only).upper()}, and this is "

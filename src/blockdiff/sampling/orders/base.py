@@ -4,8 +4,9 @@
                                  which positions come next, one that reads the logits wants all
     choose(logits, wanted, rows) which of these are fixed, and their tokens
 
-The engine calls `choose` once an evaluation, for all rows of an order with the same options. What
-it hands over is on the host (numpy arrays), but for the logits, which are where the network is.
+The engine calls `choose` once an evaluation, for all rows of an order whose options differ in
+nothing but seed and length. What it hands over is on the host (numpy arrays), but for the logits,
+which are where the network is.
 
 Shapes: n rows, K positions of the block (of the longest, where block sizes differ), P wanted
 positions in row-major order, V vocabulary.
@@ -17,11 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from blockdiff.categorical import uniform
+from blockdiff.errors import InputError
 from blockdiff.registry import register_order
 from blockdiff.sampling.options import SamplingOptions
 
@@ -39,7 +42,8 @@ class RowState:
     `masked` bool [n, K]: the positions still to fix. `u` float64 [n, K]: a uniform number of each
     position, the same in every evaluation: it is masked at time t exactly when u < 1 − α_t.
     `evaluations` int64 [n]: those of this block so far. `positions` int64 [n, K], in the text.
-    `numbers` int64 [n]: the rows' own numbers, a part of the address of all random numbers.
+    `numbers` int64 [n]: the rows' own numbers, with `seeds` int64 [n] a part of the address of all
+    random numbers. `options`: what the rows share; its `seed` and `max_new_tokens` mean nothing.
     """
 
     masked: Array
@@ -47,22 +51,25 @@ class RowState:
     evaluations: Array
     positions: Array
     numbers: Array
+    seeds: Array
     options: SamplingOptions
-    sample: Callable[[Tensor, Array, Array], Tensor]
+    sample: Callable[[Tensor, Array, Array, Array], Tensor]
 
     def draw(self, logits: Tensor, wanted: Array) -> Tensor:
         """A token for each position of `wanted` bool [n, K], int64 [P], from its logits [P, V].
 
-        By the rows' temperature, top-k and top-p; where the network is.
+        By the rows' temperature, top-k and top-p; where the network is. A position's random number
+        is the same in every evaluation: a token that is drawn and not fixed is not drawn afresh.
         """
         row, column = wanted.nonzero()
-        return self.sample(logits, self.numbers[row], self.positions[row, column])
+        return self.sample(logits, self.seeds[row], self.numbers[row], self.positions[row, column])
 
     def uniform(self, *address: int | Array) -> Array:
         """Uniform numbers [n, K] of the positions; `address` says what for, behind 0 and 1."""
         parts = [torch.as_tensor(part) for part in address]
-        numbers, positions = torch.from_numpy(self.numbers), torch.from_numpy(self.positions)
-        found: Array = uniform(self.options.seed, numbers[:, None], positions, *parts).numpy()
+        seeds, numbers = (torch.from_numpy(x)[:, None] for x in (self.seeds, self.numbers))
+        positions = torch.from_numpy(self.positions)
+        found: Array = uniform(seeds, numbers, positions, *parts).numpy()
         return found
 
 
@@ -109,3 +116,39 @@ class Order:
         one. The mask token and ids without a token are −inf in the logits.
         """
         raise NotImplementedError
+
+
+# What an order of one's own gets wrong is said in one line: its answers are checked as far as the
+# host sees them.
+
+
+def asked(order: Order, rows: RowState) -> tuple[Array, Array]:
+    """(`wanted`, `mask_rate`) of an order; raises `InputError` where one of them cannot be."""
+    masked, wanted = rows.masked, order.wanted(rows)
+    if not isinstance(wanted, np.ndarray) or (wanted.dtype, wanted.shape) != (bool, masked.shape):
+        raise _wrong(order, "wanted", f"an array bool {list(masked.shape)}")
+    if (wanted & ~masked).any() or not wanted.any(1).all():
+        raise _wrong(order, "wanted", "masked positions only, and at least one of each row")
+    rate = np.asarray(order.mask_rate(rows, wanted), dtype=np.float64)
+    if rate.shape != (len(masked),) or not ((rate >= 0) & (rate <= 1)).all():
+        raise _wrong(order, "mask_rate", f"{len(masked)} numbers from 0 to 1")
+    return wanted, rate
+
+
+def answered(
+    order: Order, logits: Tensor, wanted: Array, rows: RowState
+) -> tuple[Tensor | None, Tensor]:
+    """What an order's `choose` gives; raises `InputError` for other types or shapes."""
+    match order.choose(logits, wanted, rows):
+        case (None | Tensor() as chosen, Tensor() as tokens) if (
+            tokens.dtype,
+            tuple(tokens.shape),
+        ) == (torch.int64, (len(logits),)) and (
+            chosen is None or (chosen.dtype, chosen.shape) == (torch.bool, tokens.shape)
+        ):
+            return chosen, tokens
+    raise _wrong(order, "choose", f"None or bool [{len(logits)}], and tokens int64 of that length")
+
+
+def _wrong(order: Order, method: str, right: str) -> InputError:
+    return InputError(f"the order {order.name}: `{method}` must give {right}")

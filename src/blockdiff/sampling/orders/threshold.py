@@ -3,7 +3,8 @@
     fixed: those whose token has p_θ ≥ threshold, and the surest of each row in any case
 
 Not exact: tokens fixed together are drawn as if independent of one another. The threshold is what
-that is bought with.
+that is bought with. A position's token is always drawn with the same random number, so that rare
+tokens, which are seldom sure when they are first drawn, stay as likely as they were.
 """
 
 from __future__ import annotations
