@@ -185,7 +185,9 @@ class Rows:
         state = self.state[rows]
         for row in state[state["evaluations"] > state["size"] + PATIENCE]:
             options, order, _ = self.groups[row["group"]]
-            if row["evaluations"] > row["size"] + PATIENCE + (options.steps or 0):
+            if row["evaluations"] > row["size"] + PATIENCE + (
+                0 if options.steps is None else options.steps
+            ):
                 raise InputError(
                     f"the order {order.name} has not fixed a block of {row['size']} after "
                     f"{row['evaluations']} evaluations: sooner or later `choose` must fix each "
