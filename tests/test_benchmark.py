@@ -14,7 +14,7 @@ from blockdiff.apps.benchmark.naive import (
     naive_sample,
     naive_step,
 )
-from blockdiff.apps.benchmark.options import NAIVE_BF16, BenchmarkOptions
+from blockdiff.apps.benchmark.options import GPT2_BF16, NAIVE_BF16, BenchmarkOptions
 from blockdiff.apps.benchmark.report import body_parameters, describe, useful_flops
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
@@ -142,7 +142,11 @@ TINY = ["--length", "16", "--batch-size", "2", "--vocab-size", "50", "--repeats"
     ("work", "alternatives", "figure"),
     [
         ("train", {"naive", NAIVE_BF16, "ours", "ar"}, "share_of_matrix_rate"),
-        ("sample", {"naive", NAIVE_BF16, "ours", "int8", "ar", "gpt2"}, "share_of_read_rate"),
+        (
+            "sample",
+            {"naive", NAIVE_BF16, "ours", "int8", "ar", "gpt2", GPT2_BF16},
+            "share_of_read_rate",
+        ),
         ("attention", {"dense", "blockwise"}, "peak_memory_ratio"),
         ("evaluate", {"naive", NAIVE_BF16, "separate", "ours"}, "torch"),
     ],

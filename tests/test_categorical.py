@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from blockdiff.categorical import _inside, draw, fold_seed, host_uniform, sample, uniform, warp
+from blockdiff.categorical import _survives, draw, fold_seed, host_uniform, sample, uniform, warp
 from blockdiff.errors import InputError
 
 # Tests of a distribution reject under p = 1e-4; seeds are fixed, so each verdict is final.
@@ -184,7 +184,7 @@ def test_inside_is_the_cut(rule, top_p):
     logits = torch.randn(40, 9, generator=torch.Generator().manual_seed(1)).mul(2).round(decimals=0)
     for row in logits:
         every = torch.arange(9)
-        inside = _inside(row.softmax(0).expand(9, -1), every, top_p, rule)
+        inside = _survives(row.softmax(0).expand(9, -1), every, top_p, rule)
         assert set(every[inside].tolist()) == naive_kept(row.tolist(), None, top_p, rule)
 
 

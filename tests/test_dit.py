@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
 import blockdiff
@@ -12,7 +13,7 @@ from blockdiff.estimators import paired
 from blockdiff.evaluation.likelihood import addressed_noise, likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models.config import PRESETS, DiTConfig
-from blockdiff.models.dit import DiT, _rope_table, _tensors
+from blockdiff.models.dit import DiT, _rope_table
 from blockdiff.models.loss import subs_nll_from_logits
 from blockdiff.noising import exact_k
 from blockdiff.sampling.generate import generate_tokens
@@ -94,7 +95,7 @@ def test_initial_weights():
     assert not layer.modulation.weight.any() and not layer.modulation.bias.any()
     h = torch.randn(1, 12, 64)
     sigma = torch.zeros(1, 1, config.cond_size)
-    assert torch.equal(layer.finish(h, torch.randn(1, 12, 64), layer.fold(sigma)), h)
+    assert torch.equal(layer.update(h, torch.randn(1, 12, 64), layer.fold(sigma)), h)
     config.initial_gate, config.initial_shift = 1.0, 0.5
     bias = DiT(config).layers[3].modulation.bias.view(6, 64)
     assert (bias[[2, 5]] == 1).all() and not bias[[1, 3, 4]].any()
@@ -330,7 +331,7 @@ def test_what_sampling_cached_can_be_trained_on(objective):
 def test_a_copy_of_a_compiled_model_is_its_own():
     """The average of a compiled model follows no raw weight, and its dropout is off."""
     model = tiny_model(vocab_size=9, length=16)
-    for layer in model.stack():
+    for layer in model.layers:
         layer.dropout = 0.5
     model.train()
     model.compile_layers(backend="eager")
@@ -365,7 +366,7 @@ def test_shapes_of_a_graph_are_the_same_every_pass_and_weights_stay_where_they_a
     options = SamplingOptions(max_new_tokens=12)
     expected = generate_tokens(model, [prompt], options).tokens
     assert model.fold() is not model.fold()
-    model._graphs = True
+    model.graphs = True
     shapes = inputs_of(
         model.layers[-1].mlp_in,
         lambda: generate_tokens(model, [prompt], options),
@@ -374,7 +375,8 @@ def test_shapes_of_a_graph_are_the_same_every_pass_and_weights_stay_where_they_a
     assert generate_tokens(model, [prompt], options).tokens == expected
     folded = model.fold()
     assert model.fold() is folded
-    assert not any(x.is_inference() or x.requires_grad for x in _tensors(folded.layers[0]))
+    leaves = [x for x in tree_leaves(folded.layers[0]) if isinstance(x, torch.Tensor)]
+    assert leaves and not any(x.is_inference() or x.requires_grad for x in leaves)
     with torch.no_grad():
         model.layers[0].norm_1.weight.add_(1.0)
     assert model.fold() is not folded, "a weight has changed"

@@ -73,12 +73,12 @@ def test_a_layer_compiles_without_a_break(training, settings):
     def project(h):
         return layer.project(h, cos, sin, layer.fold(condition))
 
-    def finish(h):
-        return layer.finish(h, h, layer.fold(condition))
+    def update(h):
+        return layer.update(h, h, layer.fold(condition))
 
     torch._dynamo.reset()
     with torch.set_grad_enabled(training):
-        for half in (project, finish):
+        for half in (project, update):
             found = torch._dynamo.explain(half)(h)
             assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
             if half is project or not training:

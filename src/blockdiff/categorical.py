@@ -152,8 +152,7 @@ def _invert(probability: Tensor, u: Tensor) -> Tensor:
     rest = probability[:, whole:].sum(-1, keepdim=True, dtype=dtype)
     cumulative = torch.cat([sums, rest], dim=-1).cumsum(-1)
     below_one = 1 - torch.finfo(dtype).eps
-    target = torch.minimum(u.to(dtype)[:, None], u.new_tensor(below_one, dtype=dtype))
-    target = target * cumulative[:, -1:]
+    target = u.to(dtype)[:, None].clamp(max=below_one) * cumulative[:, -1:]
     # Of numbers that are not finite the search would give the place behind the last token.
     part = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)
     before = torch.where(part > 0, cumulative.gather(-1, (part - 1).clamp(min=0)), 0)
@@ -196,20 +195,20 @@ def draw(
         return sample(cut, uniforms(everyone, 0))
     probability = logits.softmax(-1)
     tokens = _invert(probability, uniforms(everyone, 0))
-    outside = (~_inside(probability, tokens, top_p, top_p_rule)).nonzero().squeeze(-1)
+    outside = (~_survives(probability, tokens, top_p, top_p_rule)).nonzero().squeeze(-1)
     for attempt in range(1, ATTEMPTS):
         if not len(outside):
             return tokens
         again = probability[outside]
         tokens[outside] = _invert(again, uniforms(outside, attempt))
-        outside = outside[~_inside(again, tokens[outside], top_p, top_p_rule)]
+        outside = outside[~_survives(again, tokens[outside], top_p, top_p_rule)]
     if len(outside):
         cut = warp(logits[outside], top_p=top_p, top_p_rule=top_p_rule)
         tokens[outside] = sample(cut, uniforms(outside, ATTEMPTS))
     return tokens
 
 
-def _inside(probability: Tensor, tokens: Tensor, top_p: float, rule: str) -> Tensor:
+def _survives(probability: Tensor, tokens: Tensor, top_p: float, rule: str) -> Tensor:
     """Whether each token [n] survives the top-p cut of its row of probability [n, V].
 
     Among equally probable tokens the one with the lower id comes first.

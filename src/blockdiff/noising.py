@@ -61,7 +61,7 @@ class Draw:
     x_t: Tensor
     weight: Tensor
     sigma: Tensor
-    unbiased: bool = True
+    unbiased: bool
     exact: bool = False
 
     @property
@@ -98,12 +98,12 @@ def apply_mask(
 ) -> Draw:
     """The draw of a mask [R·B, L]; `weight` broadcasts to it, `rate` [R·B, N] is the mask rate.
 
-    `facts`: `unbiased` and `exact` of the `Draw`.
+    `facts`: `unbiased`, true by default, and `exact` of the `Draw`.
     """
     x_0 = x_0.repeat(len(masked) // len(x_0), 1)
     x_t = torch.where(masked, mask_token_id, x_0)
     weight = torch.where(masked, weight, 0.0).float()
-    return Draw(x_t, weight, total_noise(rate).float(), **facts)
+    return Draw(x_t, weight, total_noise(rate).float(), **{"unbiased": True, **facts})
 
 
 def total_noise(rate: Tensor) -> Tensor:

@@ -184,6 +184,28 @@ def test_the_analytic_order_waits_twice():
         assert engine.waits <= before + 2
 
 
+@EVERY_KIND
+def test_graphs_see_few_shapes_and_give_the_same(kind, monkeypatch):
+    """A finished row stays as padding until half are; a cached block always has its columns."""
+    model, shapes = model_of(kind).eval(), []
+    given = [(p, VARIED[i % 2], i) for i, p in enumerate(prompts(1, 2, 3, 5, 6, 7, 9, 13))]
+    expected = [alone(model, *row) for row in given]
+    decode = model.decode
+
+    def spy(x, *rest, **options):
+        shapes.append(x.shape)
+        return decode(x, *rest, **options)
+
+    monkeypatch.setattr(model, "graphs", True)
+    monkeypatch.setattr(model, "decode", spy)
+    engine = Engine(model)
+    names = [engine.admit(*row) for row in given]
+    while engine.active:
+        step = engine.step()
+    assert [of(step, name, len(row[0])) for name, row in zip(names, given, strict=True)] == expected
+    assert len(set(shapes)) <= 4  # 8, 4, 2 rows, 1
+
+
 def test_bad_rows():
     engine = Engine(model_of("bd3lm").eval())
     for prompt in ([], [8], [9], [-1]):
@@ -307,21 +329,30 @@ def test_an_order_from_outside():
     assert [place for place in places if place] == [[3], [2], [7], [6], [5], [4]]
 
 
-@pytest.mark.parametrize("sampler", ["first_hitting", "analytic"])
-def test_random_numbers_are_moved_in_the_precision_of_the_device(monkeypatch, sampler):
-    """MPS has no float64, in which the host draws them: here a device that takes float32 only."""
+@pytest.mark.parametrize("sampler", ["first_hitting", "analytic", "threshold"])
+def test_what_the_host_knows_is_moved_without_waiting(monkeypatch, sampler):
+    """And never in float64, which MPS lacks: here a device that takes float32 only."""
     for room in (rows_module, scheduled):
         monkeypatch.setattr(room, "real_dtype", lambda device: torch.float32)
-    moved = []
+    moved, waited = [], []
 
     class Moves(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            if func is torch.Tensor.to and any(isinstance(x, torch.device) for x in args):
-                moved.append(func(*args, **(kwargs or {})).dtype)
-            return func(*args, **(kwargs or {}))
+            done = func(*args, **(kwargs or {}))
+            to_device = [x for x in args[1:] if isinstance(x, torch.device | torch.Tensor)]
+            if func is torch.Tensor.to and to_device:
+                moved.append(done.dtype)
+                waited.extend([] if (kwargs or {}).get("non_blocking") else [args])
+            elif func is torch.Tensor.new_tensor:  # a number of the host's
+                waited.append(args)
+            return done
 
     model = tiny_model(vocab_size=9, block_size=12, time_conditioning=True, score=True)
+    engine = Engine(model.eval())
     steps = 5 if sampler == "analytic" else None
+    for seed, prompt in enumerate(prompts(1, 3)):
+        engine.admit(prompt, SamplingOptions(8, sampler=sampler, steps=steps, seed=seed))
     with Moves():
-        generate_tokens(model, prompts(1, 3), SamplingOptions(8, sampler=sampler, steps=steps))
-    assert torch.float32 in moved and torch.float64 not in moved
+        while engine.active:
+            engine.step()
+    assert torch.float32 in moved and torch.float64 not in moved and not waited

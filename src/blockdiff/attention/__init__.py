@@ -2,10 +2,10 @@
 
     dense      SDPA with the whole mask as a tensor: the slow, obvious reference
     blockwise  chunks of queries, each with only the keys it may see, as matrix products: every
-               device, forward and backward, no work on the tiles that are masked out whole
+               device, forward and backward, no work on tiles that are masked entirely
     flex       FlexAttention with a BlockMask: CUDA; on a CPU its forward only
-    sdpa       SDPA without a mask tensor, where a query sees everything (MDLM) or everything up to
-               itself (AR): what "auto" takes for these where it is faster
+    sdpa       SDPA without a mask tensor, for full attention (MDLM) and causal attention (AR):
+               chosen by "auto" where it is faster
 
 A mask is made once per pass and handed to every layer:
 
@@ -71,8 +71,8 @@ def make_mask(
     """The mask of one pass, for all its layers: one part of the two-stream mask.
 
     `kind` "clean": queries and keys are the x_0 stream alone (M_BC). "noised": queries are x_t,
-    keys x_0 ⊕ x_t (M_OBC and M_BD). "two_stream": all 2L tokens x_0 ⊕ x_t at once. The layout's
-    documents [B, L] are repeated to `rows` rows of queries, draw-major.
+    keys x_0 ⊕ x_t (M_OBC and M_BD). "two_stream": all 2L tokens x_0 ⊕ x_t at once. `rows` R·B: of
+    the queries; row r·B + i has the documents of row i of the layout's [B, L].
     """
     if backend != "sdpa":
         backend = choose_backend(backend, device, head_dim, layout, kind)

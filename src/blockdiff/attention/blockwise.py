@@ -144,7 +144,7 @@ def _chunks(layout: BlockLayout, kind: str, device: torch.device) -> list[Chunk]
             sees = mask_rows(layout, kind, queries, device)
             spans = _runs(sees.any(0))
             hidden = ~_gather(sees, spans, 1)
-            # The keys in front that every query sees need no mask.
+            # The first keys, up to one that is hidden from some query, need no mask.
             first = int(hidden.any(0).int().argmax()) if bool(hidden.any()) else hidden.shape[1]
             hidden = hidden[:, first:].contiguous()
             chunks.append(Chunk(queries, spans, hidden if hidden.numel() else None))

@@ -1,5 +1,5 @@
-"""SDPA: with the whole mask as a tensor, the slow, obvious reference; or, where no tensor is needed
-to say who sees whom, by its own kernels ("sdpa").
+"""SDPA in two ways: with the whole mask as a tensor, the slow and obvious reference ("dense"), and
+without a mask tensor where the layout needs none, by its fast kernels ("sdpa").
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def prepare(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | bool) -> Tensor:
-    """`mask`: a tensor, or without one whether a query sees only the keys up to its own."""
+    """`mask`: a bool tensor; or without one, True for causal attention and False for full."""
     if isinstance(mask, bool):
         return F.scaled_dot_product_attention(q, k, v, is_causal=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def needs_no_mask(layout: BlockLayout, kind: str) -> bool:
-    """Whether one stream sees everything (MDLM), or everything up to itself (AR)."""
+    """Whether a stream's attention is full (MDLM) or causal (AR)."""
     bounded = layout.window is not None and layout.window < layout.length
     alone = kind == "clean" and layout.documents is None and not bounded
     return alone and layout.block_size in (1, layout.length)
@@ -37,8 +37,8 @@ def needs_no_mask(layout: BlockLayout, kind: str) -> bool:
 def pays_without_mask(layout: BlockLayout, kind: str, device: torch.device) -> bool:
     """Whether that is faster than `flex` on CUDA (not measured yet), or than `blockwise` elsewhere.
 
-    On a CPU it takes half of that one's time where everything is seen and texts are long. With
-    `is_causal` it takes 0.8 of it in float32, but up to 2 times as long in bf16.
+    On a CPU full attention takes half the time of `blockwise` for long texts; causal attention
+    takes 0.8 of its time in float32, but up to twice its time in bf16.
     """
     fast = device.type == "cuda" or (device.type == "cpu" and layout.block_size >= 256)
     return fast and needs_no_mask(layout, kind)

@@ -52,11 +52,11 @@ class Judge:
         self, texts: Sequence[str], progress: Callable[[int], None] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Nats float64 [n] and scored tokens int64 [n] of each text; `progress`: windows done."""
-        pieces: list[tuple[int, list[int], int]] = []  # text, window, tokens that are only context
+        pieces: list[tuple[int, list[int], int]] = []  # text, window, tokens not to score
         for number, text in enumerate(texts):
             ids = ([] if self.first is None else [self.first]) + self.encode(text)
-            for begin, context in windows(len(ids), self.window):
-                pieces.append((number, ids[begin : begin + self.window], context))
+            for begin, unscored in windows(len(ids), self.window):
+                pieces.append((number, ids[begin : begin + self.window], unscored))
         pieces.sort(key=lambda piece: len(piece[1]))
         special = torch.tensor(sorted(self.tokenizer.all_special_ids), dtype=torch.int64)
         nats = torch.zeros(len(texts), dtype=torch.float64)
@@ -69,8 +69,8 @@ class Judge:
             for row, (_, ids, _) in enumerate(batch):
                 x[row, : len(ids)] = torch.tensor(ids)
             position = torch.arange(x.shape[1])
-            read = torch.tensor([context for _, _, context in batch])
-            scored = (position >= read[:, None]) & (position < sizes[:, None])
+            given = torch.tensor([piece[2] for piece in batch])[:, None]
+            scored = (position >= given) & (position < sizes[:, None])
             scored &= ~torch.isin(x, special)
             found = torch.where(scored, self._score(x, sizes).cpu().double(), 0.0)
             owner = torch.tensor([piece[0] for piece in batch])
@@ -82,9 +82,9 @@ class Judge:
 
 
 def windows(tokens: int, window: int) -> list[tuple[int, int]]:
-    """(begin, tokens that are only context) of the windows over a text of `tokens`.
+    """Where the windows over a text of `tokens` begin, and how many first tokens each only reads.
 
-    The first token of a text is context for the first window; each other token is scored once.
+    The first token of the text is not scored; each other is, in the first window that holds it.
     """
     stride = max(window // 2, 1)
     found = [(0, 1)]

@@ -8,7 +8,8 @@ conventions, which the callers read:
     block_size      L' it was trained for
     prompt_grid     where the first block of new text begins: "absolute", at a multiple of L'
     inside_block    what a token sees of its own block: "bidirectional" or "causal"
-    clean_stream    how far x_0 is known to a clean token: its "block", or "causal", itself
+    clean_stream    what a clean token sees of x_0: up to the end of its "block", or "causal", up to
+                    itself
     prediction      the logits at i are for token i ("same") or for token i + 1 ("shift", as in AR)
     next_from_cache whether caching a finished block also yields the token after it
 
@@ -88,8 +89,10 @@ class Conventions(Protocol):
 class Denoiser(Protocol):
     """A network that denoises blocks; `DiT` is one."""
 
-    # What vocabulary ids have a token, bool [V]; None for all. `load` sets it.
+    # Which ids of the vocabulary stand for a token, bool [V]; None where all do. `load` sets it.
     drawable: Tensor | None
+    # Whether its layers are CUDA graphs, which are recorded anew for every shape of a pass.
+    graphs: bool
     training: bool
 
     @property
@@ -112,11 +115,11 @@ class Denoiser(Protocol):
     ) -> DenoiserOutput:
         """Logits, or nll of `targets` [P], at the positions `at` bool [R·B, L], or everywhere.
 
-        `x_t` int64 [R·B, L] reads the clean blocks before its own: of `x_0` int64 [B, L], which R
-        noised copies share draw-major, or of the `context` that `encode(x_0)` gave. Without either
-        it is one stream under the layout's M_BC. `layout`: blocks, window and documents; the
-        configuration's blocks when left out. `sigma` [R·B] or [R·B, N]: read where the network is
-        conditioned on time.
+        The blocks of `x_t` int64 [R·B, L] read the clean blocks before them, those of `x_0` int64
+        [B, L] or of the `context` that `encode(x_0)` gave: row r·B + i of x_t is a noised copy of
+        row i of x_0. Without either, x_t is a single stream under the layout's M_BC. `layout`:
+        blocks, window and documents; the configuration's blocks when left out. `sigma` [R·B] or
+        [R·B, N]: read where the network is conditioned on time.
         """
         ...
 
@@ -137,8 +140,8 @@ class Denoiser(Protocol):
     ) -> Tensor:
         """Logits [P, V] of one evaluation of tokens x int64 [n, T] after their cached prefixes.
 
-        `positions` int64 [n, T]. `at` int64 [P]: the places in x, row by row, whose logits are
-        wanted. `mask`: what `cache.visible` gave. The first `clean` columns are clean tokens, the
+        `positions` int64 [n, T]. `at` int64 [P]: where logits are wanted, column t of row i as
+        i·T + t. `mask`: what `cache.visible` gave. The first `clean` columns are clean tokens, the
         others noised ones at `sigma` [n]. Keys and values stay staged for `cache.append_staged`.
         """
         ...

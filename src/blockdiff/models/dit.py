@@ -9,9 +9,9 @@ One network, three uses, told apart by what it is given:
     model(x_0)            AR, when `config.causal`: a causal stream; logits at i are for i + 1
 
 With one noised copy per text both streams go through the layers side by side, as 2L tokens, and
-the clean one stops at the last layer's keys and values. These never depend on x_t: where several
-copies share a text, or a text is written block by block, the clean stream runs first (`encode`,
-or the cache) and the noised one reads what it left.
+the clean one stops at the last layer's keys and values. The clean stream never depends on x_t.
+So where several copies share a text, or a text is written block by block, it runs first (`encode`,
+or the cache), and the noised stream reads its keys and values.
 
 Shapes: B batch, R draws, L positions, Q queries, H heads, D head width, E width, V vocabulary,
 N blocks, M layers.
@@ -27,6 +27,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
@@ -54,9 +55,9 @@ Attention = Callable[[int, Tensor, Tensor, Tensor], "Tensor | None"]
 
 
 class Condition(NamedTuple):
-    """What the adaLN of each layer and of the output reads, or what they folded of it.
+    """What the adaLN of each layer and of the output layer reads, or what `fold` made of that.
 
-    `constant`: nothing in it differs from token to token.
+    `constant`: it is the same for every token.
     """
 
     layers: Sequence[Tensor | FoldedLayer | None]
@@ -99,7 +100,7 @@ class DiT(PreTrainedModel):
         self.layers = nn.ModuleList(DiTLayer(config) for _ in range(config.num_hidden_layers))
         self.output = OutputLayer(config)
         self.attention_backend = "auto"
-        self._graphs = False  # whether layers are CUDA graphs, which need the same shapes each pass
+        self.graphs = False  # whether layers are CUDA graphs, which need the same shapes each pass
         self._folded: tuple[object, Condition] | None = None
         self.drawable: Tensor | None = None  # which ids have a token; `load` knows
         self.post_init()
@@ -144,9 +145,9 @@ class DiT(PreTrainedModel):
         (not measured yet). A copy of the model, such as its average, is not compiled. `backend`:
         torch.compile's.
         """
-        self._graphs = self.device.type == "cuda" and not self.training
+        self.graphs = self.device.type == "cuda" and not self.training
         for layer in self.layers:
-            layer.compile(backend=backend, mode="reduce-overhead" if self._graphs else None)
+            layer.compile(backend=backend, mode="reduce-overhead" if self.graphs else None)
 
     # the network
 
@@ -164,11 +165,11 @@ class DiT(PreTrainedModel):
     ) -> DenoiserOutput:
         """Logits for every position of x_t, or for the chosen ones only.
 
-        `x_t` int64 [R·B, L]; `x_0` int64 [B, L], the clean tokens its blocks may look back on
-        (R noised copies share them, draw-major), or `context`, what `encode(x_0)` gave. `layout`:
-        the blocks, by default the configuration's, and the documents. `sigma` [R·B] or [R·B, N],
-        read only when `config.time_conditioning`. `at` bool [R·B, L]: where logits are wanted;
-        nothing else goes through the output layer. `targets` int64 [P]: then `nll` [P] comes back
+        `x_t` int64 [R·B, L]; `x_0` int64 [B, L], the clean tokens its blocks may look back on (row
+        r·B + i of x_t is a copy of row i), or `context`, what `encode(x_0)` gave. `layout`: the
+        blocks, by default the configuration's, and the documents. `sigma` [R·B] or [R·B, N], read
+        only when `config.time_conditioning`. `at` bool [R·B, L]: where logits are wanted; nothing
+        else goes through the output layer. With `targets` int64 [P] the result is their `nll` [P]
         in place of logits. `backend`: of attention, the model's own when left out.
         """
         length, rows = x_t.shape[1], len(x_t)
@@ -179,8 +180,8 @@ class DiT(PreTrainedModel):
         if layout.blocks == 1 and backend != "dense":
             x_0 = context = None  # no block has one before it to look back on
         chosen = None if at is None else Chosen(at)
-        # `dense` is the reference: always the paper's one pass over all 2L tokens. Elsewhere copies
-        # of one text share its clean stream, and so do times: it has σ = 0.
+        # `dense` is the reference: always the paper's one pass over all 2L tokens. Elsewhere the
+        # copies of a text share its clean stream, at whatever times they are: it has σ = 0.
         single = x_0 is not None and len(x_0) == rows and not self.config.time_conditioning
         if x_0 is not None and (single or backend == "dense"):
             condition = self._condition(sigma, layout, clean_tokens=length)
@@ -210,8 +211,8 @@ class DiT(PreTrainedModel):
         length, last = x_0.shape[1], len(self.layers) - 1
         room = choose_backend(backend, x_0.device, self._head_dim, layout, "clean")
         if room == "flex" and length != self.config.length and not torch.is_grad_enabled():
-            # Prompts have every length, and `flex` compiles for each. No token sees the padding,
-            # which is in later blocks.
+            # Prompts have many lengths, and `flex` compiles for each. The padding is in later
+            # blocks, where no token sees it.
             layout = flex.padded(layout)
             x_0 = F.pad(x_0, (0, layout.length - length))
         mask = self._mask(layout, "clean", backend, len(x_0))
@@ -221,7 +222,7 @@ class DiT(PreTrainedModel):
             if i == len(context.keys):  # not when activation checkpointing computes it again
                 for kept, x in ((context.keys, k), (context.values, v)):
                     own = x[:, :, :length]
-                    kept.append(own.clone() if self._graphs else own)
+                    kept.append(own.clone() if self.graphs else own)
             return None if i == last else attend(q, k, v, mask)
 
         cos, sin = _rope_table(x_0.shape[1], self._head_dim, x_0.device)
@@ -232,21 +233,15 @@ class DiT(PreTrainedModel):
         return make_mask(layout, kind, backend, self.device, rows=rows, head_dim=self._head_dim)
 
     def _own_layout(self, length: int, alone: bool = False) -> BlockLayout:
-        """The configuration's blocks; `alone`, a single stream: all of it is one, or AR's own."""
+        """The configuration's blocks; one block where x_t is `alone` (MDLM), unless it is AR."""
         whole = alone and not self.config.causal
         return BlockLayout(length, length if whole else self.config.block_size)
 
     def new_cache(self, rows: int, capacity: int, block_size: int) -> BlockCache:
         """Room for the keys and values of `capacity` clean tokens of each of `rows` rows."""
         shape = LayerShape(self.config.num_attention_heads, self._head_dim, self._head_dim)
-        return BlockCache(
-            [shape] * self.config.num_hidden_layers,
-            rows,
-            capacity,
-            block_size,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        layers, kind = [shape] * self.config.num_hidden_layers, self.dtype
+        return BlockCache(layers, rows, capacity, block_size, dtype=kind, device=self.device)
 
     def decode(
         self,
@@ -261,11 +256,11 @@ class DiT(PreTrainedModel):
     ) -> Tensor:
         """Logits [P, V] of one evaluation of tokens x int64 [n, T] after their cached prefixes.
 
-        `positions` int64 [n, T]. `at` int64 [P]: the places in x, row by row, whose logits are
-        wanted. `mask`: what `cache.visible` gave. The first `clean` columns are clean tokens, the
+        `positions` int64 [n, T]. `at` int64 [P]: where logits are wanted, column t of row i as
+        i·T + t. `mask`: what `cache.visible` gave. The first `clean` columns are clean tokens, the
         others noised ones at `sigma` [n], which is read only when `config.time_conditioning`;
-        without it, what adaLN folds is folded once for all evaluations with this cache. The
-        tokens' keys and values stay staged for `cache.append_staged`.
+        without it the layers fold adaLN once for all evaluations with this cache. The tokens' keys
+        and values stay staged for `cache.append_staged`.
         """
         cos, sin = (part[:, None].to(self.dtype) for part in rope(positions, self._head_dim))
 
@@ -287,29 +282,25 @@ class DiT(PreTrainedModel):
     def fold(self) -> Condition:
         """Every layer under constant conditioning, for any number of passes without a gradient.
 
-        CUDA graphs read their weights where they were recorded: with these the result is kept for
-        as long as no weight has changed.
+        A CUDA graph reads weights at the addresses they had when it was recorded: with graphs the
+        result is kept until a weight changes.
         """
-        weights = [(p.data_ptr(), p._version) for p in self.parameters()] if self._graphs else None
+        weights = [(p.data_ptr(), p._version) for p in self.parameters()] if self.graphs else None
         if self._folded is not None and self._folded[0] == weights:
             return self._folded[1]
         with torch.inference_mode(False), torch.no_grad():
             constant = self._condition().final
             assert not isinstance(constant, FoldedNorm)
-            folded = [layer.fold(constant) for layer in self.stack()]
+            folded = [cast(DiTLayer, layer).fold(constant) for layer in self.layers]
             condition = Condition(folded, self.output.fold(constant), True)
-        if self._graphs:
-            for layer in folded:
-                for tensor in _tensors(layer):
+        if self.graphs:
+            for tensor in tree_leaves(folded):
+                if isinstance(tensor, Tensor):
                     torch._dynamo.mark_static_address(tensor)
             self._folded = weights, condition
         return condition
 
     # parts of a forward pass
-
-    def stack(self) -> list[DiTLayer]:
-        """The layers, typed."""
-        return cast(list[DiTLayer], list(self.layers))
 
     @property
     def _head_dim(self) -> int:
@@ -357,11 +348,11 @@ class DiT(PreTrainedModel):
         The last layer's MLP and the output are computed for the chosen positions alone, unless the
         `whole` is wanted, modulations differ by token, or a CUDA graph needs the same shape always.
         """
-        if self._graphs:
+        if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the last pass left may be reused
         h = self.embedding(tokens).float()  # the sum of all branches is float32 in any precision
-        few = chosen if condition.constant and not (whole or self._graphs) else None
-        for i, (layer, own) in enumerate(zip(self.stack(), condition.layers, strict=True)):
+        few = chosen if condition.constant and not (whole or self.graphs) else None
+        for i, (layer, own) in enumerate(zip(self.layers, condition.layers, strict=True)):
             last = i == len(self.layers) - 1
             h = layer(h, cos, sin, own, partial(attention, i), few if last else None)
         return h if few is not None or chosen is None else chosen.of(h)
@@ -379,7 +370,7 @@ class DiT(PreTrainedModel):
         length, rows, whole = layout.length, len(x_t), backend == "dense"
         cos, sin = _rope_table(length, self._head_dim, x_t.device)
         mask = self._mask(layout, "two_stream", backend, rows)
-        # The last layer's clean half is read by nobody.
+        # Nothing reads the last layer's clean half.
         mask_last = None if whole else self._mask(layout, "noised", backend, rows)
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -400,16 +391,8 @@ class DiT(PreTrainedModel):
         return DenoiserOutput(logits=out) if targets is None else DenoiserOutput(nll=out)
 
 
-def _tensors(layer: FoldedLayer) -> list[Tensor]:
-    """What was folded of a layer."""
-    folded = [*layer.norm_1, *layer.norm_2]
-    for branch in (layer.attention_out, layer.mlp_out):
-        folded += [branch.gate, *(branch.folded or ())]
-    return [tensor for tensor in folded if tensor is not None]
-
-
 def _repeat(x: Tensor, rows: int) -> Tensor:
-    """B rows → R·B rows, draw-major: row r·B + i is a copy of row i."""
+    """B rows → R·B rows; row r·B + i is a copy of row i."""
     return x if x.shape[0] == rows else x.repeat(rows // x.shape[0], *[1] * (x.dim() - 1))
 
 

@@ -58,9 +58,9 @@ def _plain_heads(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Ten
 
 
 class _Heads(torch.autograd.Function):
-    """By hand, contiguous: in plain operators run one by one it takes twice the memory traffic.
+    """By hand, into contiguous tensors: plain operators take twice the memory traffic.
 
-    Halves are concatenated forward, and padded with zeros and added backward.
+    These concatenate the halves in the forward, and in the backward pad them with zeros and add.
     """
 
     @staticmethod
@@ -87,10 +87,10 @@ class _Heads(torch.autograd.Function):
 
 
 def drop(x: Tensor, rate: float) -> Tensor:
-    """Dropout, to 1/65,536 of the rate.
+    """Dropout, at `rate` rounded to a multiple of 1/65,536.
 
-    On a CPU `F.dropout` draws one number an element, a sixth of a `nano` model's step: here 64
-    random bits decide about four (a compiler knows `F.dropout` alone).
+    On a CPU `F.dropout` draws a random number for each element, a sixth of a `nano` model's step;
+    here 64 random bits decide about four elements. The compiler knows `F.dropout` only.
     """
     if rate == 0:
         return x
@@ -151,9 +151,10 @@ class Modulation(nn.Linear):
 
 
 class FoldedNorm(NamedTuple):
-    """A LayerNorm with what adaLN does after it, in float32.
+    """A LayerNorm and the shift and scale of adaLN after it, in float32.
 
-    `weight`, `bias` [E]; `shift`, `scale` [B, 1 or T, E] only where they are no constants.
+    A constant shift and scale are in `weight` and `bias` [E]; `shift` and `scale` [B, 1 or T, E]
+    are there where they differ between rows or tokens.
     """
 
     weight: Tensor
@@ -168,7 +169,7 @@ class FoldedNorm(NamedTuple):
         return x
 
     def at(self, chosen: Chosen) -> FoldedNorm:
-        """The same for tokens [P, E] of the positions chosen."""
+        """The same norm for the tokens [P, E] at the chosen positions."""
         if self.shift is None or self.scale is None:
             return self
         shift, scale = (chosen.of(x.expand(*chosen.shape, -1)) for x in (self.shift, self.scale))
@@ -178,7 +179,8 @@ class FoldedNorm(NamedTuple):
 class FoldedBranch(NamedTuple):
     """The last map of a residual branch and its gate.
 
-    `linear` itself, or where the gate is a constant its weight and bias with the gate in them.
+    `folded`: the map's weight and bias times the gate, where that is constant. Else `linear` is
+    applied, and then the `gate`.
     """
 
     linear: Linear
@@ -194,7 +196,7 @@ class FoldedBranch(NamedTuple):
 
 
 class FoldedLayer(NamedTuple):
-    """A layer under one condition, for as many passes as share it."""
+    """What a layer computes from its condition, for all passes under that condition."""
 
     norm_1: FoldedNorm
     attention_out: FoldedBranch
@@ -228,7 +230,7 @@ def is_constant(condition: Tensor | None) -> bool:
 
 
 def _parts(modulation: Modulation | None, condition: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The shifts, scales and gates of a condition in float32, in whatever precision the pass is."""
+    """The shifts, scales and gates of a condition, in float32 whatever the pass computes in."""
     if modulation is None or condition is None:
         return (None,) * 6
     with torch.autocast(condition.device.type, enabled=False):
@@ -236,9 +238,10 @@ def _parts(modulation: Modulation | None, condition: Tensor | None) -> tuple[Ten
 
 
 class Chosen:
-    """Positions that are wanted: bool [B, T], found once per pass, since asking makes a GPU wait.
+    """The positions whose output is wanted.
 
-    Or their places int64 [P] in a tensor [B, T] of the `shape` given, where the host knows them.
+    `at`: bool [B, T]; or int64 [P] with the `shape` [B, T], position t of row i as i·T + t, where
+    the host knows them. Made once per pass: to find them in a bool tensor is to wait for the GPU.
     """
 
     def __init__(self, at: Tensor, shape: torch.Size | None = None) -> None:
@@ -246,7 +249,7 @@ class Chosen:
         self.index = at.flatten().nonzero().squeeze(-1) if shape is None else at
 
     def of(self, x: Tensor) -> Tensor:
-        """x [B, S ≥ T, …] at the chosen ones of its last T positions, [P, …] in row-major order."""
+        """x [B, S, …] at the chosen positions among its last T ≤ S: [P, …], row by row."""
         size, index = self.shape[1], self.index
         if x.shape[1] > size:
             index = index + (index // size + 1) * (x.shape[1] - size)
@@ -264,7 +267,7 @@ def _outside(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor | 
 
 
 class DiTLayer(nn.Module):
-    """One layer: project, attend, finish. Whose keys are attended to is the caller's affair."""
+    """One layer: project, attend, update. The caller decides whose keys are attended to."""
 
     # transformers' `gradient_checkpointing_enable` sets both.
     gradient_checkpointing = False
@@ -306,11 +309,11 @@ class DiTLayer(nn.Module):
     ) -> Tensor | KeysAndValues:
         """h [B, T, E] → the residual stream after this layer.
 
-        `condition` [B, 1 or T, C] is what adaLN reads, or what `fold` made of it. `attention` gets
-        the rotated q and k, and v, each [B, H, T, D], and answers [B, H, T', D]. Where T' < T only
-        the last T' tokens go on; where it answers None nothing does, and k and v come back (the
-        last layer of a clean stream is wanted for these alone). Of the positions `chosen` among the
-        T' only these go on: [P, E] comes back.
+        `condition` [B, 1 or T, C] is what adaLN reads, or what `fold` made of it. `attention(q, k,
+        v)` gets each [B, H, T, D], q and k rotated, and returns [B, H, T', D]: the result is then
+        [B, T', E], of the last T' tokens. With `chosen` positions among these it is [P, E]. Where
+        attention returns None, k and v are the result: all that is wanted of the last layer of a
+        clean stream.
         """
         given = (h, cos, sin, condition, attention, chosen)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -333,8 +336,8 @@ class DiTLayer(nn.Module):
             return k, v
         attended = attended.transpose(1, 2).flatten(2)
         if chosen is not None:
-            return self.finish(chosen.of(h), chosen.of(attended), folded)
-        return self.finish(h[:, h.shape[1] - attended.shape[1] :], attended, folded)
+            return self.update(chosen.of(h), chosen.of(attended), folded)
+        return self.update(h[:, h.shape[1] - attended.shape[1] :], attended, folded)
 
     def project(
         self, h: Tensor, cos: Tensor, sin: Tensor, folded: FoldedLayer
@@ -342,8 +345,8 @@ class DiTLayer(nn.Module):
         """h [B, T, E] → rotated q, rotated k, v, each [B, H, T, D]."""
         return split_heads(self.qkv(folded.norm_1(h)), cos, sin, self.heads)
 
-    def finish(self, h: Tensor, attended: Tensor, folded: FoldedLayer) -> Tensor:
-        """The residual stream after attention's output, of the shape of h [.., E], and the MLP."""
+    def update(self, h: Tensor, attended: Tensor, folded: FoldedLayer) -> Tensor:
+        """The residual stream h [.., E] plus both branches: attention's output, then the MLP's."""
         dropout = self.dropout if self.training else 0.0
         h = folded.attention_out(h, attended, dropout)
         return folded.mlp_out(h, self.mlp_in(folded.norm_2(h), gelu=True), dropout)

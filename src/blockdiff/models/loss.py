@@ -11,7 +11,7 @@ entropy and a penalty that is 0 only where the network's scores add up to a prob
 The logits are made a slice at a time: the forward keeps the log-sum-exp, the backward computes a
 slice of the probabilities again and leaves its part of every gradient. On a CPU a slice is some
 words of the vocabulary for all positions, small enough for its cache, whatever the vocabulary. On a
-GPU it is some positions with the whole vocabulary: few kernels, and none waits for the host.
+GPU it is some positions with the whole vocabulary: few kernels, and the host waits for none.
 
 Shapes: P chosen positions, E width, V vocabulary.
 """
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Logits computed at a time. On a CPU 8 MiB in float32, so that a slice stays in its cache;
-# elsewhere (not measured yet) 512 MiB, so that the launches do not count.
+# elsewhere (not measured yet) 512 MiB, so that launching the kernels takes no time to speak of.
 LOGITS = {"cpu": 2**21}
 LOGITS_ELSEWHERE = 2**27
 
@@ -100,9 +100,10 @@ def _logits(
 
 
 def _columns(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """[p, 1]: which column of the slice is the target's, and whether the target is in it at all.
+    """[p, 1]: the column of each target in the slice, and whether the target is in it at all.
 
-    Where it is not, some column of the slice: `nonzero` would make a GPU wait for the host.
+    Where it is not, the column is some other, to be masked: to find the rows whose target is in the
+    slice (`nonzero`), the host would wait for the GPU.
     """
     inside = (targets >= words.start) & (targets < words.stop)
     column = (targets - words.start).clamp(0, words.stop - words.start - 1)
@@ -144,7 +145,7 @@ class _SubsNLL(torch.autograd.Function):
         of_weight = torch.zeros_like(weight)
         of_bias = None if bias is None else torch.zeros_like(bias)
         for part, words in slices(len(h), len(weight), h.device):
-            # ∂ nll / ∂ logits = p − [v = target], with p̃ for p where scores are fitted
+            # ∂ nll / ∂ logits = p − [v = target]; for the score entropy p̃ in place of p
             slope = _logits(h[part], weight, bias, words, ctx.mask_token_id)
             slope = slope.sub_(log_sum[part, None]).exp_()
             column, inside = _columns(targets[part], words)

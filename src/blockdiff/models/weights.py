@@ -1,11 +1,11 @@
 """Number formats: which one a device is made for, and a linear map that holds its weight in one.
 
     plain   weight [N, K] as it was trained, or bf16
-    packed  bf16 in the processor library's own order. `F.linear` in bf16 brings a weight into it at
-            every call; for the few tokens of a sampler's step that is a third of the time.
-    int8    w ≈ scale · q, q in −127…127, one scale a row of w: the largest |w| / 127. At one row
-            the time of a step is the time to read the weights, here half of bf16's. Activations
-            stay bf16.
+    packed  bf16 in the memory layout of the processor's library, oneDNN. `F.linear` converts plain
+            bf16 to it at every call: a third of the time of a sampler's step, which has few tokens.
+    int8    w ≈ scale · q, q in −127…127, one scale per row of w: its largest |w| / 127. The step of
+            a sampler with one row takes as long as reading the weights, half of bf16's bytes.
+            Activations stay bf16.
 
 Packed and int8 are for inference, of a model in memory: folders keep full weights.
 
@@ -93,7 +93,7 @@ def _widened_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _compiled_product(backend: str = "inductor") -> Any:
-    """The widening compiled into the product, so that a weight is read as 8 bits (not measured).
+    """`_widened_product` as one kernel, which reads each weight as 8 bits (not measured).
 
     torch's own kernel on CUDA reads a weight once for each row of x, which is slower than bf16.
     """
@@ -105,7 +105,7 @@ def _compiled_product(backend: str = "inductor") -> Any:
 
 @lru_cache(maxsize=1)
 def _processor_packs() -> bool:
-    """Tries it: which instructions oneDNN needs (AVX-512 or AVX-NE-CONVERT) it alone knows."""
+    """Found by trying: only oneDNN knows which instructions it needs (AVX-512, AVX-NE-CONVERT)."""
     try:
         torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=torch.bfloat16), 8)
         return hasattr(torch.ops.mkldnn, "_linear_pointwise")

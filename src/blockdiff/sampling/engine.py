@@ -67,7 +67,7 @@ class Engine:
     @property
     def active(self) -> bool:
         """Whether some row is not finished."""
-        return len(self.cache.rows) > 0
+        return bool((self.rows.state["length"] < 0).any())
 
     def admit(
         self, prompt: Sequence[int], options: SamplingOptions, number: int | None = None
@@ -97,38 +97,42 @@ class Engine:
     def step(self) -> Step:
         """One network evaluation: of the prompts that came since the last, else of all blocks."""
         rows, state = self.cache.rows, self.rows.state
-        if not len(rows):
+        live = (state["length"][rows] < 0).nonzero()[0]
+        if not len(live):
             raise InputError("no row is left to go on with; admit one first")
         waiting = rows[state["prompt"][rows] > 0]
         if len(waiting):
             self._prefill(waiting)
             return self.rows.step(waiting, waiting[:0], waiting[:0])
         position, masked = self.rows.look(rows)
-        views = self.rows.views(rows, position, masked)
+        views = self.rows.views(rows, live, position, masked)
         wanted, rate = np.zeros_like(masked), np.zeros(len(rows))
         for place, order, view in views:
             own, rate[place] = asked(order, view)
             wanted[place, : own.shape[1]] = own
         logits = self._evaluate(rows, position, wanted, rate)
-        state["evaluations"][rows] += 1
+        state["evaluations"][rows[live]] += 1
         place, column, tokens = self._choose(logits, wanted, views)
         fixed, at = rows[place], position[place, column]
         self.rows.fix(fixed, at, tokens)
         if self.rows.shifted:  # a token whose next is not fixed yet is run again
             self._store(rows, np.isin(np.arange(len(rows)), place), 0)
-        step = self.rows.step(rows, fixed, at)
+        step = self.rows.step(rows[live], fixed, at)
         masked[place, column] = False
         self.rows.require_end(rows)
         going = state["length"][rows] < 0
         self.rows.move_on(rows[going & ~masked.any(1)])
-        self.cache.drop((~going).nonzero()[0])
+        # A finished row is padding for graphs, until half are: each drop changes the shapes.
+        if not self.model.graphs or 2 * going.sum() <= len(rows):
+            self.cache.drop((~going).nonzero()[0])
         return step
 
     def _evaluate(self, rows: Array, position: Array, wanted: Array, rate: Array) -> Tensor:
         """Logits [P, V] of the wanted positions of the rows' blocks, float32, row by row."""
         state, shifted, device = self.rows.state[rows], self.rows.shifted, self.model.device
         finished = state["uncached"] > 0
-        clean = int(state["size"][finished].max(initial=0))
+        cached = finished | (self.model.graphs & (state["capacity"] > 0))
+        clean = int(state["size"][cached].max(initial=0))
         noised = 0 if shifted else position.shape[1]
         # Finished blocks end, and noised ones begin, at column `clean`.
         before = np.maximum(state["first"][:, None] + np.arange(-clean, noised), 0)
@@ -137,7 +141,8 @@ class Engine:
         x = torch.from_numpy(np.stack([self.rows.read(rows, before), before]))
         x = x.to(device, non_blocking=True)
         places = torch.from_numpy(at.ravel().nonzero()[0]).to(device, non_blocking=True)
-        sigma = total_noise(torch.from_numpy(rate)).float().to(device) if self._timed else None
+        sigma = total_noise(torch.from_numpy(rate)).float() if self._timed else None
+        sigma = None if sigma is None else sigma.to(device, non_blocking=True)
         mask = self.cache.visible(clean, noised, finished)
         logits = self.model.decode(
             x[0], x[1], self.cache, places, mask=mask, clean=clean, sigma=sigma
@@ -173,7 +178,8 @@ class Engine:
             elif chosen.device != tokens.device:  # the order itself has waited for it
                 self.waits += 1
             indices.append(np.arange(len(owner))[mine])
-            found.append(torch.stack([chosen.to(tokens.device, torch.int64), tokens]))
+            chosen = chosen.to(tokens.device, torch.int64, non_blocking=True)
+            found.append(torch.stack([chosen, tokens]))
         taken, drawn = torch.cat(found, 1).cpu().numpy()  # one wait for all
         self.waits += 1
         which, drawn = np.concatenate(indices)[taken > 0], drawn[taken > 0]
@@ -186,7 +192,8 @@ class Engine:
             own = rows[state["size"][rows] == size]
             counts = state["prompt"][own]
             longest = int(counts.max())
-            x_0 = torch.from_numpy(self.rows.canvas[own, :longest]).to(self.model.device)
+            x_0 = torch.from_numpy(self.rows.canvas[own, :longest])
+            x_0 = x_0.to(self.model.device, non_blocking=True)
             layout = BlockLayout(longest, size, self.model.config.length)
             context = self.model.encode(x_0, layout)
             places = np.array([(cache.rows == row).nonzero()[0][0] for row in own])

@@ -155,13 +155,16 @@ class Rows:
             self.u[rows, : u.shape[1]] = u
 
     def views(
-        self, rows: Array, position: Array, masked: Array
+        self, rows: Array, live: Array, position: Array, masked: Array
     ) -> list[tuple[Array, Order, RowState]]:
-        """The rows of one group: their places among `rows`, their order, and what it sees."""
-        group = self.state["group"][rows]
+        """The rows of one group: their places among `rows`, their order, and what it sees.
+
+        `live`: the places of those that go on.
+        """
+        group = self.state["group"][rows[live]]
         found = []
         for number in np.unique(group).tolist():
-            place = (group == number).nonzero()[0]
+            place = live[group == number]
             row, (options, order, _) = rows[place], self.groups[number]
             size = self.state["size"][row[0]]
             view = RowState(
@@ -240,7 +243,7 @@ def sample_tokens(
     def uniforms(which: Tensor, attempt: int) -> Tensor:
         own = slice(None) if attempt == 0 else which.numpy()  # later attempts are a CPU's
         u = host_uniform(seeds[own], numbers[own], positions[own], TOKEN + attempt)
-        return torch.from_numpy(u).to(logits.device, real_dtype(logits.device))
+        return torch.from_numpy(u).to(logits.device, real_dtype(logits.device), non_blocking=True)
 
     return draw(
         logits,

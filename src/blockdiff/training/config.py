@@ -90,7 +90,7 @@ class TrainConfig:
         window_marks: Begin every window with the beginning-of-text token and end it with the
             end-of-text token, as the paper does for LM1B.
         objective: What is trained; mdlm and sedd have one block of the whole length.
-        length: Context L in tokens.
+        length: Length L of the context, in tokens.
         block_size: Block size L' of bd3lm.
         preset: Network size.
         init_from: Model folder, hub id or starter to start from, for example an AR model of this

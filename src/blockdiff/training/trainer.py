@@ -52,6 +52,7 @@ class BlockDiffusionTrainer(RunTrainer):
         validates = eval_windows is not None
         super().__init__(model, config, train_dataset, device, callbacks, validates=validates)
         self.use_clip(config.first_clip)
+        self._micro = (-1, 0)  # the step of the last micro-batch, and its number in that step
 
     def use_clip(self, clip: tuple[float, float] | None) -> None:
         """Draws masks within `clip` from now on."""
@@ -116,8 +117,6 @@ class BlockDiffusionTrainer(RunTrainer):
         first = (micro * accelerator.num_processes + accelerator.process_index) * sequences
         torch.manual_seed(fold_seed(self.run.seed, self.state.global_step, first))
         return first
-
-    _micro = (-1, 0)  # the step of the last micro-batch, and its number in that step
 
     def evaluate(self, *unused: object, **options: object) -> dict[str, float]:
         """The likelihood of the validation windows under the averaged weights.

@@ -86,29 +86,38 @@ class Timing:
 
 def measure_machine(device: torch.device) -> Machine:
     """About three seconds on a CPU."""
-
-    def rate(dtype: torch.dtype) -> float:
-        size = 8192 if device.type == "cuda" else 2048
-        # Random: equal numbers draw less power, and a GPU that is not held back runs faster.
-        a = torch.randn(size, size, device=device).to(dtype)
-        repeats = 4 if dtype == torch.float32 or device.type == "cuda" else 8
-        _timed(lambda: a[:256] @ a, device)  # the first call loads the library
-        # Formats the processor lacks are emulated very slowly: once is enough to know.
-        few = _timed(lambda: a[:256] @ a, device)
-        if few > 1:
-            return 2 * 256 * size**2 / few / 1e9
-        return 2 * size**3 / min(_timed(lambda: a @ a, device) for _ in range(repeats)) / 1e9
-
     source = torch.ones(64 * 2**20, device=device)
     target = torch.ones_like(source)
-    read = source.nbytes / min(_timed(lambda: source.sum(), device) for _ in range(4))
+    read = source.nbytes / min(timed(lambda: source.sum(), device) for _ in range(4))
     # Each byte is read once and written once.
-    copy = 2 * source.nbytes / min(_timed(lambda: target.copy_(source), device) for _ in range(4))
+    copy = 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(4))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return Machine(
-        name, torch.get_num_threads(), rate(torch.float32), rate(torch.bfloat16), read / 1e9,
-        copy / 1e9,
+        name, torch.get_num_threads(), product_rate(device, torch.float32),
+        product_rate(device, torch.bfloat16), read / 1e9, copy / 1e9,
     )  # fmt: skip
+
+
+def product_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int | None = None,
+    make: Callable[..., torch.Tensor] = torch.randn,
+) -> float:
+    """GFLOP/s of the product of two `size` × `size` matrices, which `make` fills.
+
+    Random by default: equal numbers draw less power, and a GPU that is not held back runs faster.
+    """
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a = make(size, size, device=device).to(dtype)
+    few = a[: size // 8]
+    timed(lambda: few @ a, device)  # the first call loads the library
+    # Formats the processor lacks are emulated very slowly: once is enough to know.
+    first = timed(lambda: few @ a, device)
+    if first > 1:
+        return 2 * len(few) * size**2 / first / 1e9
+    repeats = 4 if dtype == torch.float32 else 8
+    return 2 * size**3 / min(timed(lambda: a @ a, device) for _ in range(repeats)) / 1e9
 
 
 def processor_name() -> str:
@@ -190,11 +199,11 @@ def _repeat(device: torch.device) -> tuple[float, int | None, dict[str, float]]:
     times = max(1, min(100, math.ceil(SHORTEST / _taken)))
     counts: dict[str, float] = {}
 
-    def timed() -> None:
+    def several() -> None:
         for _ in range(times):
             counts.update(_run() or {})
 
-    _taken = _timed(timed, device) / times
+    _taken = timed(several, device) / times
     return _taken, _peak(device), counts
 
 
@@ -204,7 +213,8 @@ def ratio(slow: Timing, fast: Timing) -> dict[str, float]:
     return {"median": median(pairs), "lowest": min(pairs), "highest": max(pairs)}
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that one call takes, a GPU's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()

@@ -11,6 +11,7 @@ shortcuts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ def _logits(
     sigma = torch.zeros(len(tokens), device=tokens.device)
     condition = None if model.sigma is None else model.sigma(sigma)
     h = model.embedding(tokens)
-    for i, layer in enumerate(model.stack()):
+    for i, layer in enumerate(cast(list[DiTLayer], model.layers)):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = _modulations(layer, condition)
         x = _norm(h, layer.norm_1.weight) * (1 + scale_1) + shift_1
         q, k, v = layer.qkv(x).unflatten(-1, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -12,6 +12,7 @@ from blockdiff.training.config import Backend, Precision, Preset
 Work = Literal["train", "sample", "attention", "evaluate"]
 WORKS = get_args(Work)
 NAIVE, NAIVE_BF16 = NAIVES = ("naive", "naive, bf16 autocast")
+GPT2, GPT2_BF16 = GPTS = ("gpt2", "gpt2, bf16")
 WHOLE_NUMBERS = {
     "vocab_size": (2, checks.LARGEST_VOCABULARY),
     "tokens": (1, checks.LARGEST_TEXT),
@@ -30,8 +31,8 @@ class BenchmarkOptions:
         length: Context L.
         block_size: Block size L'.
         batch_size: Sequences per step, or rows sampled at once.
-        precision: Ours: auto, float32 or bf16; what is naive runs in float32, and beside it under
-            bf16 autocast where the device has the instructions.
+        precision: Ours: auto, float32 or bf16; the naive code and GPT-2 run in float32, and beside
+            it in bf16 where the device has the instructions.
         backend: Attention of ours: auto, blockwise, flex or dense.
         compile: Compile our layers (train, sample).
         checkpoint_activations: Compute our layers' activations again in the backward (train).

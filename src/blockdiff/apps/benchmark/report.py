@@ -18,7 +18,16 @@ from blockdiff.apps.benchmark.compare import (
     measure_machine,
     ratio,
 )
-from blockdiff.apps.benchmark.options import NAIVE, NAIVE_BF16, NAIVES, WORKS, BenchmarkOptions
+from blockdiff.apps.benchmark.options import (
+    GPT2,
+    GPT2_BF16,
+    GPTS,
+    NAIVE,
+    NAIVE_BF16,
+    NAIVES,
+    WORKS,
+    BenchmarkOptions,
+)
 from blockdiff.attention import choose_backend
 from blockdiff.checks import one_of
 from blockdiff.device import choose_device
@@ -33,8 +42,11 @@ _COMPARISONS: dict[str, tuple[Callable[..., Run], tuple[str, ...], tuple[tuple[s
         ((NAIVE, "ours"), (NAIVE_BF16, "ours"), ("ours", "ar")),
     ),
     "sample": (
-        works.sampling, (*NAIVES, "ours", "int8", "ar", "gpt2"),
-        ((NAIVE, "ours"), (NAIVE_BF16, "ours"), ("gpt2", "ours"), (NAIVE, "int8"), ("ours", "ar")),
+        works.sampling, (*NAIVES, "ours", "int8", "ar", *GPTS),
+        (
+            (NAIVE, "ours"), (NAIVE_BF16, "ours"), (GPT2, "ours"), (GPT2_BF16, "ours"),
+            (NAIVE, "int8"), ("ours", "ar"),
+        ),
     ),
     "attention": (works.attention, ("dense", "blockwise"), (("dense", "blockwise"),)),
     "evaluate": (
@@ -43,7 +55,7 @@ _COMPARISONS: dict[str, tuple[Callable[..., Run], tuple[str, ...], tuple[tuple[s
     ),
 }  # fmt: skip
 # They run as their users run them: nothing tuned for them.
-_UNTUNED = (*NAIVES, "gpt2")
+_UNTUNED = (*NAIVES, *GPTS)
 NO_BF16 = "not measured on this processor, which has no bf16 instructions"
 
 
@@ -64,8 +76,8 @@ def benchmark(work: str, options: BenchmarkOptions) -> dict[str, Any]:
     if work == "attention" and device.type == "cuda":
         kinds, pairs = (*kinds, "flex"), (*pairs, ("dense", "flex"))
     left_out = {}
-    if NAIVE_BF16 in kinds and resolve_precision("auto", device) != "bf16":
-        left_out[NAIVE_BF16] = NO_BF16
+    if resolve_precision("auto", device) != "bf16":
+        left_out = {kind: NO_BF16 for kind in kinds if kind in (NAIVE_BF16, GPT2_BF16)}
         kinds = tuple(kind for kind in kinds if kind not in left_out)
         pairs = tuple(pair for pair in pairs if not left_out.keys() & set(pair))
     timings = alternate(

@@ -14,7 +14,14 @@ from torch import Tensor
 from blockdiff import objectives
 from blockdiff.apps.benchmark.compare import Run
 from blockdiff.apps.benchmark.naive import naive_nats, naive_sample
-from blockdiff.apps.benchmark.options import NAIVE, NAIVE_BF16, NAIVES, BenchmarkOptions
+from blockdiff.apps.benchmark.options import (
+    GPT2_BF16,
+    GPTS,
+    NAIVE,
+    NAIVE_BF16,
+    NAIVES,
+    BenchmarkOptions,
+)
 from blockdiff.attention import attend, make_mask
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
@@ -94,9 +101,9 @@ def new_tokens(options: BenchmarkOptions) -> int:
 
 
 def sampling(options: BenchmarkOptions, device: str, kind: str) -> Run:
-    """Text after one token of prompt: `NAIVES` (one row), "ours", "int8", "ar" or "gpt2"."""
-    if kind == "gpt2":
-        return _gpt2(options, device)
+    """Text after one token of prompt: `NAIVES` (one row), "ours", "int8", "ar" or `GPTS`."""
+    if kind in GPTS:
+        return _gpt2(options, device, torch.bfloat16 if kind == GPT2_BF16 else torch.float32)
     model = build_model(options, device, causal=kind == "ar").eval()
     ours = kind not in NAIVES
     if options.compile and ours:
@@ -122,7 +129,7 @@ def sampling(options: BenchmarkOptions, device: str, kind: str) -> Run:
     return run
 
 
-def _gpt2(options: BenchmarkOptions, device: str) -> Run:
+def _gpt2(options: BenchmarkOptions, device: str, dtype: torch.dtype) -> Run:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = PRESETS[options.preset]
@@ -133,7 +140,7 @@ def _gpt2(options: BenchmarkOptions, device: str) -> Run:
         n_head=sizes["num_attention_heads"], bos_token_id=0, eos_token_id=None,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).eval()
-    model.to(device=torch.device(device))
+    model.to(device=torch.device(device), dtype=dtype)
     prompt = torch.zeros(options.batch_size, 1, dtype=torch.int64, device=device)
     new = new_tokens(options)
 

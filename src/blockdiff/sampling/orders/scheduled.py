@@ -98,15 +98,15 @@ class Analytic(Order):
     def choose(self, logits: Tensor, wanted: Array, rows: RowState) -> tuple[Tensor | None, Tensor]:
         rate, later = (self._rate(rows, rows.evaluations + i) for i in (0, 1))
         row = wanted.nonzero()[0]
-        share = torch.from_numpy(((rate - later) / rate)[row]).to(logits)
+        share = torch.from_numpy(((rate - later) / rate)[row]).to(logits, non_blocking=True)
         u = torch.from_numpy(rows.uniform(ORDER, rows.evaluations[:, None])[wanted])
         last = torch.from_numpy(rows.evaluations[row] == self._steps(rows) - 1)
-        moved = u.to(logits.device, real_dtype(logits.device))
+        moved = u.to(logits.device, real_dtype(logits.device), non_blocking=True)
         chosen = moved < unmask_probability(logits, share)
-        chosen = (chosen | last.to(chosen.device)).cpu()
+        chosen = (chosen | last.to(chosen.device, non_blocking=True)).cpu()
         fixed = wanted.copy()
         fixed[wanted] = chosen.numpy()
-        index = chosen.nonzero().squeeze(-1).to(logits.device)
+        index = chosen.nonzero().squeeze(-1).to(logits.device, non_blocking=True)
         tokens = index.new_zeros(len(chosen))
         tokens[index] = rows.draw(logits[index], fixed)
         return chosen, tokens

@@ -28,7 +28,7 @@ class Threshold(Order):
     def choose(self, logits: Tensor, wanted: Array, rows: RowState) -> tuple[Tensor | None, Tensor]:
         tokens = rows.draw(logits.clone(), wanted)
         confidence = logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
-        row = torch.from_numpy(wanted.nonzero()[0]).to(logits.device)
+        row = torch.from_numpy(wanted.nonzero()[0]).to(logits.device, non_blocking=True)
         best = confidence.new_zeros(len(wanted)).scatter_reduce_(0, row, confidence, "amax")
         return (confidence >= self.threshold) | (confidence >= best[row]), tokens
 
