@@ -190,6 +190,23 @@ def test_an_estimator_that_cannot_draw_is_refused_before_the_text_is_read(here, 
     assert "2^16 - 1 passes" in refused(capsys, *words, "--out", "out")
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["x_t=d.x_t[:, :4]", "weight=d.weight[:1, :3]", "weight=3", "x_t=d.x_t.float()",
+     "x_t=d.x_t[0]", "sigma=d.sigma[:, :1]", "x_t=d.x_t.repeat(2, 1)", "weight=d.weight * math.nan",
+     "weight=-d.weight"],
+)  # fmt: skip
+def test_a_draw_that_does_not_fit_is_one_line(change, here, capsys):
+    Path("odd.py").write_text(
+        "import blockdiff, dataclasses, math\nfrom blockdiff.noising import exact_k\n"
+        "def odd(*given):\n    d = exact_k(*given)\n"
+        f"    return dataclasses.replace(d, {change})\n"
+        "blockdiff.register_estimator(blockdiff.Estimator('odd', odd))"
+    )
+    words = ["train", "no-such-file.txt", "--plugin", "odd.py", "--estimator", "odd"]
+    assert "the estimator odd" in refused(capsys, *words, "--out", "out")
+
+
 def test_the_command_line_with_a_plugin_starts_without_torch(here):
     """A plugin imports what it needs; without its own imports none is loaded."""
     Path("light.py").write_text("answer = 42")

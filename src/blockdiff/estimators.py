@@ -242,7 +242,30 @@ def make_estimator(
         if clip is None:
             raise InputError(f"estimator {estimator.name} needs a clip, for example 0.45,0.95")
         settings["beta"], settings["omega"] = clip
-    return partial(estimator.draw, **settings) if settings else estimator.draw
+    return partial(_draw, estimator, settings)
+
+
+def _draw(
+    estimator: Estimator,
+    settings: dict[str, Any],
+    x_0: Tensor,
+    layout: BlockLayout,
+    *given: Any,
+) -> Draw:
+    """What an estimator draws; `InputError` where that is no `Draw` of x_0 by its shapes."""
+    draw = estimator.draw(x_0, layout, *given, **settings)
+    if isinstance(draw, Draw):
+        parts = (draw.x_t, draw.weight, draw.sigma)
+        if all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
+            count = len(draw.x_t)
+            sizes = (x_0.shape[1], x_0.shape[1], layout.blocks)
+            fits = all(part.shape == (count, n) for part, n in zip(parts, sizes, strict=True))
+            if fits and count and count % len(x_0) == 0 and draw.x_t.dtype == torch.int64:
+                return draw
+    raise InputError(
+        f"the estimator {estimator.name} gave no Draw of x_0 {list(x_0.shape)}: x_t int64 and "
+        f"weight [R*B, L], sigma [R*B, N = {layout.blocks}]"
+    )
 
 
 for _estimator in (

@@ -152,6 +152,29 @@ def test_a_stream_trains_in_two_processes(corpus: Path, tmp_path: Path) -> None:
     assert len(logged(tmp_path / "stream", "grad_norm")) == 3
 
 
+def test_a_mixture_is_the_same_on_any_number_of_processes(corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Another text, of words that the first one has not. " * 40)
+    config = replace(
+        small(corpus, tmp_path / "two"), data=[str(corpus), str(other)], data_weights="1,3"
+    )
+    one = train(replace(config, out=str(tmp_path / "one")), progress=False).folder
+    words = [word for word in words_of(config) if not word.startswith("--data=")]
+    for done in pair(tmp_path, [*words, "--data", str(corpus), "--data", str(other)]):
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(tmp_path / "two", one)
+    train(replace(config, out=str(tmp_path / "cut"), steps=4), progress=False)
+    train(replace(config, out=str(tmp_path / "cut"), resume=True), progress=False)
+    torch.testing.assert_close(logged(tmp_path / "cut", "loss"), logged(one, "loss"))
+
+
+@pytest.mark.parametrize("weights", ["1e-300,1", "1e308,1e308", "1e-12,1", "nan,1", "0,1", "1"])
+def test_weights_that_make_no_mixture(corpus: Path, tmp_path: Path, weights: str) -> None:
+    config = replace(small(corpus, tmp_path / "run"), data=[str(corpus), str(corpus)])
+    with pytest.raises(InputError, match="data_weights"):
+        train(replace(config, data_weights=weights), progress=False)
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(corpus: Path, tmp_path: Path) -> None:
     config = small(corpus, tmp_path / "run")
     assert micro_batch(replace(config, accumulate=2), 2) == 1

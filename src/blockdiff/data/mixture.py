@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from blockdiff.checks import LARGEST_SIZE
 from blockdiff.data.corpora import Corpus
 from blockdiff.data.packing import StreamedWindows, Windows
 from blockdiff.errors import InputError
@@ -37,6 +38,11 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
         lengths = [len(part) / weight for part, weight in zip(parts, weights, strict=True)]
         whole = max(lengths) if repeat else min(lengths)
         self.counts = [round(weight * whole) for weight in weights]
+        if whole > LARGEST_SIZE:
+            raise InputError(
+                f"with `data_weights` an epoch would have {whole:.0e} windows, most of them again "
+                "and again; give weights nearer to the sizes of the texts"
+            )
         if not all(self.counts):
             raise InputError(
                 f"the corpora have {', '.join(str(len(part)) for part in parts)} windows, of which "

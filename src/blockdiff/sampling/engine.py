@@ -178,9 +178,8 @@ class Engine:
             elif chosen.device != tokens.device:  # the order itself has waited for it
                 self.waits += 1
             indices.append(np.arange(len(owner))[mine])
-            found.append(
-                torch.stack([chosen.to(tokens.device, torch.int64, non_blocking=True), tokens])
-            )
+            chosen = chosen.to(tokens.device, torch.int64, non_blocking=True)
+            found.append(torch.stack([chosen, tokens]))
         taken, drawn = torch.cat(found, 1).cpu().numpy()  # one wait for all
         self.waits += 1
         which, drawn = np.concatenate(indices)[taken > 0], drawn[taken > 0]

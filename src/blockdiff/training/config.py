@@ -5,7 +5,6 @@ Imports nothing heavy, so that `blockdiff train --help` answers at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -260,7 +259,8 @@ class TrainConfig:
             weights = [float(part) for part in self.data_weights.split(",")]
         except ValueError:
             weights = []
-        if len(weights) != len(sources) or not all(0 < weight < math.inf for weight in weights):
+        least, most = checks.SMALLEST, 1 / checks.SMALLEST
+        if len(weights) != len(sources) or not all(least <= w <= most for w in weights):
             raise InputError(
                 f"`data_weights` {self.data_weights!r} must be {len(sources)} numbers above 0, one "
                 "for each `data`, for example 0.7,0.3"

@@ -28,7 +28,7 @@ from blockdiff.models.dit import DiT
 from blockdiff.models.hub import WEIGHTS, load_model, save_model
 from blockdiff.models.loading import check_tokenizer, settle_mask
 from blockdiff.models.weights import resolve_precision
-from blockdiff.noising import Draw, stratified_noise
+from blockdiff.noising import stratified_noise
 from blockdiff.registry import OBJECTIVES
 from blockdiff.training.arguments import extra_arguments, micro_batch, reporters
 from blockdiff.training.callbacks import MetricsLog, ProgressBar
@@ -234,8 +234,11 @@ def _try_estimator(config: TrainConfig) -> None:
         make = make_estimator(config.estimator, config.schedule, clip, config.timesteps)
         x_0 = torch.zeros(1, config.length, dtype=torch.int64)
         draw = make(x_0, layout, noise, torch.ones_like(x_0, dtype=torch.bool), 1)
-        if not isinstance(draw, Draw) or draw.x_t.shape[-1] != config.length:
-            raise InputError(f"the estimator {config.estimator} gave no Draw of {config.length}")
+        if not bool((draw.weight.isfinite() & (draw.weight >= 0)).all()):
+            raise InputError(
+                f"the estimator {config.estimator} with the schedule {config.schedule} gave "
+                "weights that are negative or not finite"
+            )
 
 
 def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
