@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -77,3 +79,23 @@ def test_weight_is_the_derivative_it_stands_for(name):
 def test_each_name_means_its_own_curve(name, alpha):
     t = torch.tensor(0.25, dtype=torch.float64)
     assert get_schedule(name).alpha(t).item() == pytest.approx(alpha, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("mask_rate", lambda t: 0.5),
+        ("mask_rate", lambda t: t * torch.nan),
+        ("mask_rate", lambda t: t / 2),
+        ("mask_rate", lambda t: 1 - t),
+        ("alpha", lambda t: t),
+        ("weight", lambda t: -1 / t),
+        ("weight", lambda t: t.sum()),
+        ("inverse", lambda rate: rate**2),
+        ("inverse", lambda rate: rate * torch.nan),
+    ],
+)
+def test_what_cannot_be_a_schedule_is_refused_when_it_is_made(name, wrong):
+    with pytest.raises(InputError, match=f"the schedule 'linear': `{name}` must") as error:
+        dataclasses.replace(get_schedule("linear"), **{name: wrong})
+    assert "\n" not in str(error.value)

@@ -13,10 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from blockdiff.errors import InputError
 from blockdiff.registry import SCHEDULES, register_schedule
 
 
@@ -43,6 +45,28 @@ class Schedule:
     mask_rate: Callable[[Tensor], Tensor]
     weight: Callable[[Tensor], Tensor]
     inverse: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        """Tries the functions at nine times; raises `InputError` for what cannot be a schedule."""
+        t = torch.linspace(0, 1, 9, dtype=torch.float64)
+        rate = self._tried("mask_rate", t)
+        if abs(rate[0]) > 1e-6 or abs(rate[-1] - 1) > 1e-6 or (rate.diff() <= 0).any():
+            self._refuse("mask_rate", "rise from 0 at t = 0 to 1 at t = 1")
+        if (self._tried("alpha", t) + rate - 1).abs().max() > 1e-6:
+            self._refuse("alpha", "be 1 − mask_rate")
+        if (self._tried("weight", t[1:]) < 0).any():
+            self._refuse("weight", "not be negative")
+        if (self._tried("inverse", rate) - t).abs().max() > 1e-4:
+            self._refuse("inverse", "give the time of a mask rate")
+
+    def _tried(self, name: str, x: Tensor) -> Tensor:
+        found = getattr(self, name)(x)
+        if not isinstance(found, Tensor) or found.shape != x.shape or not found.isfinite().all():
+            self._refuse(name, "give a finite number for each time, as a tensor of the same shape")
+        return found
+
+    def _refuse(self, name: str, law: str) -> NoReturn:
+        raise InputError(f"the schedule {self.name!r}: `{name}` must {law}")
 
 
 def _power(name: str, exponent: float) -> Schedule:

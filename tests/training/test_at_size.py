@@ -78,6 +78,11 @@ def test_every_field_we_set_is_known_as_ours():
         ("dataloader_pin_memory=perhaps", "perhaps"),
         ("max_steps=3", "give --steps"),
         ("_n_gpu=3", "no field '_n_gpu'"),
+        ("adam_beta1=7", "7"),
+        ("adam_epsilon=-1", "-1"),
+        ("gradient_checkpointing=true", "give --checkpoint-activations"),
+        ("push_to_hub=true", "this package decides it"),
+        ("save_only_model=true", "this package decides it"),
     ],
 )
 def test_what_is_wrong_is_one_line_before_the_text_is_read(given, said, corpus, capsys):

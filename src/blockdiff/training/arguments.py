@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -34,6 +34,13 @@ _OWNED = {
     "resume_from_checkpoint": "resume", "dataloader_drop_last": "", "remove_unused_columns": "",
     "disable_tqdm": "", "ddp_find_unused_parameters": "", "label_smoothing_factor": "",
     "load_best_model_at_end": "", "metric_for_best_model": "", "logging_nan_inf_filter": "",
+    # what resuming, validation or the mean over a step's tokens rests on
+    "save_only_model": "", "ignore_data_skip": "", "do_train": "", "do_eval": "", "do_predict": "",
+    "eval_on_start": "", "average_tokens_across_devices": "", "neftune_noise_alpha": "",
+    "gradient_checkpointing": "checkpoint_activations", "gradient_checkpointing_kwargs": "",
+    # what has options or a launcher of its own
+    "torch_compile_backend": "compile", "torch_compile_mode": "compile", "fsdp": "",
+    "fsdp_config": "", "deepspeed": "", "use_liger_kernel": "", "push_to_hub": "",
 }  # fmt: skip
 
 
@@ -76,6 +83,8 @@ def training_arguments(config: TrainConfig, device: torch.device) -> TrainingArg
             **parallel.ARGUMENTS,
             **extra,
         )
+        kind, chosen = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        kind([torch.zeros(1, requires_grad=True)], **chosen)  # refuses what it cannot take
     except (ValueError, TypeError, ImportError, AttributeError) as error:
         if not config.trainer_args:
             raise

@@ -30,7 +30,7 @@ from blockdiff.models.loading import check_tokenizer, settle_mask
 from blockdiff.models.weights import resolve_precision
 from blockdiff.noising import stratified_noise
 from blockdiff.registry import OBJECTIVES
-from blockdiff.training.arguments import extra_arguments, micro_batch, reporters
+from blockdiff.training.arguments import training_arguments
 from blockdiff.training.callbacks import MetricsLog, ProgressBar
 from blockdiff.training.checkpoints import (
     checkpoint_step,
@@ -164,11 +164,9 @@ def _train(
 ) -> Trained:
     """A run in a folder that is claimed; `stored` and `record`: of a run that is resumed."""
     out = Path(config.out)
-    reporters(config)
-    micro_batch(config, processes.num_processes)
     config = _with_precision(config, where)
     _try_estimator(config)
-    extra_arguments(config)
+    training_arguments(config, where)
     set_seed(config.seed)
     checkpoint = None
     if stored is not None:
