@@ -260,8 +260,9 @@ def sample_tokens(
 def check_row(config: Any, prompt: Sequence[int], options: SamplingOptions, order: Order) -> None:
     """Raises `InputError` for a prompt or options that do not fit the model."""
     ids = np.asarray(prompt)
-    large = ids.dtype.kind == "O" and all(isinstance(token, int) for token in prompt)
-    if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu" and not large):
+    # Numbers past int64 make an array of objects; they are refused below, as outside.
+    whole = ids.dtype.kind in "iu" or all(isinstance(token, int) for token in ids.flat)
+    if ids.ndim != 1 or not whole:
         raise InputError("a prompt is no row of token ids, which are whole numbers")
     if order.only not in (None, config.kind):
         raise InputError(
