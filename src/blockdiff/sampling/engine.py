@@ -78,10 +78,20 @@ class Engine:
         by default how many were admitted before. Raises `InputError` for an empty prompt, one with
         the mask token, ids that are not the model's, or options that do not fit the model.
         """
-        place = self.rows.admit(prompt, options, number)
-        row = self.rows.state[place : place + 1]
-        self.cache.admit(np.array([place]), row["size"], row["capacity"])
-        return int(row["name"][0])
+        return self.admit_all([prompt], options, None if number is None else [number])[0]
+
+    def admit_all(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: SamplingOptions,
+        numbers: Sequence[int] | None = None,
+    ) -> list[int]:
+        """`admit` for many rows with the same options, in a fraction of the time."""
+        places = self.rows.admit(prompts, options, numbers)
+        rows = self.rows.state[places]
+        self.cache.admit(places, rows["size"], rows["capacity"])
+        names: list[int] = rows["name"].tolist()
+        return names
 
     @torch.inference_mode()
     def drop(self, name: int) -> None:

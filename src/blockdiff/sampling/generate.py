@@ -29,10 +29,9 @@ def stream_tokens(
     """
     if not prompts:
         raise InputError("no prompt; give at least one row")
-    numbers = range(len(prompts)) if rows is None else _row_numbers(rows, len(prompts))
+    numbers = None if rows is None else _row_numbers(rows, len(prompts))
     engine = Engine(model)
-    for prompt, number in zip(prompts, numbers, strict=True):
-        engine.admit(prompt, options, number)
+    engine.admit_all(prompts, options, numbers)
     return _steps(engine)
 
 

@@ -62,38 +62,50 @@ class Rows:
         self.groups: list[tuple[SamplingOptions, Order, list[StoppingRule]]] = []
         self.admitted = 0
 
-    def admit(self, prompt: Sequence[int], options: SamplingOptions, number: int | None) -> int:
-        """Adds a row; its place, which is the last."""
+    def admit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: SamplingOptions,
+        numbers: Sequence[int] | None,
+    ) -> Array:
+        """Adds a row for each prompt; their places, which are the last."""
         if not isinstance(options, SamplingOptions):
             raise InputError(f"`options` is {type(options).__name__}; give a SamplingOptions")
-        number = self.admitted if number is None else whole_number("number", number, 0)
         config, order = self.config, ORDERS.find(options.sampler, "sampler")
-        check_row(config, prompt, options, order)
-        row, place = np.zeros(1, _STATE), len(self.state)
+        names = self.admitted + np.arange(len(prompts))
+        if numbers is not None:
+            numbers = [whole_number("number", number, 0) for number in numbers]
+        check_options(config, options, order)
+        for prompt in prompts:
+            check_prompt(config, prompt, options)
+        rows, places = np.zeros(len(prompts), _STATE), len(self.state) + np.arange(len(prompts))
         size = config.block_size if options.block_size is None else options.block_size
-        start, end = len(prompt), len(prompt) + options.max_new_tokens
+        start = np.array([len(prompt) for prompt in prompts])
+        end = start + options.max_new_tokens
         whole = end + -end % size
-        capacity = min(config.length - size, whole)
-        stride = size if capacity else max(size // 2, 1)
+        cached = config.length > size
+        stride = size if cached else max(size // 2, 1)
         first = start // stride * stride
-        if not capacity:
-            first = max(first + stride - size, 0)  # with as much before it as fits
-        row["name"], row["number"] = self.admitted, number
-        row["seed"], row["group"] = signed(options.seed), self._group(options, order)
-        row["start"], row["end"], row["known"] = start, end, start
-        row["first"], row["size"], row["stride"], row["capacity"] = first, size, stride, capacity
+        if not cached:
+            first = np.maximum(first + stride - size, 0)  # with as much before it as fits
+        rows["name"], rows["number"] = names, names if numbers is None else numbers
+        rows["seed"], rows["group"] = signed(options.seed), self._group(options, order)
+        rows["start"], rows["end"], rows["known"] = start, end, start
+        rows["first"], rows["size"], rows["stride"] = first, size, stride
+        rows["capacity"] = np.minimum(config.length - size, whole)
         # Blocks are filled whole; a window only as far as text is wanted, by most orders.
-        row["limit"] = whole if capacity or order.fills_block else end
+        rows["limit"] = whole if cached or order.fills_block else end
         # AR caches all tokens but the last, whose logits are the next token's.
-        row["prompt"] = first - self.shifted if capacity else 0
-        row["uncached"], row["length"] = self.shifted, -1
-        self.admitted += 1
-        self.state = np.append(self.state, row)
-        self.canvas = _grown(self.canvas, whole, self.mask_token_id)
-        self.canvas[place, :start] = prompt
-        self.u = _grown(self.u, size, 0.0)
-        self._number(np.array([place]))
-        return place
+        rows["prompt"] = first - self.shifted if cached else 0
+        rows["uncached"], rows["length"] = self.shifted, -1
+        self.admitted += len(prompts)
+        self.state = np.append(self.state, rows)
+        self.canvas = _grown(self.canvas, len(prompts), int(whole.max()), self.mask_token_id)
+        for place, prompt in zip(places, prompts, strict=True):
+            self.canvas[place, : len(prompt)] = prompt
+        self.u = _grown(self.u, len(prompts), size, 0.0)
+        self._number(places)
+        return places
 
     def drop(self, place: int) -> None:
         """Forgets a row; those behind it move up."""
@@ -230,10 +242,10 @@ class Rows:
         return Step(*map(torch.from_numpy, parts))
 
 
-def _grown(table: Array, width: int, fill: float) -> Array:
-    """The table [B, W] with a row more, and at least `width` wide."""
-    grown = np.full((len(table) + 1, max(width, table.shape[1])), fill, table.dtype)
-    grown[:-1, : table.shape[1]] = table
+def _grown(table: Array, rows: int, width: int, fill: float) -> Array:
+    """The table [B, W] with more `rows`, and at least `width` wide."""
+    grown = np.full((len(table) + rows, max(width, table.shape[1])), fill, table.dtype)
+    grown[: len(table), : table.shape[1]] = table
     return grown
 
 
@@ -257,18 +269,23 @@ def sample_tokens(
     )
 
 
-def check_row(config: Any, prompt: Sequence[int], options: SamplingOptions, order: Order) -> None:
-    """Raises `InputError` for a prompt or options that do not fit the model."""
-    ids = np.asarray(prompt)
-    # Numbers past int64 make an array of objects; they are refused below, as outside.
-    whole = ids.dtype.kind in "iu" or all(isinstance(token, int) for token in ids.flat)
-    if ids.ndim != 1 or not whole:
-        raise InputError("a prompt is no row of token ids, which are whole numbers")
+def check_options(config: Any, options: SamplingOptions, order: Order) -> None:
+    """Raises `InputError` for options that do not fit the model."""
     if order.only not in (None, config.kind):
         raise InputError(
             f"the {order.name} sampler reads the scores of {str(order.only).upper()}, and this is "
             f"{config.kind}: use first_hitting or ancestral"
         )
+    config.choose_block_size(options.block_size)
+
+
+def check_prompt(config: Any, prompt: Sequence[int], options: SamplingOptions) -> None:
+    """Raises `InputError` for a prompt that does not fit the model, or its options."""
+    ids = np.asarray(prompt)
+    # Numbers past int64 make an array of objects; they are refused below, as outside.
+    whole = ids.dtype.kind in "iu" or all(isinstance(token, int) for token in ids.flat)
+    if ids.ndim != 1 or not whole:
+        raise InputError("a prompt is no row of token ids, which are whole numbers")
     if not len(prompt):
         raise InputError("an empty prompt: start it with the beginning-of-text token")
     if config.mask_token_id in prompt and not config.causal:
@@ -278,7 +295,6 @@ def check_row(config: Any, prompt: Sequence[int], options: SamplingOptions, orde
             f"a prompt's token ids run outside the model's vocabulary of {config.vocab_size}; "
             "is this the model's tokenizer?"
         )
-    config.choose_block_size(options.block_size)
     if config.kind == "sedd":
         longest = len(prompt) + options.max_new_tokens
         if longest > config.length or options.block_size not in (None, config.length):
