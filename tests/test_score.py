@@ -113,7 +113,7 @@ def sedd_by_hand(model, before, after, nodes=60):
 def test_sedd_is_the_integral_over_time():
     model = tiny_model(vocab_size=9, length=6, block_size=6, score=True, time_conditioning=True)
     befores, afters = [[1, 2], [3]], [[4, 5], [6, 7, 0]]
-    found = score_tokens(model, befores, afters, draws=4000, estimator="exact_k", greedy=False)
+    found = score_tokens(model, befores, afters, draws=1500, estimator="exact_k", greedy=False)
     for one, before, after in zip(found, befores, afters, strict=True):
         expected = sedd_by_hand(model, before, after)
         # Four standard errors, known to a seventh of themselves from two groups of draws: wide.
@@ -125,7 +125,7 @@ def test_drawn_masks_converge_to_all_masks(estimator):
     model = tiny_model(vocab_size=9, length=12, block_size=4)
     befores, afters = pairs()
     exact = score_tokens(model, befores, afters, estimator="enumerate", greedy=False)
-    drawn = score_tokens(model, befores, afters, estimator=estimator, draws=2000, greedy=False)
+    drawn = score_tokens(model, befores, afters, estimator=estimator, draws=700, greedy=False)
     for one, other in zip(drawn, exact, strict=True):
         assert one.nats == pytest.approx(other.nats, rel=0.15 if estimator == "bernoulli" else 0.05)
 
