@@ -183,6 +183,9 @@ class Engine:
                 mine = np.isin(owner, place).nonzero()[0]
                 own = logits[torch.from_numpy(mine).to(logits.device, non_blocking=True)]
             chosen, tokens = answered(order, own, wanted[place, : view.masked.shape[1]], view)
+            if chosen is None and len(views) == 1:
+                self.waits += 1
+                return owner, column, tokens.cpu().numpy()
             if chosen is None:
                 chosen = torch.ones_like(tokens, dtype=torch.bool)
             elif chosen.device != tokens.device:  # the order itself has waited for it

@@ -153,6 +153,8 @@ class Rows:
             self.state["first"][rows] += self.state["stride"][rows]
             self.state["uncached"][rows] = self.shifted | (self.state["capacity"][rows] > 0)
             self.state["evaluations"][rows] = 0
+            if self.shifted:
+                return  # the next token is masked: the row goes on
             full = ~self.look(rows)[1].any(1)
             self._number(rows[~full])
             rows = rows[full]
