@@ -317,3 +317,11 @@ def test_a_perplexity_past_every_float_is_infinite():
     assert measured.nats_per_token > 710
     assert measured.perplexity == math.inf and math.isnan(measured.perplexity_stderr)
     assert json.loads(to_json(measured.record()))["perplexity"] is None
+
+
+def test_an_ar_model_has_blocks_of_one_token_whatever_is_asked_for():
+    model = tiny_model(vocab_size=9, length=12, causal=True)
+    x_0 = random_tokens(model, 2, 12)
+    with pytest.warns(UserWarning, match="block size 1, not 4"):
+        measured = likelihood(model, x_0, block_size=4)
+    assert torch.equal(measured.nats, likelihood(model, x_0).nats)

@@ -100,7 +100,9 @@ def sampling_cases(kind: str) -> dict[str, dict[str, Any]]:
         cases = {name: {**options, **short} for name, options in cases.items()}
         cases |= {"analytic": {"sampler": "analytic", "steps": 6, **short}}
     if kind in ("bd3lm", "plain", "timed"):
-        cases = cases | ANCESTRAL | BLOCKS
+        cases = cases | ANCESTRAL | BLOCKS | {"blocks of 1": {"block_size": 1, "seed": 6}}
+    if kind == "ar":
+        cases = cases | {"blocks of 4": BLOCKS["blocks of 8"] | {"block_size": 4}}
     if kind == "mdlm":
         cases = cases | ANCESTRAL
     return cases

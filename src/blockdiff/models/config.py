@@ -130,7 +130,8 @@ class DiTConfig(PreTrainedConfig):
     def choose_block_size(self, block_size: int | None = None, length: int | None = None) -> int:
         """The block size asked for, the model's own for None; checked against `length`.
 
-        Warns, once for each size, when it is not the one the model was trained with. Raises
+        An AR model has blocks of one token, whatever is asked for. Warns, once for each size, when
+        it is not the one the model was trained with. Raises
         `InputError` for a size below 1 or one that does not divide the length (the model's own when
         left out).
         """
@@ -142,7 +143,7 @@ class DiTConfig(PreTrainedConfig):
                 "it to be worse",
                 stacklevel=2,
             )
-        return size
+        return 1 if self.causal else size
 
     @property
     def layout(self) -> BlockLayout:

@@ -57,10 +57,8 @@ class Engine:
         self.model, self.rows = model, Rows(model.config)
         self.cache = model.new_cache(0, 0, 1)
         self.waits = 0  # how often the host waited for the device
-        self._mask_token_id, self._timed = (
-            model.config.mask_token_id,
-            model.config.time_conditioning,
-        )
+        self._mask_token_id = model.config.mask_token_id
+        self._timed = model.config.time_conditioning
         drawable = model.drawable
         self._no_token = None if drawable is None else ~drawable.to(model.device)
 

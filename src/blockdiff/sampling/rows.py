@@ -26,6 +26,7 @@ from torch import Tensor
 from blockdiff.categorical import draw, host_uniform, real_dtype, signed
 from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
+from blockdiff.models.denoiser import Conventions
 from blockdiff.registry import ORDERS
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.orders.base import ORDER, TOKEN, Order, RowState
@@ -53,7 +54,7 @@ _STATE = np.dtype([(field, np.int64) for field in _FIELDS.split()])
 class Rows:
     """`state` [B]: the fields above. `canvas` int64 [B, S]: prompt, text, and masks."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Conventions) -> None:
         self.config, self.mask_token_id = config, config.mask_token_id
         # 1 where the logits of a token are those of the next (AR), else 0
         self.shifted = int(config.prediction == "shift")
@@ -75,11 +76,10 @@ class Rows:
         names = self.admitted + np.arange(len(prompts))
         if numbers is not None:
             numbers = [whole_number("number", number, 0) for number in numbers]
-        check_options(config, options, order)
+        size = check_options(config, options, order)
         for prompt in prompts:
             check_prompt(config, prompt, options)
         rows, places = np.zeros(len(prompts), _STATE), len(self.state) + np.arange(len(prompts))
-        size = config.block_size if options.block_size is None else options.block_size
         start = np.array([len(prompt) for prompt in prompts])
         end = start + options.max_new_tokens
         whole = end + -end % size
@@ -160,8 +160,9 @@ class Rows:
             rows = rows[full]
 
     def _number(self, rows: Array) -> None:
-        """Draws the uniform numbers of the rows' blocks; a block of one has no order."""
-        rows = rows[self.state["size"][rows] > 1]
+        """Draws the uniform numbers of the rows' blocks, where something reads them."""
+        if not self.config.time_conditioning:
+            rows = rows[self.state["size"][rows] > 1]  # a block of one has no order
         if len(rows):
             state = self.state[rows][:, None]
             position = state["first"] + np.arange(state["size"].max())
@@ -199,9 +200,8 @@ class Rows:
         state = self.state[rows]
         for row in state[state["evaluations"] > state["size"] + PATIENCE]:
             options, order, _ = self.groups[row["group"]]
-            if row["evaluations"] > row["size"] + PATIENCE + (
-                0 if options.steps is None else options.steps
-            ):
+            steps = 0 if options.steps is None else options.steps
+            if row["evaluations"] > row["size"] + PATIENCE + steps:
                 raise InputError(
                     f"the order {order.name} has not fixed a block of {row['size']} after "
                     f"{row['evaluations']} evaluations: sooner or later `choose` must fix each "
@@ -271,17 +271,17 @@ def sample_tokens(
     )
 
 
-def check_options(config: Any, options: SamplingOptions, order: Order) -> None:
-    """Raises `InputError` for options that do not fit the model."""
+def check_options(config: Conventions, options: SamplingOptions, order: Order) -> int:
+    """The block size K to sample with; `InputError` for options that do not fit the model."""
     if order.only not in (None, config.kind):
         raise InputError(
             f"the {order.name} sampler reads the scores of {str(order.only).upper()}, and this is "
             f"{config.kind}: use first_hitting or ancestral"
         )
-    config.choose_block_size(options.block_size)
+    return config.choose_block_size(options.block_size)
 
 
-def check_prompt(config: Any, prompt: Sequence[int], options: SamplingOptions) -> None:
+def check_prompt(config: Conventions, prompt: Sequence[int], options: SamplingOptions) -> None:
     """Raises `InputError` for a prompt that does not fit the model, or its options."""
     ids = np.asarray(prompt)
     # Numbers past int64 make an array of objects; they are refused below, as outside.
