@@ -43,17 +43,14 @@ def real_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def uniform(seed: int | Tensor, *address: Tensor | int) -> Tensor:
+def uniform(seed: int, *address: Tensor | int) -> Tensor:
     """Uniform numbers in (0, 1), in `real_dtype`, one for each address.
 
     `address`: integers and int64 tensors that broadcast against each other, such as
-    (row, position, step). `seed` may be such a tensor too. The same seed and address always
-    give the same number, on every device.
+    (row, position, step). The same seed and address always give the same number, on every device.
     """
     device = next((part.device for part in address if isinstance(part, Tensor)), None)
-    if not isinstance(seed, Tensor):
-        seed = torch.tensor(signed(seed), device=device)
-    state = _mix(seed + _GOLDEN)
+    state = _mix(torch.tensor(signed(seed), device=device) + _GOLDEN)
     for part in address:
         part = torch.as_tensor(part, dtype=torch.int64, device=device)
         # The multiplier tells the parts' order: without it (0, 1) and (1, 0) would collide.
@@ -65,7 +62,10 @@ def uniform(seed: int | Tensor, *address: Tensor | int) -> Tensor:
 
 
 def host_uniform(seed: int | Array, *address: Array | int) -> Array:
-    """`uniform` for numpy arrays, in float64: the same numbers, in a fifth of the time for few."""
+    """`uniform` for what the host knows: the same numbers in float64, seeds that may be int64 too.
+
+    numpy's operators cost less than torch's where there are few numbers.
+    """
     state = _mix(_array(seed) + _GOLDEN)
     for part in address:
         state = _mix(state * _MIX_2 + _mix(_array(part) + _GOLDEN))

@@ -37,6 +37,7 @@ from blockdiff.evaluation.options import SampleOptions
 from blockdiff.evaluation.statistics import mean_error, ratio_error
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
+from blockdiff.sampling.stopping import token_entropy
 
 HALVES = 50
 ORDERS = (1, 2, 3, 4)
@@ -141,12 +142,6 @@ def sample_quality(
         rejection_rate=cost.get("rejection_rate") if cost else None,
         cost=_cost(cost) if cost and "nfe" in cost else None,
     )
-
-
-def token_entropy(tokens: Ids) -> float:
-    """Nats; of how often each different token occurs in one sample."""
-    share = np.array(list(Counter(tokens).values())) / max(len(tokens), 1)
-    return float(-(share * np.log(share)).sum())
 
 
 def ngrams(rows: Iterable[Ids], n: int) -> Counter[tuple[int, ...]]:

@@ -2,7 +2,8 @@
 
 Objectives, likelihood, engine and trainer know a network by what stands here, never by its class.
 What tells one published block diffusion model from another are fields of its configuration, the
-conventions, which the callers read:
+conventions. Callers read the first two and `prediction`; of the others a `DiT` has one value each,
+and networks with another one will be the first to need them read:
 
     mask_token_id   what a masked position holds
     block_size      L' it was trained for

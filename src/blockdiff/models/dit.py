@@ -255,13 +255,9 @@ class DiT(PreTrainedModel):
         clean: int = 0,
         sigma: Tensor | None = None,
     ) -> Tensor:
-        """Logits [P, V] of one evaluation of tokens x int64 [n, T] after their cached prefixes.
+        """Logits [P, V] of x int64 [n, T] after the cached prefixes; see `Denoiser.decode`.
 
-        `positions` int64 [n, T]. `at` int64 [P]: where logits are wanted, column t of row i as
-        i·T + t. `mask`: what `cache.visible` gave. The first `clean` columns are clean tokens, the
-        others noised ones at `sigma` [n], which is read only when `config.time_conditioning`;
-        without it the layers fold adaLN once for all evaluations with this cache. The tokens' keys
-        and values stay staged for `cache.append_staged`.
+        Without `config.time_conditioning` adaLN is folded once for all evaluations with this cache.
         """
         cos, sin = (part[:, None].to(self.dtype) for part in rope(positions, self._head_dim))
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from blockdiff.categorical import Array
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
@@ -31,8 +31,6 @@ from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.orders.base import Order, RowState, answered, asked
 from blockdiff.sampling.rows import Rows
 from blockdiff.sampling.step import Step
-
-Array = NDArray[Any]
 
 
 class Engine:

@@ -16,14 +16,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from blockdiff.categorical import draw, host_uniform, real_dtype, signed
+from blockdiff.categorical import Array, draw, host_uniform, real_dtype, signed
 from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Conventions
@@ -32,8 +30,6 @@ from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.orders.base import ORDER, TOKEN, Order, RowState
 from blockdiff.sampling.step import Step
 from blockdiff.sampling.stopping import StoppingRule, rules_of
-
-Array = NDArray[Any]
 
 # name: what `admit` called it. number, seed: its part of the address of random numbers. group: that
 # of rows with equal options. start, end: where its text begins and ends. known: tokens before the

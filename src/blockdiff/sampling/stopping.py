@@ -7,16 +7,15 @@ low_entropy  when the last 256 tokens have less than 4 nats: the row is given up
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from blockdiff.categorical import Array
 from blockdiff.registry import STOPPING_RULES, register_stopping_rule
 from blockdiff.sampling.options import stopping_rules
 
-Array = NDArray[Any]
 # The paper's rule: entropy in nats, over so many tokens.
 DULL_NATS, DULL_TOKENS = 4.0, 256
 
@@ -66,8 +65,8 @@ class LowEntropy(StoppingRule):
         return len(tokens)
 
 
-def token_entropy(tokens: Array) -> float:
-    """Entropy in nats of how often each different token occurs among `tokens` [T]."""
+def token_entropy(tokens: Array | Sequence[int]) -> float:
+    """Entropy in nats of how often each different token occurs among `tokens` [T]; 0 for none."""
     share = np.unique(tokens, return_counts=True)[1] / len(tokens)
     return float(-(share * np.log(share)).sum())
 

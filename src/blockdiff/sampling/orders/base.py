@@ -16,21 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from blockdiff.categorical import uniform
+from blockdiff.categorical import Array, host_uniform
 from blockdiff.errors import InputError
-from blockdiff.registry import register_order
 from blockdiff.sampling.options import SamplingOptions
 
-__all__ = ["Order", "RowState", "register_order"]
-
-Array = NDArray[Any]
 # What a random number is for, the last part of its address; a token drawn anew counts on.
 ORDER, TOKEN = 0, 1
 
@@ -44,6 +38,7 @@ class RowState:
     `evaluations` int64 [n]: those of this block so far. `positions` int64 [n, K], in the text.
     `numbers` int64 [n]: the rows' own numbers, with `seeds` int64 [n] a part of the address of all
     random numbers. `options`: what the rows share; its `seed` and `max_new_tokens` mean nothing.
+    `sample`: what `draw` calls.
     """
 
     masked: Array
@@ -66,11 +61,8 @@ class RowState:
 
     def uniform(self, *address: int | Array) -> Array:
         """Uniform numbers [n, K] of the positions; `address` says what for, behind 0 and 1."""
-        parts = [torch.as_tensor(part) for part in address]
-        seeds, numbers = (torch.from_numpy(x)[:, None] for x in (self.seeds, self.numbers))
-        positions = torch.from_numpy(self.positions)
-        found: Array = uniform(seeds, numbers, positions, *parts).numpy()
-        return found
+        seeds, numbers = self.seeds[:, None], self.numbers[:, None]
+        return host_uniform(seeds, numbers, self.positions, *address)
 
 
 class Order:
