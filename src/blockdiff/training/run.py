@@ -297,6 +297,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
             initial_gate=0.0 if start is None else 1.0,
             clip=config.clip_range(),
             objective=objective.name,
+            clean_stream=config.clean,
             **{"time_conditioning": config.time_conditioning, **objective.network, **sizes},
         )
     )
