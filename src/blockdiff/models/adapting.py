@@ -111,7 +111,7 @@ def adapt_folder(
     prediction: Literal["shift", "same"] = "shift",
     clean: Literal["causal", "block"] = "causal",
     mask_token: str | None = None,
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    dtype: Literal["auto", "float32", "bf16"] = "auto",
     overwrite: bool = False,
 ) -> Adapted:
     """Adapts the model in a folder or hub repository and saves it, with its tokenizer, in `out`.
@@ -125,7 +125,8 @@ def adapt_folder(
     folder = resolve(source)
     with folders.claim(out, overwrite=overwrite, kinds=("model", "tokenizer")) as target:
         tokenizer = read_tokenizer(folder)
-        before = load_model(folder, dtype=torch.float32 if dtype == "auto" else dtype)
+        kinds: dict[str, Any] = {"float32": torch.float32, "bf16": torch.bfloat16}
+        before = load_model(folder, dtype=kinds.get(dtype, "auto"))
         if not isinstance(before, Adapted):
             raise InputError(f"{source} is no causal language model of transformers")
         if not before.config.causal:
