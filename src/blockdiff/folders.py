@@ -39,7 +39,7 @@ TOKENIZER: Tree = {
     r"(spiece|tokenizer|sentencepiece\.bpe)\.model": None,
 }
 RUN: Tree = TOKENIZER | {
-    r"run\.json|config\.json|metrics\.jsonl|loss\.png": None,
+    r"run\.json|(generation_)?config\.json|metrics\.jsonl|loss\.png": None,
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
     r"checkpoints": {r"checkpoint-\d+": ...},
     r"tensorboard": {r"events\.out\.tfevents\..*": None},

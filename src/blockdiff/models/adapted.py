@@ -78,6 +78,8 @@ def _attention(
         raise InputError("this model attends by blocks: call the adapted model, not its parts")
     if attention_mask is not None or other.get("position_bias") is not None:
         raise Unsuitable("its attention has a mask or a bias of its own")
+    # Under autocast rotary positions leave queries and keys in float32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     out = current(
         module.layer_idx, query, key, value, sliding_window,  # type: ignore[arg-type]
         scale=scaling, softcap=softcap, sinks=s_aux,

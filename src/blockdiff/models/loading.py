@@ -17,6 +17,7 @@ from blockdiff.data.tokenizers import (
 )
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import load_model, resolve
 
@@ -93,7 +94,7 @@ def drawable(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     return there
 
 
-def check_tokenizer(model: DiT, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(model: Denoiser, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises `InputError` unless the tokenizer's ids fit the model's vocabulary and mask."""
     size, known = len(tokenizer), model.config.vocab_size
     if size > known:
