@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -30,6 +31,7 @@ class DiTConfig(PreTrainedConfig):
     """Sizes and kind of a `DiT`.
 
     `length` is the training context L and `block_size` L'; `causal` makes it AR (block size 1).
+    `block_sizes`: all that it is trained for, of which `block_size` is the largest.
     `mask_token_id`, the last id by default, is never predicted by any kind. `adaln` adds the
     modulations, which see σ only with `time_conditioning` (otherwise σ = 0 and they are constants).
     `score` says that the logits are SEDD's unnormalised scores and are trained by score entropy.
@@ -69,11 +71,13 @@ class DiTConfig(PreTrainedConfig):
         initial_gate: float = 0.0,
         clip: tuple[float, float] | None = None,
         objective: str | None = None,
+        block_sizes: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
         self.length = length
         self.block_size = 1 if causal else block_size
+        self.block_sizes = (self.block_size,) if causal else _sizes(block_size, block_sizes)
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -131,16 +135,15 @@ class DiTConfig(PreTrainedConfig):
         """The block size asked for, the model's own for None; checked against `length`.
 
         An AR model has blocks of one token, whatever is asked for. Warns, once for each size, when
-        it is not the one the model was trained with. Raises
-        `InputError` for a size below 1 or one that does not divide the length (the model's own when
-        left out).
+        it is none that the model was trained with. Raises `InputError` for a size below 1 or one
+        that does not divide the length (the model's own when left out).
         """
         size = self.block_size if block_size is None else whole_number("block_size", block_size)
         BlockLayout(self.length if length is None else length, size)
-        if size != self.block_size:
+        if size not in self.block_sizes:
+            known = ", ".join(map(str, self.block_sizes))
             warnings.warn(
-                f"the model was trained with block size {self.block_size}, not {size}: expect "
-                "it to be worse",
+                f"the model was trained with block size {known}, not {size}: expect it to be worse",
                 stacklevel=2,
             )
         return 1 if self.causal else size
@@ -148,6 +151,14 @@ class DiTConfig(PreTrainedConfig):
     @property
     def layout(self) -> BlockLayout:
         return BlockLayout(self.length, self.block_size)
+
+
+def _sizes(largest: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
+    """Block sizes, ascending; `InputError` where the largest of them is another one."""
+    found = tuple(sorted(sizes or (largest,)))
+    if found[-1] != largest:
+        raise InputError(f"block_size {largest} is not the largest of block_sizes {list(found)}")
+    return found
 
 
 def _check_sizes(config: DiTConfig) -> None:
@@ -165,7 +176,8 @@ def _check_sizes(config: DiTConfig) -> None:
         raise InputError(
             f"mask token id {config.mask_token_id} is outside the vocabulary of {config.vocab_size}"
         )
-    BlockLayout(config.length, config.block_size)
+    for size in config.block_sizes:
+        BlockLayout(config.length, size)
     if config.score and config.block_size != config.length:
         raise InputError(
             f"a SEDD model has one block: block_size {config.block_size} must be the length "

@@ -68,6 +68,7 @@ class Conventions(Protocol):
     clip: list[float] | None
     objective: str
     block_size: int
+    block_sizes: tuple[int, ...]
     causal: bool
 
     @property
