@@ -53,6 +53,8 @@ _HOMES = {
     "BlockLayout": "layout",
     "DiT": "models.dit",
     "DiTConfig": "models.config",
+    "Adapted": "models.adapted",
+    "adapt": "models.adapting",
     "load_model": "models.hub",
     "save_model": "models.hub",
     "register_estimator": "registry",
@@ -70,6 +72,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Adapted",
     "BlockLayout",
     "DiT",
     "DiTConfig",
@@ -85,6 +88,7 @@ __all__ = [
     "Step",
     "TextGeneration",
     "TrainConfig",
+    "adapt",
     "generate",
     "likelihood",
     "load",

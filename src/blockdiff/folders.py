@@ -39,7 +39,7 @@ TOKENIZER: Tree = {
     r"(spiece|tokenizer|sentencepiece\.bpe)\.model": None,
 }
 RUN: Tree = TOKENIZER | {
-    r"run\.json|config\.json|metrics\.jsonl|loss\.png": None,
+    r"run\.json|(generation_)?config\.json|metrics\.jsonl|loss\.png": None,
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
     r"checkpoints": {r"checkpoint-\d+": ...},
     r"tensorboard": {r"events\.out\.tfevents\..*": None},
@@ -57,10 +57,15 @@ REPRODUCTION: Tree = {
     r"report": {r"report\.md|results\.json|\w+\.png": None},
 }
 # The file that says which kind a folder is of; config.json and weights stand in any model's folder.
+MODEL: Tree = TOKENIZER | {
+    r"(config|generation_config)\.json|README\.md|modeling_blockdiff\.py": None,
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
+}
 KINDS: dict[str, tuple[str, Tree]] = {
     "run": ("run.json", RUN),
     "reproduction": ("plan.json", REPRODUCTION),
     "demo": ("ar/run.json", DEMO),
+    "model": ("config.json", MODEL),
     "tokenizer": ("tokenizer_config.json", TOKENIZER),
 }
 # What one of these finds of another's in its place, `overwrite` replaces as well.

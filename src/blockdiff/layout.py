@@ -31,6 +31,7 @@ from blockdiff.errors import InputError
 
 Clean = Literal["block", "causal"]
 Inside = Literal["bidirectional", "causal"]
+Prediction = Literal["same", "shift"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class BlockLayout:
     document only (padding is a document of its own); None where each row is one. `clean`: what a
     clean token sees of its block, all of it or, "causal", the tokens up to itself; `inside`: what a
     noised one sees of its own. `sliding`: no query sees a key `sliding` or more tokens before it.
+    `prediction` "shift": the clean stream predicts the first token of a block, which is therefore
+    never masked. `offset`: how many positions the first block is short of.
     Frozen and, but for the documents, compared and hashed by value: masks are cached under `plain`.
     Raises `InputError` when the sizes do not fit each other.
 
@@ -58,6 +61,8 @@ class BlockLayout:
     clean: Clean = "block"
     inside: Inside = "bidirectional"
     sliding: int | None = None
+    prediction: Prediction = "same"
+    offset: int = 0
 
     def __post_init__(self) -> None:
         checks.numbers(length=self.length, block_size=self.block_size)
@@ -65,7 +70,7 @@ class BlockLayout:
         checks.one_of("inside", self.inside, get_args(Inside))
         if self.sliding is not None:
             whole_number("sliding", self.sliding)
-        if self.length % self.block_size:
+        if (self.length + self.offset) % self.block_size:
             raise InputError(
                 f"block size {self.block_size} does not divide length {self.length}; "
                 f"choose a divisor, for example {self._nearest_divisor()}"
@@ -90,6 +95,10 @@ class BlockLayout:
         """N, the number of blocks."""
         return self.length // self.block_size
 
+    def starts(self, device: torch.device) -> Tensor:
+        """bool [L]: the first token of each block."""
+        return torch.arange(self.length, device=device) % self.block_size == 0
+
     def by_block(self, per_token: Tensor) -> Tensor:
         """[.., L] → [.., N, L']."""
         return per_token.unflatten(-1, (self.blocks, self.block_size))
@@ -99,7 +108,7 @@ class BlockLayout:
         return per_block.repeat_interleave(self.block_size, -1)
 
     def block_of(self, position: Tensor) -> Tensor:
-        return position // self.block_size
+        return (position + self.offset) // self.block_size
 
     def in_window(self, query: Tensor, key: Tensor) -> Tensor | bool:
         """Whether `key` and its block are not too far before `query` and its block."""

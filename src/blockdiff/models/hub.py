@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blockdiff.errors import InputError, first_line
+from blockdiff.models.adapting import is_causal_lm, open_adapted
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.outputs import staging
@@ -52,7 +53,7 @@ _CLIP = ("sampling_eps_min", "sampling_eps_max")
 _BUFFERS = ("rotary_emb.inv_freq", *_CLIP)
 
 
-def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> DiT:
+def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
     """The model in a folder or hub repository, in evaluation mode.
 
     Opens what `save_model` and `Trainer` wrote and the released BD3-LM layout (BD3-LM, MDLM,
@@ -73,6 +74,8 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> DiT
         clips = _read_tensors(files, [name for name in files if name.endswith(_CLIP)])
         config = _described(lambda it: released_config(it, clips), raw, folder)
         rename = {name: released_name(name) for name in files}
+    elif is_causal_lm(raw):
+        return open_adapted(folder, raw, dtype=dtype)
     else:
         raise InputError(
             f"{folder}: model_type {raw.get('model_type')!r} is neither blockdiff nor a released "

@@ -25,7 +25,6 @@ from transformers import PreTrainedModel, TrainerCallback
 from blockdiff.categorical import fold_seed
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
-from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Conventions, Denoiser
 from blockdiff.noising import Draw, stratified_noise
 from blockdiff.objectives import objective_of
@@ -88,7 +87,7 @@ class BlockDiffusionTrainer(RunTrainer):
         config = self.conventions
         objective = objective_of(config)
         size = block_size_of(self.run, self.state.global_step)
-        layout = BlockLayout(x_0.shape[1], size, documents=inputs.get("documents"))
+        layout = config.layout_of(x_0.shape[1], size, documents=inputs.get("documents"))
         maskable = self._maskable(inputs)
         what: Tensor | Draw = maskable
         if objective.noised:
