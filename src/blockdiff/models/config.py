@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
+from blockdiff.models.remote import PackagedConfig
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "cond_size")
 
@@ -26,7 +27,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-class DiTConfig(PreTrainedConfig):
+class DiTConfig(PackagedConfig):
     """Sizes and kind of a `DiT`.
 
     `length` is the training context L and `block_size` L'; `causal` makes it AR (block size 1).
@@ -46,6 +47,7 @@ class DiTConfig(PreTrainedConfig):
     """
 
     model_type = "blockdiff"
+    model_class = "DiT"
 
     def __init__(
         self,
