@@ -181,8 +181,8 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `num_return_sequences`,
         `return_dict_in_generate`), and all of `SamplingOptions` (`sampler`, `block_size`, `seed`,
         …). What is not given is that of `generation_config`, else the model's own, else that of
-        `SamplingOptions`. Without a `seed` one is drawn from torch's global generator; with it the
-        tokens are those of `blockdiff.generate`.
+        `SamplingOptions`. With a `seed` the tokens are those of `blockdiff.generate`; without one
+        it is drawn from torch's global generator, and 0 where nothing is sampled.
 
         `streamer`: its `put` gets the prompt, then tokens [T] as they are final, in the order of
         the text; its `put_draft`, where it has one, the ids [T] behind them, masks included; last

@@ -201,7 +201,10 @@ def _options(
         del own["top_k"]
     if own.get("stop", "eos") == "eos" and model.config.eos_token_id not in ends:
         own["stop"] = "none"
-    own.setdefault("seed", int(torch.randint(SEEDS[1], ())))
+    if own.get("temperature") == 0:  # the same text every time: the order is drawn, too
+        own.setdefault("seed", 0)
+    elif "seed" not in own:
+        own["seed"] = int(torch.randint(SEEDS[1], ()))
     return SamplingOptions(**own)
 
 
