@@ -167,4 +167,5 @@ def open_adapted(
 
 def is_causal_lm(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a causal language model of transformers."""
-    return raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind = raw.get("model_type")
+    return isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
