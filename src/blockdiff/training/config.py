@@ -25,6 +25,7 @@ LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bf16"]
 Backend = Literal["auto", "dense", "blockwise", "flex"]
 Format = Literal["text", "chat", "prompt"]
+Clean = Literal["block", "causal"]
 Detokenizer = Literal["none", "wikitext", "ptb", "lm1b", "lambada", "scientific"]
 
 WHOLE = (0.0, 1.0)  # the clip that cuts nothing off
@@ -106,6 +107,8 @@ class TrainConfig:
             first with blocks of 1, or of the smallest block_size of several, and each of the next
             with twice the size, up to the largest. That is the model's own, and the only one it is
             said to be trained for.
+        clean: What a clean token sees of its block: all of it, as in the paper, or, causal, the
+            tokens up to itself, so that one cache serves every block size.
         preset: Network size.
         init_from: Model folder, hub id or starter to start from, for example an AR model of this
             package; of a run's folder the weights and their average are both carried on.
@@ -182,6 +185,7 @@ class TrainConfig:
     block_size: int | str = 4
     block_weights: str | None = None
     grow: bool = False
+    clean: Clean = "block"
     preset: Preset = "nano"
     init_from: str | None = None
     adaln: bool = True
@@ -258,6 +262,11 @@ class TrainConfig:
             raise InputError("`resume` and `overwrite` exclude each other; choose one")
         self._check_blocks()
         self._check_format()
+        if self.clean != "block" and not OBJECTIVES.has(self.objective, "any_blocks"):
+            raise InputError(
+                f"`clean` {self.clean} is for blocks with clean ones before them, which an "
+                f"{self.objective} model does not have; leave it out"
+            )
         needs_clip = ESTIMATORS.has(self.estimator, "needs_clip")
         if needs_clip and self.clip_range() is None and not self.searches_clip:
             raise InputError(
