@@ -190,6 +190,11 @@ def _known_tokenizer(config: TrainConfig, template: str | None) -> PreTrainedTok
         return load_tokenizer(Path(config.out))
     source = config.tokenizer or config.init_from
     if source is None:
+        if config.format == "chat" and template is None:
+            raise InputError(
+                "`format` chat needs a chat template, and a tokenizer that is trained here has "
+                "none; give `chat_template`, or a `tokenizer` that has one"
+            )
         return None
     tokenizer = load_tokenizer(source, config.mask_token)
     if config.tokenizer is not None and config.init_from is not None:
