@@ -166,7 +166,7 @@ def test_a_run_on_conversations(room, kind, capsys):
     held = record["conversations"]["validation"]["conversations"]
     assert held > 0 and counts["conversations"] + held == (30 if kind == "pairs" else 24)
     assert f": {counts['responses']} responses in {counts['conversations']} conversations" in said
-    assert f"{counts['cut']} of them cut at `length` 64" in said
+    assert f"{counts['cut']} of them cut at 64 tokens" in said
     found = losses(done.folder)
     assert found[-1]["loss"] < 0.8 * found[0]["loss"]
     tokenizer = load_tokenizer(done.folder)

@@ -118,7 +118,7 @@ def _tell(config: TrainConfig, found: dict[str, int]) -> None:
     names = config.data if isinstance(config.data, str) else ", ".join(config.data)
     print(
         f"blockdiff: {names}: {found['responses']} responses in {found['conversations']} "
-        f"conversations; {found['cut']} of them cut at `length` {config.length}, "
+        f"conversations; {found['cut']} of them cut at {config.length} tokens, "
         f"{found['left_out']} left out because their prompts fill it; {found['empty']} "
         "conversations without a response",
         file=sys.stderr,
