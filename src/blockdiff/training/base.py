@@ -163,7 +163,7 @@ class RunTrainer(Trainer):
                 self._require_finite(self.ema.module)
                 if self.args.should_save:
                     updates = {"updates_before": str(self.ema_updates)}
-                    save_model(self.ema.module, folder / EMA_WEIGHTS, metadata=updates)
+                    save_model(self.ema.module, str(folder / EMA_WEIGHTS), metadata=updates)
         self.accelerator.wait_for_everyone()  # the folder is there for all
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # and holds every process's part
