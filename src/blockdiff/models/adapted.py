@@ -23,10 +23,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -37,6 +36,7 @@ from blockdiff.layout import BlockLayout
 from blockdiff.models.adapted_config import AdaptedConfig
 from blockdiff.models.denoiser import Context, DenoiserOutput
 from blockdiff.models.loss import subs_nll
+from blockdiff.models.weights import Linear
 
 RECORD = "block_diffusion"  # where config.json of an adapted folder keeps our conventions
 
@@ -194,6 +194,9 @@ class Adapted(PreTrainedModel):
         super().__init__(config)
         self.lm = lm
         lm.set_attn_implementation(INTERFACE)
+        for module in lm.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Linear  # the same map, which `convert` may store otherwise
         self.attention_backend = "auto"
         self.graphs = False
         self.drawable: Tensor | None = None
@@ -381,17 +384,17 @@ class Adapted(PreTrainedModel):
 
     def _read_out(self, h: Tensor, targets: Tensor | None) -> DenoiserOutput:
         """Logits, or nll, of hidden states [.., E]; what the base model does behind its head."""
-        head, base = self.lm.get_output_embeddings(), self.lm.config
+        head, base = cast(nn.Linear, self.lm.get_output_embeddings()), self.lm.config
         scale = getattr(base, "logit_scale", None) or 1.0
         scale /= getattr(base, "logits_scaling", None) or 1.0
         softcap = getattr(base, "final_logit_softcapping", None)
         h = h if scale == 1 else h * scale
-        bias = getattr(head, "bias", None)
         if targets is not None:
+            weight = head.dense() if isinstance(head, Linear) else head.weight
             mask = self.config.mask_token_id
-            nll = subs_nll(h, head.weight, bias, targets, mask, softcap=softcap)
+            nll = subs_nll(h, weight, head.bias, targets, mask, softcap=softcap)
             return DenoiserOutput(nll=nll)
-        logits = F.linear(h, head.weight, bias)
+        logits = head(h)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return DenoiserOutput(logits=logits)

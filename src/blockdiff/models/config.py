@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from blockdiff.checks import whole_number
+from blockdiff.checks import one_of, whole_number
 from blockdiff.errors import InputError
-from blockdiff.layout import BlockLayout
+from blockdiff.layout import BlockLayout, Clean, Inside, Prediction
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "cond_size")
 
@@ -42,9 +42,9 @@ class BlockConfig:
     causal: bool
     score: bool = False
     prompt_grid: Literal["absolute", "prompt_end"] = "absolute"
-    inside_block: Literal["bidirectional", "causal"] = "bidirectional"
-    clean_stream: Literal["block", "causal"] = "block"
-    prediction: Literal["same", "shift"] = "same"
+    inside_block: Inside = "bidirectional"
+    clean_stream: Clean = "block"
+    prediction: Prediction = "same"
     slides: bool = True
 
     @property
@@ -117,7 +117,8 @@ class DiTConfig(BlockConfig, PreTrainedConfig):
     last trained with, for information. `initial_shift`: standard deviation of the adaLN shifts at
     initialisation. `initial_gate`: the adaLN gates there; 0 makes every layer start as the
     identity, 1 as a plain transformer layer. `objective`: the name of what it is trained by (see
-    `objectives.Objective`); by default that of its kind.
+    `objectives.Objective`); by default that of its kind. `clean_stream`: what a clean token sees of
+    its block, all of it or, "causal", the tokens up to itself.
 
     Example:
         >>> import blockdiff
@@ -149,6 +150,7 @@ class DiTConfig(BlockConfig, PreTrainedConfig):
         initial_gate: float = 0.0,
         clip: tuple[float, float] | None = None,
         objective: str | None = None,
+        clean_stream: Clean = "block",
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -172,6 +174,7 @@ class DiTConfig(BlockConfig, PreTrainedConfig):
         self.initial_gate = initial_gate
         self.clip = list(clip) if clip is not None else None
         self.objective = objective or self.kind
+        self.clean_stream = clean_stream
         _check_sizes(self)
         for name in ("tie_word_embeddings", "prediction", "inside_block", "block_sizes"):
             kwargs.pop(name, None)
@@ -196,6 +199,7 @@ def _check_sizes(config: DiTConfig) -> None:
         raise InputError(
             f"mask token id {config.mask_token_id} is outside the vocabulary of {config.vocab_size}"
         )
+    one_of("clean_stream", config.clean_stream, get_args(Clean))
     BlockLayout(config.length, config.block_size)
     if config.score and config.block_size != config.length:
         raise InputError(

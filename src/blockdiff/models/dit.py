@@ -191,7 +191,10 @@ class DiT(PreTrainedModel):
         condition = self._condition(sigma, layout)
         if x_0 is not None:
             context = self.encode(x_0, layout, backend=backend)
-        mask = self._mask(layout, "clean" if context is None else "noised", backend, rows)
+        kind = "noised" if context is not None else "clean"
+        if context is None and layout.blocks == 1 and not self.config.causal:
+            kind = "alone"  # one noised block, whatever a clean stream sees
+        mask = self._mask(layout, kind, backend, rows)
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if context is not None:
@@ -236,7 +239,7 @@ class DiT(PreTrainedModel):
     def _own_layout(self, length: int, alone: bool = False) -> BlockLayout:
         """The configuration's blocks; one block where x_t is `alone` (MDLM), unless it is AR."""
         whole = alone and not self.config.causal
-        return BlockLayout(length, length if whole else self.config.block_size)
+        return self.config.layout_of(length, length if whole else None)
 
     def new_cache(self, rows: int, capacity: int, block_size: int) -> BlockCache:
         """Room for the keys and values of `capacity` clean tokens of each of `rows` rows."""

@@ -24,6 +24,7 @@ Preset = Literal["nano", "micro", "small", "medium"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bf16"]
 Backend = Literal["auto", "dense", "blockwise", "flex"]
+Clean = Literal["block", "causal"]
 Detokenizer = Literal["none", "wikitext", "ptb", "lm1b", "lambada", "scientific"]
 
 WHOLE = (0.0, 1.0)  # the clip that cuts nothing off
@@ -91,6 +92,8 @@ class TrainConfig:
         objective: What is trained; mdlm and sedd have one block of the whole length.
         length: Length L of the context, in tokens.
         block_size: Block size L' of bd3lm.
+        clean: What a clean token sees of its block: all of it, as in the paper, or, causal, the
+            tokens up to itself, so that one cache serves every block size.
         preset: Network size.
         init_from: Model folder, hub id or starter to start from, for example an AR model of this
             package; of a run's folder the weights and their average are both carried on.
@@ -163,6 +166,7 @@ class TrainConfig:
     objective: ObjectiveName = "bd3lm"
     length: int = 128
     block_size: int = 4
+    clean: Clean = "block"
     preset: Preset = "nano"
     init_from: str | None = None
     adaln: bool = True
@@ -238,6 +242,11 @@ class TrainConfig:
             raise InputError(
                 f"`block_size` {self.block_size} does not divide `length` {self.length}; "
                 "choose a divisor"
+            )
+        if self.clean != "block" and not OBJECTIVES.has(self.objective, "any_blocks"):
+            raise InputError(
+                f"`clean` {self.clean} is for blocks with clean ones before them, which an "
+                f"{self.objective} model does not have; leave it out"
             )
         needs_clip = ESTIMATORS.has(self.estimator, "needs_clip")
         if needs_clip and self.clip_range() is None and not self.searches_clip:

@@ -332,6 +332,7 @@ def _build_dit(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: D
             initial_gate=0.0 if start is None else 1.0,
             clip=config.clip_range(),
             objective=objective.name,
+            clean_stream=config.clean,
             **{"time_conditioning": config.time_conditioning, **objective.network, **sizes},
         )
     )
