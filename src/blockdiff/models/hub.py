@@ -24,6 +24,7 @@ from transformers import (
 from blockdiff.checks import whole_number
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError, first_line
+from blockdiff.models.adapted import RECORD
 from blockdiff.models.adapting import is_causal_lm, open_adapted, wrap
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
@@ -99,6 +100,21 @@ def load_model(
         )
     _described(lambda it: _say(it, mask_token_id, block_size), model, f"{folder}")
     return model.eval()
+
+
+def stored_mask(folder: Path) -> int | None:
+    """The id of the mask token that a folder, or its family, names; None where none does."""
+    raw = _read_config(folder)
+    record = raw.get(RECORD)
+    if isinstance(record, dict):
+        return cast("int | None", record.get("mask_token_id"))
+    if raw.get("model_type") == DiTConfig.model_type:
+        return cast("int | None", raw.get("mask_token_id"))
+    recipe = _described(find_recipe, Found(folder, raw, find_tensors(folder)), f"{folder}")
+    if recipe is None or not recipe.names_mask:
+        return None
+    known = recipe.conventions or {"mask_token_id": recipe.config.mask_token_id}
+    return cast(int, known["mask_token_id"])
 
 
 def _own(found: Found) -> Recipe:

@@ -78,6 +78,8 @@ def released_config(raw: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Di
         time_conditioning=timed,
         score=timed and raw["parameterization"] == "sedd",
         mask_token_id=raw.get("mask_token_id", raw.get("mask_index")),
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_id=raw.get("eos_token_id"),
         clip=(clip[0], clip[1]) if len(clip) == 2 else None,
     )
 

@@ -19,7 +19,7 @@ from blockdiff.data.tokenizers import load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
 from blockdiff.errors import InputError
 from blockdiff.models.hub import resolve
-from blockdiff.models.loading import require_own
+from blockdiff.models.loading import load_tokenizer_of, require_own
 from blockdiff.training.config import TrainConfig
 
 # In the place of a fingerprint: a stream is never read to its end.
@@ -130,6 +130,8 @@ def _known_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
     source = config.tokenizer or config.init_from
     if source is None:
         return None
+    if config.tokenizer is None and config.init_from is not None:
+        return load_tokenizer_of(config.init_from, config.mask_token)
     tokenizer = load_tokenizer(source, config.mask_token)
     if config.tokenizer is not None and config.init_from is not None:
         folder = resolve(config.init_from)
