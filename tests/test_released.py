@@ -389,7 +389,7 @@ def test_the_mask_token_is_found_as_the_family_finds_it(tmp_path):
     small_tokenizer(folder, "<|mask|>", mask_token="<|mask|>")
     model = blockdiff.load_model(folder)
     assert model.config.mask_token_id == 58 and model.config.block_sizes == (32,)
-    with pytest.raises(InputError, match="outside the vocabulary|mask_token_id"):
+    with pytest.raises(InputError, match="outside the vocabulary"):
         blockdiff.load_model(folder, mask_token_id=61)
     # The default of the family's code, and of its block size.
     lm = random_lm("qwen2", vocab_size=151_700, hidden_size=8, intermediate_size=8, head_dim=2)
@@ -421,7 +421,7 @@ def test_a_block_size_that_is_said_and_one_it_was_not_trained_for(tmp_path):
     _, folder = make_variant(tmp_path / "a2d", "a2d qwen2")
     model = blockdiff.load_model(folder, mask_token_id=60, block_size=4)
     assert model.config.block_sizes == (4,)
-    with pytest.raises(InputError, match="block size 65 does not divide"):
+    with pytest.raises(InputError, match="block size 65 is more than"):
         blockdiff.load_model(folder, mask_token_id=60, block_size=65)
 
 
@@ -474,6 +474,7 @@ def test_dtype_of_the_files_not_the_word_in_their_config(tmp_path):
         blockdiff.load_model(folder, dtype="float32")
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells no peak of memory")
 def test_weights_are_never_held_twice(tmp_path):
     """Opening takes what the model takes, and a part of one file."""
     config = blockdiff.DiTConfig(
@@ -484,8 +485,8 @@ def test_weights_are_never_held_twice(tmp_path):
     weights = {k: torch.full(v.shape, 0.5, dtype=torch.bfloat16) for k, v in shapes.items()}
     folder = write(tmp_path / "model", config.to_dict(), weights)
     code = (
-        "import resource, sys, blockdiff; peak = lambda: "
-        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "import re, sys, blockdiff; peak = lambda: "
+        "int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]); "
         "blockdiff.load_model('starter'); before = peak(); "
         "model = blockdiff.load_model(sys.argv[1]); "
         "print((peak() - before) * 1024 / sum(4 * p.numel() for p in model.parameters()))"
@@ -500,7 +501,7 @@ def test_a_model_too_large_is_refused_with_the_dtype_that_fits(tmp_path, monkeyp
     read = []
     monkeypatch.setattr(tensors.Reader, "__call__", lambda *given: read.append(given))
     monkeypatch.setattr(tensors, "free_memory", lambda: 3 * numbers)
-    with pytest.raises(InputError, match="free; .*give `dtype` bf16"):
+    with pytest.raises(InputError, match=r"free; .*give `dtype` bf16"):
         blockdiff.load_model(folder, mask_token_id=60)
     monkeypatch.setattr(tensors, "free_memory", lambda: numbers)
     with pytest.raises(InputError, match="a smaller model"):
@@ -527,8 +528,9 @@ def test_what_cannot_be_opened_is_named(tmp_path):
         ({"model_type": "lladamoe"}, "known, but not supported"),
         ({"model_type": "qwen2", "auto_map": {"AutoModel": "modeling.M"}}, "code of its own"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
-        ({"num_hidden_layers": 3}, "is missing"),
-        ({"num_hidden_layers": 1}, "belongs to no layer"),
+        ({"num_hidden_layers": 3, "layer_types": ...}, "is missing"),
+        ({"num_hidden_layers": 1, "layer_types": ...}, "belongs to no layer"),
+        ({"num_hidden_layers": 10**9, "layer_types": ...}, "num_hidden_layers"),
         ({"intermediate_size": 40}, "has shape"),
         ({"num_attention_heads": "many"}, "does not describe a model"),
         ({"mask_token_id": 61}, "outside the vocabulary"),

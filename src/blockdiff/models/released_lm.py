@@ -19,6 +19,9 @@ _OLDER = ("rope_theta", "rope_scaling", "partial_rotary_factor", "head_dim")
 
 def _base(kind: str, found: Found, **fields: Any) -> PreTrainedConfig:
     """The configuration of a class of transformers: those of the folder's fields it has."""
+    layers = fields.get("num_hidden_layers", found.raw.get("num_hidden_layers"))
+    if isinstance(layers, int) and layers > len(found.files):  # before a list of them is made
+        raise InputError(f"num_hidden_layers is {layers} but there are {len(found.files)} weights")
     known = CONFIG_MAPPING[kind]
     names = known().to_dict().keys() - {"architectures", "dtype", "model_type"}
     own = {name: found.raw[name] for name in {*names, *_OLDER} & found.raw.keys()}

@@ -29,7 +29,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 # A file is mapped into memory, and what was read of it stays there until it is closed.
-_MAPPED = 2**28
+_MAPPED = 2**26
 
 
 class Stored(NamedTuple):

@@ -191,7 +191,7 @@ class Rows:
         for number in np.unique(group).tolist():
             place = live[group == number]
             row, (options, order, _) = rows[place], self.groups[number]
-            size = self.state["size"][row[0]]
+            size = self.state["size"][row].max()
             view = RowState(
                 masked=masked[place, :size],
                 u=self.u[row, :size],
