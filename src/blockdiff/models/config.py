@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from blockdiff.checks import one_of, whole_number
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout, Clean, Inside, Prediction
+from blockdiff.models.remote import PackagedConfig
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "cond_size")
 
@@ -106,10 +108,11 @@ class BlockConfig:
         return self.layout_of(self.length)
 
 
-class DiTConfig(BlockConfig, PreTrainedConfig):
+class DiTConfig(BlockConfig, PackagedConfig):
     """Sizes and kind of a `DiT`.
 
     `length` is the training context L and `block_size` L'; `causal` makes it AR (block size 1).
+    `block_sizes`: all that it is trained for, of which `block_size` is the largest.
     `mask_token_id`, the last id by default, is never predicted by any kind. `adaln` adds the
     modulations, which see σ only with `time_conditioning` (otherwise σ = 0 and they are constants).
     `score` says that the logits are SEDD's unnormalised scores and are trained by score entropy.
@@ -127,6 +130,7 @@ class DiTConfig(BlockConfig, PreTrainedConfig):
     """
 
     model_type = "blockdiff"
+    model_class = "DiT"
 
     def __init__(
         self,
@@ -151,12 +155,13 @@ class DiTConfig(BlockConfig, PreTrainedConfig):
         clip: tuple[float, float] | None = None,
         objective: str | None = None,
         clean_stream: Clean = "block",
+        block_sizes: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
         self.length = length
         self.block_size = 1 if causal else block_size
-        self.block_sizes = (self.block_size,)
+        self.block_sizes = (self.block_size,) if causal else _sizes(block_size, block_sizes)
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -176,12 +181,20 @@ class DiTConfig(BlockConfig, PreTrainedConfig):
         self.objective = objective or self.kind
         self.clean_stream = clean_stream
         _check_sizes(self)
-        for name in ("tie_word_embeddings", "prediction", "inside_block", "block_sizes"):
+        for name in ("tie_word_embeddings", "prediction", "inside_block"):
             kwargs.pop(name, None)
         if causal:
             self.prediction, self.inside_block, self.clean_stream = "shift", "causal", "causal"
         super().__init__(**kwargs)
         self.tie_word_embeddings = False
+
+
+def _sizes(largest: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
+    """Block sizes, ascending; `InputError` where the largest of them is another one."""
+    found = tuple(sorted(sizes or (largest,)))
+    if found[-1] != largest:
+        raise InputError(f"block_size {largest} is not the largest of block_sizes {list(found)}")
+    return found
 
 
 def _check_sizes(config: DiTConfig) -> None:
@@ -200,7 +213,8 @@ def _check_sizes(config: DiTConfig) -> None:
             f"mask token id {config.mask_token_id} is outside the vocabulary of {config.vocab_size}"
         )
     one_of("clean_stream", config.clean_stream, get_args(Clean))
-    BlockLayout(config.length, config.block_size)
+    for size in config.block_sizes:
+        BlockLayout(config.length, size)
     if config.score and config.block_size != config.length:
         raise InputError(
             f"a SEDD model has one block: block_size {config.block_size} must be the length "
