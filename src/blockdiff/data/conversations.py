@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -47,11 +48,12 @@ _OPEN_WINDOWS = 32  # that wait for a document which fits
 
 
 class Document(NamedTuple):
-    """Tokens, the padding before them, and where their responses begin and end."""
+    """Tokens, the padding before them, where responses begin and end, and these as UTF-8."""
 
     ids: list[int]
     left: int
     responses: list[tuple[int, int]]
+    bytes: int
 
 
 class Conversations:
@@ -88,8 +90,8 @@ class Conversations:
         if format == "chat":
             if tokenizer.chat_template is None:
                 raise InputError(
-                    "the tokenizer has no chat template; give one as `chat_template`, or use a "
-                    "tokenizer that has one"
+                    "the tokenizer has no chat template; use one that has, or name a file with one "
+                    "as `chat_template`"
                 )
             self._render([{"role": "user", "content": "Hello"}], answer=True)
 
@@ -98,6 +100,7 @@ class Conversations:
         found: list[Document] = []
         for prompt, response in self._turns(text):
             before, answer = [*self._encode(prompt, first=True)], [*self._encode(response)]
+            size = len(response.replace(_SEAM, "").encode())
             if not answer or answer[-1] not in self.ends:
                 answer.append(self.end)
             ids, begin = before + answer, max(1, len(before))
@@ -110,11 +113,12 @@ class Conversations:
                 )
             last = found[-1] if found and self.block == 1 else None
             if last is not None and ids[: len(last.ids)] == last.ids:
-                found[-1] = Document(ids, 0, [*last.responses, (begin, len(ids))])
+                both = [*last.responses, (begin, len(ids))]
+                found[-1] = Document(ids, 0, both, last.bytes + size)
                 continue
             left = -begin % self.block if self.prompt_grid == "prompt_end" else 0
             ids += [ids[-1]] * (-(left + len(ids)) % self.block)
-            found.append(Document(ids, left, [(begin, len(ids))]))
+            found.append(Document(ids, left, [(begin, len(ids))], size))
         return found
 
     def _turns(self, text: str) -> Iterator[tuple[str, str]]:
@@ -135,7 +139,7 @@ class Conversations:
             if not whole.startswith(prompt):
                 raise InputError(
                     "the chat template writes other words before an answer than it gives to answer "
-                    f"to, in the conversation {text[:60]!r}...; give another `chat_template`"
+                    f"to, in the conversation {text[:60]!r}...; name another one as `chat_template`"
                 )
             yield prompt, whole[len(prompt) :].rstrip()  # behind the end of the turn
 
@@ -196,7 +200,8 @@ def pack_conversations(
 
     Their `conversations` counts what became of them: `conversations`; of their `responses` those
     `cut` at the end of a window, and those `left_out` because their prompts fill it; and `empty`,
-    the conversations without a response. `tokens` are those that are maskable.
+    the conversations without a response. `tokens` are those that are maskable, and `corpus_tokens`
+    and `bytes` those of all responses.
 
     Args:
         documents: read twice.
@@ -242,8 +247,11 @@ def _write(
 ) -> dict[str, Any]:
     """Streams the windows to disk; returns their counts for `meta.json`."""
     counts = dict.fromkeys(("conversations", "responses", "cut", "left_out", "empty"), 0)
+    whole: Counter[str] = Counter()
     windows = tokens = 0
-    for ids, marks in _windows(_fitting(texts, encoder, length, counts), length, encoder.end):
+    for ids, marks in _windows(
+        _fitting(texts, encoder, length, counts, whole), length, encoder.end
+    ):
         ids_file.write(ids.astype(dtype).tobytes())
         marks_file.write(marks.astype("<i4").tobytes())
         windows += 1
@@ -256,27 +264,39 @@ def _write(
             else f"{name} has no response in {counts['conversations']} conversations"
         )
     return {
-        "windows": windows, "tokens": tokens, "corpus_tokens": tokens, "padded": True,
+        "windows": windows,
+        "tokens": tokens,
+        "padded": True,
         "conversations": counts,
-    }  # fmt: skip
+        **whole,
+    }
 
 
 def _fitting(
-    texts: Iterable[str], encoder: Conversations, length: int, counts: dict[str, int]
+    texts: Iterable[str],
+    encoder: Conversations,
+    length: int,
+    counts: dict[str, int],
+    whole: Counter[str],
 ) -> Iterator[Document]:
-    """Documents cut at `length` tokens, if something of a response is left; adds to `counts`."""
+    """Documents cut at `length` tokens, if something of a response is left.
+
+    Adds to `counts`, and to `whole` the tokens and bytes of responses, cut or not.
+    """
     for text in texts:
         documents = encoder.documents(text)
         counts["conversations"] += 1
         counts["empty"] += not documents
-        for ids, left, responses in documents:
+        for ids, left, responses, size in documents:
+            whole["corpus_tokens"] += sum(end - begin for begin, end in responses)
+            whole["bytes"] += size
             room = length - left
             kept = [(begin, min(end, room)) for begin, end in responses if begin < room]
             counts["responses"] += len(responses)
             counts["left_out"] += len(responses) - len(kept)
             counts["cut"] += sum(end > room for begin, end in responses if begin < room)
             if kept:
-                yield Document(ids[:room], left, kept)
+                yield Document(ids[:room], left, kept, size)
 
 
 def _windows(
@@ -304,7 +324,7 @@ def _windows(
 def _window(documents: list[Document], length: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
     ids, marks = np.full(length, padding), np.full(length, _PADDING)
     place = 0
-    for number, (own, left, responses) in enumerate(documents):
+    for number, (own, left, responses, _) in enumerate(documents):
         place += left
         ids[place : place + len(own)] = own
         marks[place : place + len(own)] = 2 * number

@@ -152,8 +152,8 @@ class DiTConfig(BlockConfig, PreTrainedConfig):
         initial_gate: float = 0.0,
         clip: tuple[float, float] | None = None,
         objective: str | None = None,
-        clean_stream: Clean = "block",
         block_sizes: Sequence[int] | None = None,
+        clean_stream: Clean = "block",
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
