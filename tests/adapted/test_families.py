@@ -5,13 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import CONTEXT, FAMILIES, FEW, MASK, SLIDING, VOCAB, adapted, lm_of, tiny, tokens
+from families import CONTEXT, FAMILIES, MASK, adapted, lm_of, tokens
 from transformers import AutoModelForCausalLM
 
 import blockdiff
-from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import likelihood
-from blockdiff.models.adapted import Unsuitable
 from blockdiff.models.adapting import adapt
 from blockdiff.models.loss import subs_nll_from_logits
 from helpers import random_masks

@@ -270,7 +270,9 @@ def resolve(source: str | Path) -> Path:
         )
     try:
         return Path(
-            snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "*.safetensors"])
+            snapshot_download(
+                str(source), allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]
+            )
         )
     except HFValidationError:
         raise InputError(f"{source} is neither a folder nor a hub id (owner/name)") from None
