@@ -118,7 +118,7 @@ def _tell(config: TrainConfig, found: dict[str, int]) -> None:
     names = config.data if isinstance(config.data, str) else ", ".join(config.data)
     print(
         f"blockdiff: {names}: {found['responses']} responses in {found['conversations']} "
-        f"conversations; {found['cut']} of them cut at `length` {config.length}, "
+        f"conversations; {found['cut']} of them cut at {config.length} tokens, "
         f"{found['left_out']} left out because their prompts fill it; {found['empty']} "
         "conversations without a response",
         file=sys.stderr,
@@ -186,6 +186,11 @@ def _known_tokenizer(config: TrainConfig, template: str | None) -> PreTrainedTok
         return load_tokenizer(Path(config.out))
     source = config.tokenizer or config.init_from
     if source is None:
+        if config.format == "chat" and template is None:
+            raise InputError(
+                "`format` chat needs a chat template, and a tokenizer that is trained here has "
+                "none; give `chat_template`, or a `tokenizer` that has one"
+            )
         return None
     tokenizer = load_tokenizer(source, config.mask_token)
     if config.tokenizer is not None and config.init_from is not None:
