@@ -3,6 +3,7 @@
 from blockdiff.commands import (
     adapt,
     benchmark,
+    chat,
     demo,
     evaluate,
     evaluate_samples,
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Command] = {
     "variance": variance.COMMAND,
     "evaluate-samples": evaluate_samples.COMMAND,
     "generate": generate.COMMAND,
+    "chat": chat.COMMAND,
     "tokenizer": tokenizer.COMMAND,
     "benchmark": benchmark.COMMAND,
     "reproduce": reproduce.COMMAND,
