@@ -78,7 +78,9 @@ def _with_mask_row(table: Any, given: tuple[Tensor], embedded: Tensor) -> Tensor
     peft's own way, trainable token indices, copies the whole table in every pass.
     """
     row = table.mask_row * getattr(table, "embed_scale", 1.0)
-    return torch.where((given[0] == table.mask_token_id)[..., None], row.to(embedded.dtype), embedded)
+    return torch.where(
+        (given[0] == table.mask_token_id)[..., None], row.to(embedded.dtype), embedded
+    )
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
