@@ -78,9 +78,8 @@ def write_texts(
             view.end()
         raise stop.as_error(0 if steps.last is None else view.count(steps.last)) from None
     assert steps.last is not None
-    done = to_text(
-        collect(steps.last, ids, model.config.eos_token_id, steps.seconds), ids, tokenizer
-    )
+    eos, longest = model.config.eos_token_id, options.max_new_tokens
+    done = to_text(collect(steps.last, ids, eos, longest, steps.seconds), ids, tokenizer)
     if wish.page is not None:
         write_page(recorder.recording(), local_path("page", wish.page), title=f"{source} writes")
     if wish.json:

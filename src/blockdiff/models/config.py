@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from blockdiff.checks import one_of, whole_number
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout, Clean, Inside, Prediction
+from blockdiff.models.remote import PackagedConfig
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "cond_size")
 
@@ -109,7 +110,7 @@ class BlockConfig:
         return self.layout_of(self.length)
 
 
-class DiTConfig(BlockConfig, PreTrainedConfig):
+class DiTConfig(BlockConfig, PackagedConfig):
     """Sizes and kind of a `DiT`.
 
     `length` is the training context L and `block_size` L'; `causal` makes it AR (block size 1).
@@ -131,6 +132,7 @@ class DiTConfig(BlockConfig, PreTrainedConfig):
     """
 
     model_type = "blockdiff"
+    model_class = "DiT"
 
     def __init__(
         self,

@@ -16,16 +16,19 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from blockdiff.checks import whole_number
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError, first_line
 from blockdiff.models.adapted import RECORD
 from blockdiff.models.adapting import is_causal_lm, open_adapted, wrap
+from blockdiff.models.card import write_card
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.recipe import Found, Recipe, renamed
@@ -99,6 +102,11 @@ def load_model(
             "nor a causal language model of transformers, nor a published model that is known"
         )
     _described(lambda it: _say(it, mask_token_id, block_size), model, f"{folder}")
+    model.name_or_path = str(folder)
+    generation = folder / GENERATION_CONFIG_NAME
+    if generation.is_file() and isinstance(model, DiT):
+        raw = read_json(generation)
+        model.generation_config = _described(GenerationConfig.from_dict, raw, f"{generation}")
     return model.eval()
 
 
@@ -262,7 +270,9 @@ def resolve(source: str | Path) -> Path:
         )
     try:
         return Path(
-            snapshot_download(str(source), allow_patterns=["*.json", "*.txt", "*.safetensors"])
+            snapshot_download(
+                str(source), allow_patterns=["*.json", "*.jinja", "*.txt", "*.safetensors"]
+            )
         )
     except HFValidationError:
         raise InputError(f"{source} is neither a folder nor a hub id (owner/name)") from None
@@ -286,10 +296,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def save_model(
     model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Writes config, weights and tokenizer into `folder`, all or nothing.
+    """Writes config, weights and tokenizer into `folder`, all or nothing; then the model card.
 
-    Each file is finished in a temporary folder beside it first and then renamed, so an
-    interruption or a full disk leaves the earlier files whole. Other files there are kept.
+    The card, README.md, is written from the run.json and evaluation.json that lie there; one of
+    somebody else's stays. Each file is finished in a temporary folder beside it first and then
+    renamed, so an interruption or a full disk leaves the earlier files whole. Other files there are
+    kept.
 
     Example:
         >>> import blockdiff
@@ -304,3 +316,4 @@ def save_model(
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+    write_card(folder, model.config)

@@ -225,6 +225,7 @@ class Rows:
         masked = (self.canvas[row, known:end] == self.mask_token_id).nonzero()[0]
         now = known + int(masked[0]) if len(masked) else end
         self.state["known"][row] = now
+        found = []
         for rule in self.groups[state["group"]][2]:
             if rule.rejects and now == end:
                 continue
@@ -237,8 +238,10 @@ class Rows:
                         f"the stopping rule {rule.name}: `length` must give None, or a whole "
                         f"number from {start}, the prompt's, to {now}, the text's so far"
                     )
-                self.state["length"][row], self.state["rejected"][row] = length, rule.rejects
-                return
+                found.append((int(length), rule.rejects))
+        if found:  # the first end there is
+            self.state["length"][row], self.state["rejected"][row] = min(found)
+            return
         if now == end:
             self.state["length"][row] = end
 
