@@ -87,9 +87,9 @@ def test_options_are_few_and_known() -> None:
     """A new option is a decision: it changes this test."""
     counts = {name: len(command.options) for name, command in COMMANDS.items()}
     assert counts == {
-        "train": 64, "evaluate": 26, "score": 14, "zero-shot": 14, "variance": 26,
-        "evaluate-samples": 13, "generate": 23, "tokenizer": 5, "benchmark": 16, "reproduce": 6,
-        "demo": 5, "adapt": 8,
+        "train": 64, "evaluate": 28, "score": 17, "zero-shot": 17, "variance": 29,
+        "evaluate-samples": 13, "generate": 25, "tokenizer": 5, "benchmark": 16, "reproduce": 6,
+        "demo": 5, "adapt": 8, "export": 4,
     }  # fmt: skip
 
 
@@ -148,7 +148,8 @@ def test_every_option_has_its_help_and_every_example_is_good(
     assert next(iter(COMMANDS[command].options)) in COMMANDS[command].sections
     for option in COMMANDS[command].options.values():
         assert option.help and not option.help.startswith("["), option.name
-    assert "device" in COMMANDS[command].options or command in ("tokenizer", "reproduce", "adapt")
+    anywhere = ("tokenizer", "reproduce", "adapt", "export")
+    assert "device" in COMMANDS[command].options or command in anywhere
     assert COMMANDS[command].examples
     for example in COMMANDS[command].examples:
         words = shlex.split(example.split("|")[-1].split(">")[0])
