@@ -46,6 +46,7 @@ RUN: Tree = TOKENIZER | {
     r"modeling_blockdiff\.py": None,
     r"README\.md": CARD_MARK,
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
+    r"adapter": {r"adapter_(config\.json|model\.safetensors)|mask_row\.safetensors": None},
     r"checkpoints": {r"checkpoint-\d+": ...},
     r"tensorboard": {r"events\.out\.tfevents\..*": None},
 }

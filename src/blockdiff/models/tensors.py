@@ -29,7 +29,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 # A file is mapped into memory, and what was read of it stays there until it is closed.
-_MAPPED = 2**26
+_MAPPED = 2**27
 
 
 class Stored(NamedTuple):
@@ -63,8 +63,9 @@ class Reader:
         self._read = 0
 
     def __call__(self, name: str, rows: slice = slice(None)) -> Tensor:
-        path = self.files[name].path
-        if self._open is not None and (self._open[0] != path or self._read > _MAPPED):
+        path, shape, _ = self.files[name]
+        size = 4 * torch.Size(shape).numel()
+        if self._open is not None and (self._open[0] != path or self._read + size > _MAPPED):
             self.close()
         if self._open is None:
             context = opened(path)
@@ -72,7 +73,7 @@ class Reader:
         file = self._open[2]
         whole = rows == slice(None)
         tensor: Tensor = file.get_tensor(name) if whole else file.get_slice(name)[rows]
-        self._read += tensor.numel() * tensor.element_size()
+        self._read += size
         return tensor
 
     def close(self) -> None:
