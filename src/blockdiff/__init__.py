@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from blockdiff.evaluation.likelihood import Likelihood, likelihood
     from blockdiff.evaluation.score import Score
     from blockdiff.layout import BlockLayout
+    from blockdiff.models.card import model_card
     from blockdiff.models.config import DiTConfig
     from blockdiff.models.dit import DiT
     from blockdiff.models.hub import load_model, save_model
@@ -56,6 +57,7 @@ _HOMES = {
     "Adapted": "models.adapted",
     "adapt": "models.adapting",
     "load_model": "models.hub",
+    "model_card": "models.card",
     "save_model": "models.hub",
     "register_estimator": "registry",
     "register_objective": "registry",
@@ -93,6 +95,7 @@ __all__ = [
     "likelihood",
     "load",
     "load_model",
+    "model_card",
     "register_estimator",
     "register_objective",
     "register_order",

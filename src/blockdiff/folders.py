@@ -30,8 +30,11 @@ except ImportError:  # not on this system
 
 LOCK = ".lock"
 
-# What our commands write: a pattern of names → None for a file, `...` for a folder with whatever
-# is in it, or what the folder holds.
+# In a README.md that was written here. Whoever takes it out, has changed the card and keeps it.
+CARD_MARK = "<!-- written by blockdiff, anew at each saving; without this line it is kept -->"
+
+# What our commands write: a pattern of names → None for a file, text for a file that has it, `...`
+# for a folder with whatever is in it, or what the folder holds.
 Tree = dict[str, Any]
 TOKENIZER: Tree = {
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json": None,
@@ -40,6 +43,8 @@ TOKENIZER: Tree = {
 }
 RUN: Tree = TOKENIZER | {
     r"run\.json|(generation_)?config\.json|metrics\.jsonl|loss\.png": None,
+    r"modeling_blockdiff\.py": None,
+    r"README\.md": CARD_MARK,
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
     r"checkpoints": {r"checkpoint-\d+": ...},
     r"tensorboard": {r"events\.out\.tfevents\..*": None},
@@ -205,9 +210,16 @@ def _known(path: Path, tree: Tree) -> tuple[bool, Any]:
             if re.fullmatch(pattern, path.name):
                 if inner is ...:
                     return True, inner
+                if isinstance(inner, str):
+                    return is_marked(path, inner), None
                 if path.is_dir() == isinstance(inner, dict):
                     return True, inner
     return False, None
+
+
+def is_marked(path: Path, mark: str = CARD_MARK) -> bool:
+    """Whether a file says that it was written here."""
+    return path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace")
 
 
 def _check_contents(

@@ -216,6 +216,11 @@ STOPPING_RULES: Registry[StoppingRule] = Registry(
     {"blockdiff.sampling.stopping": "eos second_eos low_entropy"},
 )
 
+# What the `generate` of a transformers model calls: the model is a floor below its sampler.
+GENERATION: Registry[Any] = Registry(
+    "way to generate", ("generate",), {"blockdiff.sampling.as_transformers": "transformers"}
+)
+
 register_schedule = SCHEDULES.register
 register_estimator = ESTIMATORS.register
 register_objective = OBJECTIVES.register

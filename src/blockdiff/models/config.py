@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from blockdiff.checks import one_of, whole_number
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout, Clean, Inside, Prediction
+from blockdiff.models.remote import PackagedConfig
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "cond_size")
 
@@ -107,7 +108,7 @@ class BlockConfig:
         return self.layout_of(self.length)
 
 
-class DiTConfig(BlockConfig, PreTrainedConfig):
+class DiTConfig(BlockConfig, PackagedConfig):
     """Sizes and kind of a `DiT`.
 
     `length` is the training context L and `block_size` L'; `causal` makes it AR (block size 1).
@@ -129,6 +130,7 @@ class DiTConfig(BlockConfig, PreTrainedConfig):
     """
 
     model_type = "blockdiff"
+    model_class = "DiT"
 
     def __init__(
         self,
@@ -152,8 +154,8 @@ class DiTConfig(BlockConfig, PreTrainedConfig):
         initial_gate: float = 0.0,
         clip: tuple[float, float] | None = None,
         objective: str | None = None,
-        block_sizes: Sequence[int] | None = None,
         clean_stream: Clean = "block",
+        block_sizes: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size

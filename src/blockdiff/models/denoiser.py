@@ -38,9 +38,11 @@ class DenoiserOutput(ModelOutput):
 
     `logits` [R·B, L, V], or [P, V] at the P chosen positions in row-major order. `nll` [P]: −log p
     of the targets under SUBS (for SEDD their score entropy), in nats, instead of logits when
-    targets were given.
+    targets were given. `loss`: the mean nats per counted token, alone, when labels were given
+    (`models.pretrained`).
     """
 
+    loss: Tensor | None = None
     logits: Tensor | None = None
     nll: Tensor | None = None
 
@@ -118,7 +120,7 @@ class Denoiser(Protocol):
 
     def __call__(
         self,
-        x_t: Tensor,
+        input_ids: Tensor,
         x_0: Tensor | None = None,
         *,
         layout: BlockLayout | None = None,
@@ -129,11 +131,12 @@ class Denoiser(Protocol):
     ) -> DenoiserOutput:
         """Logits, or nll of `targets` [P], at the positions `at` bool [R·B, L], or everywhere.
 
-        The blocks of `x_t` int64 [R·B, L] read the clean blocks before them, those of `x_0` int64
-        [B, L] or of the `context` that `encode(x_0)` gave: row r·B + i of x_t is a noised copy of
-        row i of x_0. Without either, x_t is a single stream, under M_BD where the layout has one
-        block, else under M_BC. `layout`: blocks, window and documents; the configuration's blocks
-        when left out. `sigma` [R·B] or [R·B, N]: read where the network is conditioned on time.
+        The blocks of x_t, `input_ids` int64 [R·B, L], read the clean blocks before them, those of
+        `x_0` int64 [B, L] or of the `context` that `encode(x_0)` gave: row r·B + i of x_t is a
+        noised copy of row i of x_0. Without either, x_t is a single stream, under M_BD where the
+        layout has one block, else under M_BC. `layout`: blocks, window and documents; the
+        configuration's blocks when left out. `sigma` [R·B] or [R·B, N]: read where the network is
+        conditioned on time.
         """
         ...
 

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from blockdiff.attention import Mask, attend, choose_backend, flex, make_mask
@@ -50,6 +49,7 @@ from blockdiff.models.layers import (
     is_constant,
     rope,
 )
+from blockdiff.models.pretrained import DenoiserModel, register
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], "Tensor | None"]
 
@@ -70,7 +70,7 @@ def _rope_table(length: int, head_dim: int, device: torch.device) -> tuple[Tenso
     return rope(torch.arange(length, device=device), head_dim)
 
 
-class DiT(PreTrainedModel):
+class DiT(DenoiserModel):
     """The denoiser; see the module's text for its three uses.
 
     Example:
@@ -89,7 +89,6 @@ class DiT(PreTrainedModel):
     config_class = DiTConfig
     base_model_prefix = "dit"
     _no_split_modules = ["DiTLayer"]  # noqa: RUF012 - transformers reads it from the class
-    supports_gradient_checkpointing = True
 
     config: DiTConfig
 
@@ -99,10 +98,7 @@ class DiT(PreTrainedModel):
         self.sigma = SigmaEmbedding(config.cond_size) if config.adaln else None
         self.layers = nn.ModuleList(DiTLayer(config) for _ in range(config.num_hidden_layers))
         self.output = OutputLayer(config)
-        self.attention_backend = "auto"
-        self.graphs = False  # whether layers are CUDA graphs, which need the same shapes each pass
         self._folded: tuple[object, Condition] | None = None
-        self.drawable: Tensor | None = None  # which ids have a token; `load` knows
         self.post_init()
 
     # transformers' interface
@@ -117,7 +113,9 @@ class DiT(PreTrainedModel):
         return self.output.linear
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        self.output.linear = value  # type: ignore[assignment]
+        # transformers makes plain linear maps; ours also has a loss.
+        made, own = cast(nn.Linear, value), self.output.linear
+        own.weight, own.bias, own.out_features = made.weight, made.bias, made.out_features
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -150,9 +148,9 @@ class DiT(PreTrainedModel):
         for layer in self.layers:
             layer.compile(backend=backend, mode="reduce-overhead" if self.graphs else None)
 
-    # the network
+    # the network; `forward` is `DenoiserModel`'s
 
-    def forward(
+    def denoise(
         self,
         x_t: Tensor,
         x_0: Tensor | None = None,
@@ -177,7 +175,7 @@ class DiT(PreTrainedModel):
         backend = backend or self.attention_backend
         alone = x_0 is None and context is None
         if layout is None:
-            layout = self._own_layout(length, alone)
+            layout = self.own_layout(length, alone)
         if layout.blocks == 1 and backend != "dense":
             x_0 = context = None  # no block has one before it to look back on
         chosen = None if at is None else Chosen(at)
@@ -210,7 +208,7 @@ class DiT(PreTrainedModel):
         self, x_0: Tensor, layout: BlockLayout | None = None, *, backend: str | None = None
     ) -> Context:
         """The clean stream of x_0 [B, L] under M_BC; the last layer stops at keys and values."""
-        layout = layout or self._own_layout(x_0.shape[1])
+        layout = layout or self.own_layout(x_0.shape[1])
         backend = backend or self.attention_backend
         length, last = x_0.shape[1], len(self.layers) - 1
         room = choose_backend(backend, x_0.device, self._head_dim, layout, "clean")
@@ -235,11 +233,6 @@ class DiT(PreTrainedModel):
 
     def _mask(self, layout: BlockLayout, kind: str, backend: str, rows: int) -> Mask:
         return make_mask(layout, kind, backend, self.device, rows=rows, head_dim=self._head_dim)
-
-    def _own_layout(self, length: int, alone: bool = False) -> BlockLayout:
-        """The configuration's blocks; one block where x_t is `alone` (MDLM), unless it is AR."""
-        whole = alone and not self.config.causal
-        return self.config.layout_of(length, length if whole else None)
 
     def new_cache(self, rows: int, capacity: int, block_size: int) -> BlockCache:
         """Room for the keys and values of `capacity` clean tokens of each of `rows` rows."""
@@ -396,4 +389,4 @@ def _repeat(x: Tensor, rows: int) -> Tensor:
     return x if x.shape[0] == rows else x.repeat(rows // x.shape[0], *[1] * (x.dim() - 1))
 
 
-AutoModel.register(DiTConfig, DiT, exist_ok=True)
+register(DiTConfig, DiT)

@@ -18,10 +18,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from blockdiff.errors import InputError, first_line
 from blockdiff.models.adapting import is_causal_lm, open_adapted
+from blockdiff.models.card import write_card
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.outputs import staging
@@ -100,20 +102,29 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Any
             )
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(True)
+    model.name_or_path = str(folder)
+    generation = folder / GENERATION_CONFIG_NAME
+    if generation.is_file():
+        raw = _read_json(generation)
+        model.generation_config = _described(GenerationConfig.from_dict, raw, generation)
     # Else the tokenizer says which id it is (`models.loading.settle_mask`).
     model.names_mask = any(raw.get(name) is not None for name in ("mask_token_id", "mask_index"))
     return model.eval()
 
 
-def _described(make: Callable[[Any], Any], raw: Any, folder: Path) -> Any:
-    """`make(raw)`, every way in which a config.json can be no description as one line."""
+def _described(make: Callable[[Any], Any], raw: Any, source: Path) -> Any:
+    """`make(raw)`, every way in which a file can be no description as one line.
+
+    `source`: the file, or the folder of a config.json.
+    """
+    file = source / "config.json" if source.is_dir() else source
     try:
         return make(raw)
     except InputError as error:
-        raise InputError(f"{folder}/config.json does not describe a model: {error}") from None
+        raise InputError(f"{file} does not describe a model: {error}") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        raise InputError(f"{folder}/config.json does not describe a model: {reason}") from None
+        raise InputError(f"{file} does not describe a model: {reason}") from None
 
 
 def _empty(config: DiTConfig, tensors: int) -> DiT:
@@ -311,10 +322,12 @@ def _read_tensors(
 def save_model(
     model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Writes config, weights and tokenizer into `folder`, all or nothing.
+    """Writes config, weights and tokenizer into `folder`, all or nothing; then the model card.
 
-    Each file is finished in a temporary folder beside it first and then renamed, so an
-    interruption or a full disk leaves the earlier files whole. Other files there are kept.
+    The card, README.md, is written from the run.json and evaluation.json that lie there; one of
+    somebody else's stays. Each file is finished in a temporary folder beside it first and then
+    renamed, so an interruption or a full disk leaves the earlier files whole. Other files there are
+    kept.
 
     Example:
         >>> import blockdiff
@@ -329,3 +342,4 @@ def save_model(
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+    write_card(folder, model.config)

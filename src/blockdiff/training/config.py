@@ -24,8 +24,8 @@ Preset = Literal["nano", "micro", "small", "medium"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bf16"]
 Backend = Literal["auto", "dense", "blockwise", "flex"]
-Format = Literal["text", "chat", "prompt"]
 Clean = Literal["block", "causal"]
+Format = Literal["text", "chat", "prompt"]
 Detokenizer = Literal["none", "wikitext", "ptb", "lm1b", "lambada", "scientific"]
 
 WHOLE = (0.0, 1.0)  # the clip that cuts nothing off

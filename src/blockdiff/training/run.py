@@ -24,6 +24,7 @@ from blockdiff.errors import InputError
 from blockdiff.estimators import make_estimator
 from blockdiff.layout import BlockLayout
 from blockdiff.models.adapted import Adapted
+from blockdiff.models.card import write_card
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import WEIGHTS, load_model, save_model
@@ -216,6 +217,7 @@ def _train(
     if trainer.is_world_process_zero():
         result = {"steps": steps, "metrics": metrics, "seconds": round(seconds, 1)}
         save_config(config, out, record | {"finished": result})
+        write_card(out, trainer.averaged_model.config)
     seen = steps * tokens_per_step
     return Trained(out, metrics, seen, seconds, processes.is_main_process, steps - before)
 

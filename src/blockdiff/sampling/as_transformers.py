@@ -1,0 +1,260 @@
+"""`model.generate` in transformers' words: a GenerationConfig in, ids out, a streamer on the way.
+
+The rows are the engine's: the tokens are those of `blockdiff.generate` under the same options and
+seed. What a GenerationConfig asks for and block diffusion has no such thing of (beams, penalties,
+logits processors, …) is refused where the caller asked, and told where a folder's
+generation_config.json did.
+
+Shapes: B rows, P prompt, T prompt and text.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any, cast
+
+import torch
+from torch import LongTensor, Tensor
+from transformers import GenerationConfig
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from blockdiff.checks import SEEDS, whole_number
+from blockdiff.errors import InputError
+from blockdiff.registry import GENERATION
+from blockdiff.sampling.engine import Engine
+from blockdiff.sampling.options import SamplingOptions
+
+_OURS = frozenset(field.name for field in fields(SamplingOptions))
+_THEIRS = {
+    *("max_length", "do_sample", "eos_token_id", "pad_token_id", "bos_token_id"),
+    *("num_return_sequences", "return_dict_in_generate"),
+}
+# How transformers computes, which is not how this package does: the text is the same.
+_UNREAD = {
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache"),
+    *("disable_compile", "compile_config", "synced_gpus", "prefill_chunk_size", "low_memory"),
+    *("renormalize_logits", "remove_invalid_values", "early_stopping", "length_penalty"),
+    *("transformers_version", "trust_remote_code", "tokenizer", "token_type_ids", "position_ids"),
+}
+# Arguments of transformers' `generate` that are no settings.
+_ARGUMENTS = {
+    *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "custom_generate"),
+    *("assistant_model", "assistant_tokenizer", "inputs_embeds"),
+    *("negative_prompt_ids", "negative_prompt_attention_mask"),
+}
+# Settings that change nothing at 1.
+_NEUTRAL_AT_ONE = {
+    *("num_beams", "num_beam_groups", "repetition_penalty", "encoder_repetition_penalty"),
+    *("typical_p", "top_h", "guidance_scale"),
+}
+
+
+class _AsTransformers:
+    """What the registry knows as `transformers`."""
+
+    name = "transformers"
+
+    @staticmethod
+    @torch.no_grad()
+    def generate(
+        model: Any,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        generation_config: GenerationConfig | None,
+        given: Mapping[str, Any],
+        streamer: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """See `DenoiserModel.generate`."""
+        try:
+            return _generate(
+                model,
+                input_ids,
+                attention_mask,
+                _settings(model, generation_config, given),
+                streamer,
+            )
+        finally:  # who reads it in another thread waits for its end, whatever happened here
+            if streamer is not None:
+                streamer.end()
+
+
+def _generate(
+    model: Any, input_ids: Any, attention_mask: Tensor | None, wish: dict[str, Any], streamer: Any
+) -> Tensor | GenerateDecoderOnlyOutput:
+    config = model.config
+    input_ids = _first_ids(model, input_ids, wish)
+    ends = wish.get("eos_token_id", config.eos_token_id)
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    pad = wish.get("pad_token_id")
+    shown = pad not in {*ends, wish.get("bos_token_id", config.bos_token_id)}
+    prompts = _prompts(input_ids, attention_mask, pad if shown else None)
+    copies = whole_number("num_return_sequences", wish.get("num_return_sequences", 1))
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
+    if streamer is not None and len(prompts) > 1:
+        raise InputError("a streamer shows one text: give one prompt and no copies of it")
+    options = _options(model, wish, input_ids.shape[1], ends)
+    # The stopping rule knows the model's own end; further ones are looked for here.
+    further = ends - {config.eos_token_id} if wish.get("stop", "eos") == "eos" else set()
+    texts = _write(model, prompts, options, further, streamer)
+    pad = next(token for token in (pad, config.eos_token_id, *ends, 0) if token is not None)
+    longest = max(map(len, texts))
+    new = torch.tensor([text + [pad] * (longest - len(text)) for text in texts])
+    sequences = torch.cat([input_ids.repeat_interleave(copies, 0), new.to(input_ids)], 1)
+    if wish.get("return_dict_in_generate"):
+        return GenerateDecoderOnlyOutput(sequences=cast(LongTensor, sequences))
+    return sequences
+
+
+def _settings(
+    model: Any, config: GenerationConfig | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that is said: by the caller, else by the folder; what means nothing here is left out."""
+    if not isinstance(config, GenerationConfig | None):
+        raise InputError(f"`generation_config` is {type(config).__name__}, not a GenerationConfig")
+    told = {} if config is None else config.to_diff_dict()
+    told |= {name: value for name, value in given.items() if value is not None}
+    own = {name: value for name, value in model.generation_config.to_diff_dict().items()
+           if name not in told}  # fmt: skip
+    known = _OURS | _THEIRS | _UNREAD | _ARGUMENTS | GenerationConfig().to_dict().keys()
+    for name in told.keys() - known:
+        raise InputError(
+            f"`generate` has no option `{name}`; it reads {', '.join(sorted(_OURS | _THEIRS))}"
+        )
+    if "max_new_tokens" in told and "max_length" in told:
+        raise InputError("`max_new_tokens` and `max_length` were both given; leave one out")
+    if "max_length" in told:  # whatever the folder says
+        own.pop("max_new_tokens", None)
+    elif "max_new_tokens" in told:
+        own.pop("max_length", None)
+    for name, value in told.items():
+        if _asks(name, value):
+            shown = f" {value!r}" if isinstance(value, int | float | str) else ""
+            raise InputError(f"a text written in blocks has no `{name}`{shown}; leave it out")
+    for name, value in own.items():
+        if _asks(name, value):
+            warnings.warn(f"generation_config.json: {name} {value!r} is not read", stacklevel=4)
+    return {name: value for name, value in (own | told).items() if name in _OURS | _THEIRS}
+
+
+def _asks(name: str, value: Any) -> bool:
+    """Whether a setting that is not read asks for something."""
+    if name in _OURS | _THEIRS | _UNREAD or name.startswith("_"):
+        return False
+    if isinstance(value, int | float):
+        return bool(value) and not (value == 1 and name in _NEUTRAL_AT_ONE)
+    return value is not None and not (isinstance(value, list | tuple | dict | str) and not value)
+
+
+def _first_ids(model: Any, input_ids: Any, wish: Mapping[str, Any]) -> Tensor:
+    """The prompts as int64 [B, P]; without any, the token a text begins with."""
+    if input_ids is None:
+        first = wish.get("bos_token_id", model.config.bos_token_id)
+        if first is None:
+            raise InputError("there is no token to begin a text with; give `input_ids`")
+        input_ids = torch.tensor([[first]], device=model.device)
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or not input_ids.numel():
+        what = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise InputError(f"`input_ids` is {what}; it must be a tensor of ids [batch, tokens]")
+    return input_ids
+
+
+def _prompts(
+    input_ids: Tensor, attention_mask: Tensor | None, pad_token_id: int | None
+) -> list[list[int]]:
+    """The ids of each row without the padding on its left."""
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+        if pad_token_id is not None:
+            attention_mask -= (input_ids == pad_token_id).cumprod(1)
+    if attention_mask.shape != input_ids.shape:
+        raise InputError(
+            f"`attention_mask` is {list(attention_mask.shape)}, `input_ids` {list(input_ids.shape)}"
+        )
+    if bool((attention_mask.diff(dim=1) < 0).any()):
+        raise InputError(
+            "`attention_mask` has padding behind or inside a prompt; pad on the left "
+            "(tokenizer.padding_side = 'left')"
+        )
+    rows = zip(input_ids.tolist(), attention_mask.bool().tolist(), strict=True)
+    return [[token for token, there in zip(*row, strict=True) if there] for row in rows]
+
+
+def _options(
+    model: Any, wish: Mapping[str, Any], prompt: int, ends: Iterable[int]
+) -> SamplingOptions:
+    """The package's own options of what was said in transformers' words."""
+    own = {name: value for name, value in wish.items() if name in _OURS}
+    if "max_length" in wish and "max_new_tokens" not in wish:
+        longest = whole_number("max_length", wish["max_length"])
+        if longest <= prompt:
+            raise InputError(
+                f"`max_length` {longest} counts the prompt, which has {prompt} tokens already; "
+                "raise it, or give `max_new_tokens`"
+            )
+        own["max_new_tokens"] = longest - prompt
+    if wish.get("do_sample") is False:
+        own["temperature"] = 0.0
+        own = {name: value for name, value in own.items() if name not in ("top_k", "top_p")}
+    if own.get("top_k") == 0:  # transformers' word for all of them
+        del own["top_k"]
+    if own.get("stop", "eos") == "eos" and model.config.eos_token_id not in ends:
+        own["stop"] = "none"
+    if own.get("temperature") == 0:  # the same text every time: the order is drawn, too
+        own.setdefault("seed", 0)
+    elif "seed" not in own:
+        own["seed"] = int(torch.randint(SEEDS[1], ()))
+    return SamplingOptions(**own)
+
+
+def _write(
+    model: Any, prompts: list[list[int]], options: SamplingOptions, ends: set[int], streamer: Any
+) -> list[list[int]]:
+    """The new ids of each row; the streamer of the only one is told on the way."""
+    engine = Engine(model)
+    names = engine.admit_all(prompts, options)
+    texts: dict[int, list[int]] = {name: [] for name in names}
+    was_training = model.training
+    model.eval()
+    try:
+        if streamer is not None:
+            streamer.put(torch.tensor(prompts))
+        while engine.active:
+            for name, new, draft, done in _news(engine, prompts, texts, options):
+                known = len(texts[name])
+                texts[name] += new
+                cut = next((i for i, token in enumerate(new) if token in ends), None)
+                if cut is not None:
+                    del texts[name][known + cut + 1 :]
+                if streamer is not None:
+                    _show(streamer, texts[name][known:], [] if done or cut is not None else draft)
+                if cut is not None:
+                    engine.drop(name)
+    finally:
+        model.train(was_training)
+    return list(texts.values())
+
+
+def _news(
+    engine: Engine, prompts: list[list[int]], texts: dict[int, list[int]], options: SamplingOptions
+) -> Iterator[tuple[int, list[int], list[int], bool]]:
+    """After a step, of each row: its name, tokens now final, those behind, whether it is done."""
+    step = engine.step()
+    for place, name in enumerate(step.rows.tolist()):
+        length, start = int(step.lengths[place]), len(prompts[name])
+        done = length >= 0
+        text = step.tokens[place, start : length if done else start + options.max_new_tokens]
+        ids, known = text.tolist(), len(texts[name])
+        final = len(ids) if done else ids.index(engine.model.config.mask_token_id)
+        yield name, ids[known:final], ids[final:], done
+
+
+def _show(streamer: Any, new: list[int], draft: list[int]) -> None:
+    if new:
+        streamer.put(torch.tensor(new))
+    if draft and hasattr(streamer, "put_draft"):
+        streamer.put_draft(torch.tensor([draft]))
+
+
+GENERATION.register(_AsTransformers())
