@@ -475,6 +475,24 @@ def test_dtype_of_the_files_not_the_word_in_their_config(tmp_path):
         blockdiff.load_model(folder, dtype="float32")
 
 
+def test_devices_are_named_as_transformers_names_them(tmp_path):
+    _, folder = make_variant(tmp_path / "model", "sdar tied")
+    x = torch.arange(8)[None]
+    whole = blockdiff.load_model(folder, mask_token_id=60)
+    for places in ("cpu", "auto", {"model": "cpu", "lm_head": "cpu"}, {"": torch.device("cpu")}):
+        model = blockdiff.load_model(folder, mask_token_id=60, device_map=places)
+        with torch.no_grad():
+            assert torch.equal(model(x).logits, whole(x).logits)
+    for places, match in (("abacus", "cannot be used here"), ({"model": "cpu"}, "no device for lm"),
+                          ({"": "disk"}, "on disk")):  # fmt: skip
+        _, other = make_variant(tmp_path / "other", "fast untied")
+        with pytest.raises(InputError, match=match):
+            blockdiff.load_model(other, mask_token_id=60, device_map=places)
+    with pytest.raises(InputError, match="only name one device"):
+        blockdiff.load_model("starter", device_map="auto")
+    assert blockdiff.load("starter", device_map="cpu")[0].device.type == "cpu"
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells no peak of memory")
 def test_weights_are_never_held_twice(tmp_path):
     """Opening takes what the model takes, and a part of one file."""
@@ -502,10 +520,10 @@ def test_a_model_too_large_is_refused_with_the_dtype_that_fits(tmp_path, monkeyp
     numbers = sum(p.numel() for p in blockdiff.load_model(folder, mask_token_id=60).parameters())
     read = []
     monkeypatch.setattr(tensors.Reader, "__call__", lambda *given: read.append(given))
-    monkeypatch.setattr(tensors, "free_memory", lambda: 3 * numbers)
+    monkeypatch.setattr(tensors, "free_memory", lambda devices: 3 * numbers)
     with pytest.raises(InputError, match=r"free; .*give `dtype` bf16"):
         blockdiff.load_model(folder, mask_token_id=60)
-    monkeypatch.setattr(tensors, "free_memory", lambda: numbers)
+    monkeypatch.setattr(tensors, "free_memory", lambda devices: numbers)
     with pytest.raises(InputError, match="a smaller model"):
         blockdiff.load_model(folder, mask_token_id=60)
     assert not read
