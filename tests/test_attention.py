@@ -1,3 +1,5 @@
+import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -5,7 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from blockdiff import attention
-from blockdiff.attention import blockwise, choose_backend, flex, make_mask
+from blockdiff.attention import blockwise, choose_backend, dense, flex, make_mask
+from blockdiff.attention.masks import dense_mask
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from helpers import attend, random_masks, random_tokens, tiny_model
@@ -20,9 +23,13 @@ LAYOUTS = [
     BlockLayout(24, 3, window=9),
     BlockLayout(24, 1, window=5),
     BlockLayout(24, 2, window=48),
+    BlockLayout(24, 4, clean="causal"),
+    BlockLayout(24, 24, clean="causal", inside="causal"),
+    BlockLayout(24, 4, inside="causal", sliding=7),
+    BlockLayout(24, 4, window=12, clean="causal", sliding=5),
 ]
 CPU = torch.device("cpu")
-KINDS = {"clean": (1, 1), "noised": (1, 2), "two_stream": (2, 2)}
+KINDS = {"alone": (1, 1), "clean": (1, 1), "noised": (1, 2), "two_stream": (2, 2)}
 
 
 @pytest.fixture(params=[1, 8, 128], ids=lambda size: f"chunk{size}")
@@ -80,18 +87,155 @@ def test_flex_is_dense(layout, kind, with_documents):
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("block_size", [1, 24])
-def test_the_kernels_without_a_mask_are_dense(block_size):
-    """AR and MDLM: `sdpa` needs no mask tensor for them."""
-    layout = BlockLayout(24, block_size)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("clean", BlockLayout(24, 1)),
+     ("clean", BlockLayout(24, 24)),
+     ("clean", BlockLayout(24, 4, clean="causal", sliding=24)),
+     ("clean", BlockLayout(24, 24, clean="causal", window=24)),
+     ("alone", BlockLayout(24, 24, clean="causal")),
+     ("alone", BlockLayout(24, 24, inside="causal"))],
+    ids=str,
+)  # fmt: skip
+def test_the_kernels_without_a_mask_are_dense(kind, layout):
+    """AR, MDLM and a causal clean stream: `sdpa` needs no mask tensor for them."""
     results = []
     for backend in ("dense", "sdpa"):
-        leaves = [x.requires_grad_() for x in inputs(layout, "clean")]
-        out = attend(*leaves, layout, "clean", backend=backend)
+        leaves = [x.requires_grad_() for x in inputs(layout, kind)]
+        out = attend(*leaves, layout, kind, backend=backend)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         results.append([out, *(x.grad for x in leaves)])
     for slow, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [("clean", BlockLayout(24, 4)),
+     ("clean", BlockLayout(24, 24, clean="causal", sliding=5)),
+     ("clean", BlockLayout(24, 4, clean="causal", window=8)),
+     ("alone", BlockLayout(24, 4, clean="causal")),
+     ("noised", BlockLayout(24, 24, clean="causal")),
+     ("two_stream", BlockLayout(24, 1))],
+    ids=str,
+)  # fmt: skip
+def test_other_streams_need_a_mask(kind, layout):
+    assert not dense.needs_no_mask(layout, kind)
+
+
+# What attention is asked in families of language models: heads that share keys, values of another
+# width, a scale of its own, capped scores, sinks.
+ASKED = {
+    "grouped": {"heads": (4, 2)},
+    "one head of keys": {"heads": (4, 1), "width": 6},
+    "wider values": {"width": 12, "scale": 0.5},
+    "capped": {"heads": (4, 2), "softcap": 2.0},
+    "sinks": {"sinks": True},
+    "all": {"heads": (6, 2), "width": 4, "scale": 0.7, "softcap": 1.5, "sinks": True},
+}
+
+
+def asked_of(name, layout, kind, dtype=torch.float32):
+    """(q, k, v and perhaps sinks; the rest) of one of `ASKED`."""
+    asked = {"heads": (2, 2), "width": 8, "sinks": False} | ASKED[name]
+    (heads, shared), width, sinks = (asked.pop(key) for key in ("heads", "width", "sinks"))
+    queries, keys = (streams * layout.length for streams in KINDS[kind])
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(2, heads, queries, 8), (2, shared, keys, 8), (2, shared, keys, width)]
+    shapes += [(heads,)] * sinks
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes], asked
+
+
+def attend_as_asked(leaves, asked, layout, kind, backend):
+    q, k, v, *sinks = leaves
+    mask = make_mask(layout, kind, backend, CPU, rows=len(q))
+    return attention.attend(q, k, v, mask, **asked, sinks=sinks[0] if sinks else None)
+
+
+def by_loops(leaves, layout, kind, scale=None, softcap=None):
+    """Attention one query at a time, in the words of its definition."""
+    q, k, v, *sinks = leaves
+    rows, heads, queries, width = q.shape
+    sees = dense_mask(layout, kind, CPU)
+    out = torch.zeros(rows, heads, queries, v.shape[-1])
+    for b, h, i in itertools.product(range(rows), range(heads), range(queries)):
+        shared = h * k.shape[1] // heads
+        scores = [float(q[b, h, i] @ key) * (scale or width**-0.5) for key in k[b, shared]]
+        if softcap:
+            scores = [softcap * math.tanh(score / softcap) for score in scores]
+        parts = [math.exp(s) if seen else 0.0 for s, seen in zip(scores, sees[i], strict=True)]
+        total = sum(parts) + (math.exp(sinks[0][h]) if sinks else 0)
+        out[b, h, i] = sum(p / total * value for p, value in zip(parts, v[b, shared], strict=True))
+    return out
+
+
+@pytest.mark.parametrize("backend", ["dense", "sdpa", "blockwise", "flex"])
+@pytest.mark.parametrize("name", list(ASKED))
+def test_what_language_models_ask_of_attention(name, backend):
+    kind, layout = "noised", BlockLayout(6, 3)
+    if backend == "sdpa":
+        kind, layout = "clean", BlockLayout(6, 3, clean="causal")
+    leaves, asked = asked_of(name, layout, kind)
+    out = attend_as_asked(leaves, asked, layout, kind, backend)
+    torch.testing.assert_close(out, by_loops(leaves, layout, kind, **asked), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("name", list(ASKED))
+def test_gradients_of_all_that_is_asked(name, kind, chunk):
+    """Of keys and values that heads share, summed; of sinks, too."""
+    layout = BlockLayout(12, 4, clean="causal", sliding=9)
+    results = []
+    for backend in ("dense", "blockwise"):
+        leaves, asked = asked_of(name, layout, kind)
+        leaves = [x.requires_grad_() for x in leaves]
+        out = attend_as_asked(leaves, asked, layout, kind, backend)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append([out, *(x.grad for x in leaves)])
+    for slow, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", list(ASKED))
+def test_the_backward_by_hand_is_the_slope(name, monkeypatch):
+    """Against finite differences, in float64."""
+    monkeypatch.setattr(blockwise, "CHUNK", 2)
+    blockwise._chunks.cache_clear()
+    layout = BlockLayout(4, 2, inside="causal")
+    leaves, asked = asked_of(name, layout, "noised", torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *leaves: attend_as_asked(leaves, asked, layout, "noised", "blockwise"),
+        [x[:1].requires_grad_() if x.dim() > 1 else x.requires_grad_() for x in leaves],
+        fast_mode=True,
+    )
+    blockwise._chunks.cache_clear()
+
+
+def test_documents_with_all_that_is_asked(chunk):
+    layout = BlockLayout(12, 4)
+    layout = replace(layout, documents=some_documents(layout))
+    leaves, asked = asked_of("all", layout, "two_stream")
+    slow, fast, flexible = (
+        attend_as_asked(leaves, asked, layout, "two_stream", backend)
+        for backend in ("dense", "blockwise", "flex")
+    )
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(flexible, slow, rtol=1e-5, atol=2e-6)
+
+
+def test_heads_that_do_not_fit_each_other():
+    layout = BlockLayout(4, 2)
+    q, k = torch.zeros(1, 3, 4, 8), torch.zeros(1, 2, 4, 8)
+    with pytest.raises(InputError, match="3 heads are no multiple of 2"):
+        attend(q, k, k, layout, "clean")
+
+
+def test_chunks_of_a_causal_clean_stream_are_cut_inside_blocks():
+    """One block as long as the text would else be one chunk, with a mask of L × L."""
+    layout = BlockLayout(1024, 1024, clean="causal")
+    for kind in ("clean", "two_stream"):
+        clean = [c for c in blockwise._chunks(layout, kind, CPU) if c.queries.stop <= 1024]
+        assert {chunk.length for chunk in clean} == {128}
 
 
 def test_flex_compiles_for_every_shape_and_never_falls_back(monkeypatch):

@@ -19,6 +19,14 @@ LAYOUTS = [
     BlockLayout(12, 2, window=8),
     BlockLayout(8, 1, window=3),
     BlockLayout(8, 2, window=16),
+    BlockLayout(12, 4, clean="causal"),
+    BlockLayout(12, 12, clean="causal"),
+    BlockLayout(12, 4, inside="causal"),
+    BlockLayout(12, 4, clean="causal", inside="causal", window=8),
+    BlockLayout(12, 4, sliding=3),
+    BlockLayout(12, 3, clean="causal", sliding=5),
+    BlockLayout(12, 1, sliding=1),
+    BlockLayout(12, 6, window=6, clean="causal", inside="causal", sliding=4),
 ]
 EVERY = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 
@@ -34,9 +42,14 @@ def paper_mask(layout):
             # A window of W tokens: the query's block and the W − L' tokens before it.
             if layout.window is not None and (query - key) * size > layout.window - size:
                 continue
-            block_diagonal = noised_query == noised_key and query == key
+            if layout.sliding is not None and i % length - j % length >= layout.sliding:
+                continue
+            later = i % length < j % length
+            block_diagonal = noised_query and noised_key and query == key
+            block_diagonal = block_diagonal and not (later and layout.inside == "causal")
             offset_block_causal = noised_query and not noised_key and query > key
             block_causal = not noised_query and not noised_key and query >= key
+            block_causal = block_causal and not (later and layout.clean == "causal")
             mask[i, j] = block_diagonal or offset_block_causal or block_causal
     return mask
 
@@ -51,6 +64,7 @@ def test_parts_are_cut_from_the_whole(layout):
     whole, length = paper_mask(layout), layout.length
     assert torch.equal(dense_mask(layout, "clean", CPU), whole[:length, :length])
     assert torch.equal(dense_mask(layout, "noised", CPU), whole[length:])
+    assert torch.equal(dense_mask(layout, "alone", CPU), whole[length:, length:])
 
 
 @EVERY
@@ -79,6 +93,23 @@ def test_sizes_that_do_not_fit(length, block_size, window):
         BlockLayout(length, block_size, window)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"clean": "token"}, "`clean` 'token' is unknown; choose one of block, causal"),
+     ({"inside": "block"}, "`inside` 'block' is unknown; choose one of bidirectional, causal"),
+     ({"sliding": 0}, "`sliding` is 0; it must be at least 1"),
+     ({"sliding": 2.5}, "`sliding` is 2.5; it must be a whole number")],
+)  # fmt: skip
+def test_conventions_that_are_none(wrong, message):
+    with pytest.raises(InputError, match=message):
+        BlockLayout(8, 2, **wrong)
+
+
+def test_a_causal_clean_stream_is_the_same_for_every_block_size():
+    masks = [dense_mask(BlockLayout(12, n, clean="causal"), "clean", CPU) for n in (1, 2, 4, 12)]
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+
+
 def test_message_names_a_divisor():
     with pytest.raises(InputError, match="for example 5"):
         BlockLayout(10, 4)
@@ -87,6 +118,9 @@ def test_message_names_a_divisor():
 def test_layout_is_a_value():
     assert BlockLayout(8, 2) == BlockLayout(8, 2) != BlockLayout(8, 2, 8)
     assert len({BlockLayout(8, 2), BlockLayout(8, 2), BlockLayout(8, 4)}) == 2
+    conventions = {"clean": "causal", "inside": "causal", "sliding": 4}
+    others = [BlockLayout(8, 2, **{name: value}) for name, value in conventions.items()]
+    assert len({BlockLayout(8, 2), *others}) == 4
     first = dense_mask(BlockLayout(8, 2), "clean", CPU)
     assert dense_mask(BlockLayout(8, 2), "clean", CPU) is first, "masks are cached by layout"
     with pytest.raises(AttributeError):

@@ -37,14 +37,19 @@ def example(seed=0, mask=400):
     return (h, weight, bias), targets
 
 
-def both(leaves, targets, mask, outer, score=False):
+def both(leaves, targets, mask, outer, score=False, softcap=None):
     """(nll, gradients) the obvious way and ours."""
     h, weight, bias = leaves
     obvious = score_entropy_from_logits if score else subs_nll_from_logits
+
+    def logits():
+        z = torch.nn.functional.linear(h, weight, bias)
+        return z if softcap is None else softcap * torch.tanh(z / softcap)
+
     results = []
     for law in (
-        lambda: obvious(torch.nn.functional.linear(h, weight, bias), targets, mask),
-        lambda: subs_nll(h, weight, bias, targets, mask, score),
+        lambda: obvious(logits(), targets, mask),
+        lambda: subs_nll(h, weight, bias, targets, mask, score, softcap=softcap),
     ):
         nll = law()
         wanted = [x for x in leaves if x is not None]
@@ -52,7 +57,19 @@ def both(leaves, targets, mask, outer, score=False):
     return results
 
 
-@pytest.mark.parametrize("mask", [0, 255, 256, 400, 999])
+@pytest.mark.parametrize("score", [False, True], ids=["subs", "score"])
+@pytest.mark.parametrize("mask", [0, 400, VOCABULARY])
+def test_capped_logits_and_their_gradients(sliced, mask, score):
+    (h, weight, bias), targets = example(mask=mask)
+    leaves = [x.detach().requires_grad_() for x in (h, weight * 3, bias)]
+    outer = torch.linspace(-1, 2, POSITIONS)
+    slow, fast = both(leaves, targets, mask, outer, score, softcap=4.0)
+    assert fast[1].isfinite().all()
+    for expected, found in zip(slow, fast, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [0, 255, 256, 400, 999, VOCABULARY])
 def test_every_slice_gives_the_same_loss_and_gradients(sliced, mask):
     """The mask token first, last or inside a slice of words."""
     leaves, targets = example(mask=mask)

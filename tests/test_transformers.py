@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -20,6 +21,8 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     TextIteratorStreamer,
     TextStreamer,
     Trainer,
@@ -36,6 +39,7 @@ from blockdiff.estimators import ESTIMATORS, Estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models import card
+from blockdiff.models.adapted import Adapted
 from blockdiff.models.dit import DiT
 from blockdiff.noising import stratified_noise
 from blockdiff.objectives import objective_of
@@ -596,6 +600,72 @@ def test_folders_of_before_open_unchanged(folder, tmp_path):
         assert opened.generate(x, max_new_tokens=2).shape == (1, 6)
 
 
+# adapted models have it from the same base class
+
+
+def adapted(**settings: object) -> Adapted:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(**sizes, **heads, max_position_embeddings=16, initializer_range=0.3)
+    return blockdiff.adapt(LlamaForCausalLM(config), mask_token_id=8, block_size=4, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"prediction": "same"}, {"clean": "block"}], ids=["shift", "same", "block"]
+)
+def test_an_adapted_model_is_at_home_too(settings, tmp_path, hub):
+    model = adapted(**settings)
+    x_0 = random_tokens(model, 2, 10)
+    model.estimator = "enumerate"
+    there = torch.ones(2, 12, dtype=torch.bool)
+    there[:, 10:] = False  # the last block is padded
+    found = likelihood(model, F.pad(x_0, (0, 2)), "enumerate",
+                       documents=there.long() - 1, maskable=there)  # fmt: skip
+    loss = model(x_0, labels=x_0).loss
+    assert loss.item() == pytest.approx(found.nats_per_token, rel=1e-4)
+    ids = model.generate(x_0[:, :5], max_new_tokens=6, seed=2, eos_token_id=7)
+    expected = blockdiff.generate(model, x_0[:, :5].tolist(), max_new_tokens=6, seed=2, stop="none")
+    for row, text in zip(ids[:, 5:].tolist(), expected.tokens, strict=True):
+        end = text.index(7) + 1 if 7 in text else 6
+        assert row[:end] == text[:end]
+    model.generation_config.max_new_tokens = 3
+    save_model(model, tmp_path)
+    opened = load_model(tmp_path)
+    assert opened.generate(x_0[:1, :5], do_sample=False).shape == (1, 8)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
+    assert "(BD3-LM)" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    opened.push_to_hub("me/adapted")
+    assert "400 steps" in hub["README.md"] and "model.safetensors" in hub
+    opened.resize_token_embeddings(12, mean_resizing=False)
+    assert (opened.config.vocab_size, opened.config.mask_token_id) == (12, 8)
+    assert opened(x_0, labels=x_0).loss.isfinite() and opened(x_0).logits.shape == (2, 10, 12)
+
+
+def test_a_plain_trainer_lowers_an_adapted_models_loss(tmp_path):
+    trainer = trained(adapted(), tmp_path)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    trainer.save_model(str(tmp_path / "saved"))
+    assert load_model(tmp_path / "saved").config.block_size == 4
+
+
+def test_a_plain_causal_model_has_no_mask_to_lose(tmp_path):
+    lm = adapted().lm
+    lm.set_attn_implementation("eager")
+    lm.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    x_0 = random_tokens(model, 2, 6)
+    own = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert model(x_0, labels=x_0).loss.item() == pytest.approx(own(x_0, labels=x_0).loss.item())
+    wish = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(x_0)}
+    best = own.generate(x_0, **wish, pad_token_id=0)
+    assert torch.equal(model.generate(x_0, **wish, pad_token_id=0), best)
+    model.resize_token_embeddings(12, mean_resizing=False)
+    assert model.config.mask_token_id == model.config.vocab_size == 12
+
+
 # resizing
 
 
@@ -628,11 +698,11 @@ def test_a_resized_vocabulary(kind, tmp_path):
 # the card
 
 
+METRICS = {"eval_perplexity": 20.0, "eval_stderr": 0.05}
 RUN = {
     "data": ["Salesforce/wikitext", "/home/somebody/private/notes.txt"], "batch_size": 8,
     "lr": 3e-4, "length": 12, "objective": "bd3lm", "estimator": "exact_k", "seed": 1,
-    "init_from": "runs/x/ar", "steps": 500, "run": {"finished": {"steps": 400, "metrics": {"eval_perplexity": 20.0,
-    "eval_stderr": 0.05}}},
+    "init_from": "runs/x/ar", "steps": 500, "run": {"finished": {"steps": 400, "metrics": METRICS}},
 }  # fmt: skip
 MEASURED = {
     "data": "pydoc", "kind": "bd3lm", "perplexity": 40.0, "stderr": 0.02, "part": "validation",

@@ -54,6 +54,8 @@ _HOMES = {
     "BlockLayout": "layout",
     "DiT": "models.dit",
     "DiTConfig": "models.config",
+    "Adapted": "models.adapted",
+    "adapt": "models.adapting",
     "load_model": "models.hub",
     "model_card": "models.card",
     "save_model": "models.hub",
@@ -72,6 +74,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Adapted",
     "BlockLayout",
     "DiT",
     "DiTConfig",
@@ -87,6 +90,7 @@ __all__ = [
     "Step",
     "TextGeneration",
     "TrainConfig",
+    "adapt",
     "generate",
     "likelihood",
     "load",

@@ -1,8 +1,9 @@
 """Keys and values of the clean blocks before each row's current one.
 
-A row has C slots, used as a ring: once they are full, a new block overwrites the oldest, which is
-the sliding window. Everything is aligned to blocks, since C and each append are multiples of the
-row's block size. In memory the tokens of the evaluation that is under way lie in front of the ring,
+A row has C slots, used as a ring: once they are full, a new block overwrites the oldest tokens: the
+sliding window. Mostly C and each append are multiples of the row's block size; a row whose
+blocks are counted from its prompt's end begins with a shorter one. In memory the tokens of the
+evaluation that is under way lie in front of the ring,
 so that what attention reads is one view, and never a copy:
 
     [ … | T staged tokens | slot 0, slot 1, … slot C − 1 ]
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from blockdiff.categorical import Array
+from blockdiff.layout import Clean, Inside
 
 
 class LayerShape(NamedTuple):
@@ -114,36 +116,59 @@ class BlockCache:
             found.append(part)
         return found[0], found[1]
 
-    def visible(self, clean: int, noised: int, finished: Array) -> Tensor | None:
+    def visible(
+        self,
+        clean: int,
+        noised: int,
+        finished: Array,
+        *,
+        clean_stream: Clean = "block",
+        inside_block: Inside = "bidirectional",
+    ) -> Tensor | None:
         """What each of T = `clean` + `noised` columns may attend to; None where that is all.
 
         [n, 1, T, T + used], 0 where it may and −inf where not. `finished` bool [n]: whether a row
         has a finished block in the clean columns. Such a block does not see the noised one, while
-        that one sees it and no longer the oldest block of a full ring.
+        that one sees it and no longer what it will overwrite in a full ring. With a causal
+        `clean_stream` or `inside_block` a column sees those of its own block up to itself.
         """
         used, tokens = self.used, clean + noised
         held = np.minimum(self.lengths, self.capacities)
         full = bool((held == used).all()) and bool((self.sizes == max(clean, noised)).all())
-        if full and (not clean or (not noised and bool(finished.all()))):
+        whole_clean = clean <= 1 or clean_stream == "block"
+        whole_noised = noised <= 1 or inside_block == "bidirectional"
+        alone = not clean or (not noised and bool(finished.all()))
+        if full and alone and whole_clean and whole_noised:
             return None
-        facts = np.stack([held, self.lengths, self.capacities, self.sizes, finished])
+        facts = np.stack([self.lengths, self.capacities, self.sizes, finished])
         moved = torch.from_numpy(facts).to(self.device, non_blocking=True)[:, :, None]
-        held_, length, capacity, size, has = moved.unbind(0)
+        length, capacity, size, has = moved.unbind(0)
         column = torch.arange(tokens, device=self.device)
         is_clean = column < clean
         # [n, T]: the columns that are used
         valid = torch.where(is_clean, (has > 0) & (column >= clean - size), column - clean < size)
         own = valid[:, None, :] & (is_clean[None, :] | ~is_clean[:, None])
+        if not (whole_clean and whole_noised):
+            causal = ~is_clean if whole_clean else is_clean | (not whole_noised)
+            own &= ~causal[:, None] | (column <= column[:, None])
         own |= torch.eye(tokens, dtype=torch.bool, device=self.device)  # softmax needs something
-        slot = torch.arange(used, device=self.device)
-        ring = slot < held_
-        age = (slot - length) % capacity.clamp(min=1)  # 0: the oldest of a full ring
-        later = ring & ~((length >= capacity) & (age < size) & (has > 0))
+        position = _positions(length, capacity, used)
+        ring = position >= 0
+        later = ring & ((has == 0) | (position >= length + size - capacity))
         rings = torch.where(is_clean[:, None], ring[:, None], later[:, None])
         seen = torch.cat([own, rings], dim=-1)[:, None]
         return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(
             ~seen, -torch.inf
         )
+
+    def key_positions(self) -> Tensor:
+        """The text position of the token in each slot, int64 [n, used]; negative in empty ones.
+
+        For a network with a window of its own, in tokens. What is staged comes before these.
+        """
+        facts = torch.from_numpy(np.stack([self.lengths, self.capacities]))
+        length, capacity = facts.to(self.device, non_blocking=True)[:, :, None]
+        return _positions(length, capacity, self.used)
 
     def append_staged(self, which: Array, noised: int) -> None:
         """Stores the finished blocks staged for the rows `which` (places) and advances them."""
@@ -217,3 +242,14 @@ class BlockCache:
 
     def _count(self) -> None:
         self.used = int(np.minimum(self.lengths, self.capacities).max(initial=0))
+
+
+def _positions(length: Tensor, capacity: Tensor, used: int) -> Tensor:
+    """[n, used]: the token each slot holds, of rows of `length` and `capacity` [n, 1].
+
+    Slot s holds the last of s, s + C, s + 2C, … that is below the length; where there is none, what
+    comes out is negative.
+    """
+    slot = torch.arange(used, device=length.device)
+    back = (length - 1 - slot) % capacity.clamp(min=1)
+    return torch.where(slot < capacity, length - 1 - back, -1)

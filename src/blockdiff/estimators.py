@@ -250,10 +250,18 @@ def _draw(
     settings: dict[str, Any],
     x_0: Tensor,
     layout: BlockLayout,
-    *given: Any,
+    noise: Noise | None,
+    maskable: Tensor,
+    mask_token_id: int,
 ) -> Draw:
-    """What an estimator draws; `InputError` where that is no `Draw` of x_0 by its shapes."""
-    draw = estimator.draw(x_0, layout, *given, **settings)
+    """What an estimator draws; `InputError` where that is no `Draw` of x_0 by its shapes.
+
+    Where the clean stream predicts the first token of each block, that token is never masked, and
+    its exact loss is counted once: weight 1 in the first copy.
+    """
+    starts = layout.starts(x_0.device) & maskable if layout.prediction == "shift" else None
+    own = maskable if starts is None else maskable & ~starts
+    draw = estimator.draw(x_0, layout, noise, own, mask_token_id, **settings)
     if isinstance(draw, Draw):
         parts = (draw.x_t, draw.weight, draw.sigma)
         if all(isinstance(part, Tensor) and part.dim() == 2 for part in parts):
@@ -261,6 +269,10 @@ def _draw(
             sizes = (x_0.shape[1], x_0.shape[1], layout.blocks)
             fits = all(part.shape == (count, n) for part, n in zip(parts, sizes, strict=True))
             if fits and count and count % len(x_0) == 0 and draw.x_t.dtype == torch.int64:
+                if starts is not None:
+                    weight = draw.weight.clone()
+                    weight[: len(x_0)][starts] = 1.0
+                    draw = replace(draw, weight=weight)
                 return draw
     raise InputError(
         f"the estimator {estimator.name} gave no Draw of x_0 {list(x_0.shape)}: x_t int64 and "

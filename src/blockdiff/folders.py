@@ -41,11 +41,13 @@ TOKENIZER: Tree = {
     r"vocab\.txt|merges\.txt|chat_template\.jinja": None,
     r"(spiece|tokenizer|sentencepiece\.bpe)\.model": None,
 }
-RUN: Tree = TOKENIZER | {
-    r"run\.json|(generation_)?config\.json|metrics\.jsonl|loss\.png": None,
-    r"modeling_blockdiff\.py": None,
-    r"README\.md": CARD_MARK,
+MODEL: Tree = TOKENIZER | {
+    r"(generation_)?config\.json|modeling_blockdiff\.py": None,
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
+    r"README\.md": CARD_MARK,
+}
+RUN: Tree = MODEL | {
+    r"run\.json|metrics\.jsonl|loss\.png": None,
     r"checkpoints": {r"checkpoint-\d+": ...},
     r"tensorboard": {r"events\.out\.tfevents\..*": None},
 }
@@ -66,6 +68,7 @@ KINDS: dict[str, tuple[str, Tree]] = {
     "run": ("run.json", RUN),
     "reproduction": ("plan.json", REPRODUCTION),
     "demo": ("ar/run.json", DEMO),
+    "model": ("config.json", MODEL),
     "tokenizer": ("tokenizer_config.json", TOKENIZER),
 }
 # What one of these finds of another's in its place, `overwrite` replaces as well.

@@ -12,7 +12,8 @@ A mask is made once per pass and handed to every layer:
     mask = make_mask(layout, kind, "auto", device)
     attended = attend(q, k, v, mask)
 
-Shapes: B batch, R draws, H heads, D head width, L positions, Q queries, S keys.
+Shapes: B batch, R draws, H heads (of queries), H_kv heads of keys and values, D head width,
+L positions, Q queries, S keys.
 """
 
 from __future__ import annotations
@@ -70,15 +71,16 @@ def make_mask(
 ) -> Mask:
     """The mask of one pass, for all its layers: one part of the two-stream mask.
 
-    `kind` "clean": queries and keys are the x_0 stream alone (M_BC). "noised": queries are x_t,
-    keys x_0 ⊕ x_t (M_OBC and M_BD). "two_stream": all 2L tokens x_0 ⊕ x_t at once. `rows` R·B: of
-    the queries; row r·B + i has the documents of row i of the layout's [B, L].
+    `kind` "clean": queries and keys are the x_0 stream alone (M_BC). "alone": they are the x_t
+    stream alone (M_BD). "noised": queries are x_t, keys x_0 ⊕ x_t (M_OBC and M_BD). "two_stream":
+    all 2L tokens x_0 ⊕ x_t at once. `rows` R·B: of the queries; row r·B + i has the documents of
+    row i of the layout's [B, L].
     """
     if backend != "sdpa":
         backend = choose_backend(backend, device, head_dim, layout, kind)
     if backend == "sdpa":
         assert dense.needs_no_mask(layout, kind)
-        return Mask(backend, layout.block_size < layout.length)
+        return Mask(backend, dense.is_causal(layout, kind))
     documents, layout = layout.documents, layout.plain
     pair: Documents | None = None
     if documents is not None:
@@ -89,10 +91,26 @@ def make_mask(
     return Mask(backend, _ROOMS[backend].prepare(layout, kind, device, pair))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Softmax attention of q [B, H, Q, D] over k and v [B, H, S, D]; returns the shape of q.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of q [B, H, Q, D] over k [B, H_kv, S, D] and v [B, H_kv, S, D_v].
 
-    The mask's kind says what Q and S are: L and L ("clean"), L and 2L ("noised"), 2L and 2L.
+    Returns [B, H, Q, D_v]. The mask's kind says what Q and S are: L and L ("clean", "alone"), L and
+    2L ("noised"), 2L and 2L. H is a multiple of H_kv: head h reads the keys of head h·H_kv // H.
+    `scale` of the scores, 1/√D when left out. `softcap` c turns a score s into c·tanh(s/c). `sinks`
+    [H]: a score more in each head's softmax, which has no value.
+
+    Raises `InputError` when the heads do not fit each other.
     """
-    out: Tensor = _ROOMS[mask.backend].attend(q, k, v, mask.form)
+    if q.shape[1] % k.shape[1]:
+        raise InputError(f"{q.shape[1]} heads are no multiple of {k.shape[1]} of keys and values")
+    out: Tensor = _ROOMS[mask.backend].attend(q, k, v, mask.form, scale, softcap, sinks)
     return out

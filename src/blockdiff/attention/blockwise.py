@@ -1,7 +1,9 @@
 """Attention by chunks of queries, each with only the keys that some of them may see.
 
 The backward is by hand: gradients are allocated once and added to, where autograd would pad the
-gradient of every slice. Shapes: B batch, H heads, D head width, Q queries, S keys.
+gradient of every slice. Heads that share keys and values are put side by side as queries, so that
+neither is repeated and their gradients come out summed. Shapes: B batch, H heads, H_kv heads of
+keys and values, D head width, Q queries, S keys.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blockdiff.attention.masks import KINDS, Documents, mask_rows, same_document
@@ -34,6 +37,10 @@ class Chunk(NamedTuple):
     spans: tuple[Span, ...]
     hidden: Tensor | None
 
+    @property
+    def length(self) -> int:
+        return int(self.queries.stop - self.queries.start)
+
 
 def prepare(
     layout: BlockLayout, kind: str, device: torch.device, documents: Documents | None
@@ -44,9 +51,18 @@ def prepare(
     return [_within_documents(chunk, *documents) for chunk in chunks]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, chunks: list[Chunk]) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chunks: list[Chunk],
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        out: Tensor = _ChunkedAttention.apply(q, k, v, chunks)
+        out: Tensor = _ChunkedAttention.apply(q, k, v, sinks, chunks, scale, softcap)
     return out
 
 
@@ -59,7 +75,7 @@ def _within_documents(chunk: Chunk, of_query: Tensor, of_key: Tensor) -> Chunk:
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """softmax(q kᵀ/√D) v, a chunk of queries at a time, forward and backward.
+    """softmax(q kᵀ · scale) v, a chunk of queries at a time, forward and backward.
 
     The backward computes each chunk's softmax again, so that no [Q, S] tensor outlives its chunk,
     and adds into gradients allocated once.
@@ -71,35 +87,54 @@ class _ChunkedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, chunks: list[Chunk]) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        chunks: list[Chunk],
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
         # Heads last in memory: the layout the next linear map reads.
-        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
-        out = out.transpose(1, 2)
+        rows, heads, queries, _ = q.shape
+        out = q.new_empty(rows, queries, heads, v.shape[-1]).transpose(1, 2)
+        ctx.chunks, ctx.scale, ctx.softcap, ctx.group = chunks, scale, softcap, heads // k.shape[1]
         for chunk in chunks:
-            probability = _probabilities(q, k, chunk).to(q.dtype)
-            out[:, :, chunk.queries] = probability @ _gather(v, chunk.spans, -2)
-        ctx.save_for_backward(q, k, v)
-        ctx.chunks = chunks
+            probability, _ = _probabilities(ctx, q, k, sinks, chunk)
+            own = _keys_only(probability, sinks).to(q.dtype) @ _gather(v, chunk.spans, -2)
+            out[:, :, chunk.queries] = _unfold(own, ctx.group)
+        ctx.save_for_backward(q, k, v, sinks)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, sinks = ctx.saved_tensors
         (outer,) = gradients
         of_q = torch.empty_like(q)
         of_k, of_v = (torch.zeros_like(x, dtype=_wide(x)) for x in (k, v))
-        scale = q.shape[-1] ** -0.5
+        of_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=_wide(sinks))
         for chunk in ctx.chunks:
-            own = outer[:, :, chunk.queries]
-            probability = _probabilities(q, k, chunk)
-            _scatter(of_v, chunk.spans, probability.to(q.dtype).mT @ own)
+            own = _fold(outer[:, :, chunk.queries], ctx.group)
+            probability, bend = _probabilities(ctx, q, k, sinks, chunk)
+            _scatter(of_v, chunk.spans, _keys_only(probability, sinks).to(q.dtype).mT @ own)
             # ∂ softmax: p · (g − Σ p g), one fused pass
             slope = (own @ _gather(v, chunk.spans, -2).mT).to(probability.dtype)
+            if of_sinks is not None:
+                slope = F.pad(slope, (0, 1))  # a sink has no value
             slope = torch.ops.aten._softmax_backward_data(slope, probability, -1, slope.dtype)
-            slope = slope.mul_(scale).to(q.dtype)
-            of_q[:, :, chunk.queries] = slope @ _gather(k, chunk.spans, -2)
-            _scatter(of_k, chunk.spans, slope.mT @ q[:, :, chunk.queries])
-        return of_q, of_k.to(k.dtype), of_v.to(v.dtype), None
+            if of_sinks is not None:
+                of_sinks += _unfold(slope[..., -1:], ctx.group).sum((0, 2, 3))
+                slope = _keys_only(slope, sinks)
+            if bend is not None:
+                slope = slope.mul_(bend)
+            slope = slope.mul_(ctx.scale).to(q.dtype)
+            of_q[:, :, chunk.queries] = _unfold(slope @ _gather(k, chunk.spans, -2), ctx.group)
+            _scatter(of_k, chunk.spans, slope.mT @ _fold(q[:, :, chunk.queries], ctx.group))
+        if of_sinks is not None:
+            of_sinks = of_sinks.to(sinks.dtype)
+        return of_q, of_k.to(k.dtype), of_v.to(v.dtype), of_sinks, None, None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -107,14 +142,42 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _probabilities(q: Tensor, k: Tensor, chunk: Chunk) -> Tensor:
-    """Attention weights [B, H, q, S], at least float32, of a chunk over its own keys."""
-    query = q[:, :, chunk.queries].to(_wide(q)) * q.shape[-1] ** -0.5
-    scores = query @ _gather(k, chunk.spans, -2).to(_wide(k)).mT
+def _fold(x: Tensor, group: int) -> Tensor:
+    """[B, H, q, D] → [B, H_kv, group · q, D]: heads that share keys, side by side as queries."""
+    return x if group == 1 else x.unflatten(1, (-1, group)).flatten(2, 3)
+
+
+def _unfold(x: Tensor, group: int) -> Tensor:
+    """The way back from `_fold`."""
+    return x if group == 1 else x.unflatten(2, (group, -1)).flatten(1, 2)
+
+
+def _keys_only(x: Tensor, sinks: Tensor | None) -> Tensor:
+    """Without the column of the sinks, which stands last."""
+    return x if sinks is None else x[..., :-1]
+
+
+def _probabilities(
+    ctx: Any, q: Tensor, k: Tensor, sinks: Tensor | None, chunk: Chunk
+) -> tuple[Tensor, Tensor | None]:
+    """Attention weights [B, H_kv, group · q, S (+ 1)] of a chunk over its own keys, and the bend.
+
+    At least float32. With sinks their share stands behind the keys. The bend is the derivative of
+    the soft cap at each score, None without one.
+    """
+    query = _fold(q[:, :, chunk.queries].to(_wide(q)) * ctx.scale, ctx.group)
+    scores, bend = query @ _gather(k, chunk.spans, -2).to(_wide(k)).mT, None
+    if ctx.softcap is not None:
+        scores = scores.div_(ctx.softcap).tanh_()
+        bend = 1 - scores * scores
+        scores = scores.mul_(ctx.softcap)
     if chunk.hidden is not None:
         tail = scores[..., scores.shape[-1] - chunk.hidden.shape[-1] :]
-        tail.masked_fill_(chunk.hidden, -torch.inf)
-    return scores.softmax(-1)
+        tail.unflatten(2, (ctx.group, -1)).masked_fill_(chunk.hidden.unsqueeze(-3), -torch.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[:, None, None].expand(len(q), -1, chunk.length, 1)
+        scores = torch.cat([scores, _fold(column, ctx.group)], dim=-1)
+    return scores.softmax(-1), bend
 
 
 def _gather(x: Tensor, spans: tuple[Span, ...], dim: int) -> Tensor:
@@ -134,11 +197,14 @@ def _scatter(x: Tensor, spans: tuple[Span, ...], parts: Tensor) -> None:
 @cached
 def _chunks(layout: BlockLayout, kind: str, device: torch.device) -> list[Chunk]:
     """The chunks of one kind of attention, read off the layout's one predicate."""
-    size = max(CHUNK, min(layout.length // 8, LONGEST_CHUNK))
-    size = max(size // layout.block_size, 1) * layout.block_size
+    longest = max(CHUNK, min(layout.length // 8, LONGEST_CHUNK))
     chunks = []
     streams = KINDS[kind].queries
     for base in range(0, streams * layout.length, layout.length):
+        # Tokens that see the same keys stay together.
+        clean = kind == "clean" or (kind == "two_stream" and base == 0)
+        unit = 1 if clean and layout.clean == "causal" else layout.block_size
+        size = max(longest // unit, 1) * unit
         for start in range(base, base + layout.length, size):
             queries = slice(start, min(start + size, base + layout.length))
             sees = mask_rows(layout, kind, queries, device)

@@ -20,18 +20,63 @@ def prepare(
     return mask if documents is None else (mask & same_document(*documents))[:, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | bool) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | bool,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     """`mask`: a bool tensor; or without one, True for causal attention and False for full."""
-    if isinstance(mask, bool):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if softcap is not None or sinks is not None:
+        return _written_out(q, k, v, mask, scale, softcap, sinks)
+    masked = {"is_causal": mask} if isinstance(mask, bool) else {"attn_mask": mask}
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, **masked, scale=scale, enable_gqa=grouped)
+
+
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | bool,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The same step by step, for what SDPA cannot do; softmax in float32, or in q's if wider."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if not isinstance(mask, bool):
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    return scores.softmax(-1)[..., : k.shape[-2]].to(v.dtype) @ v
 
 
 def needs_no_mask(layout: BlockLayout, kind: str) -> bool:
-    """Whether a stream's attention is full (MDLM) or causal (AR)."""
-    bounded = layout.window is not None and layout.window < layout.length
-    alone = kind == "clean" and layout.documents is None and not bounded
-    return alone and layout.block_size in (1, layout.length)
+    """Whether a stream's attention is full (MDLM) or causal (AR, a causal clean stream)."""
+    if kind not in ("alone", "clean") or layout.documents is not None:
+        return False
+    near = (layout.window or layout.length) >= layout.length
+    near &= (layout.sliding or layout.length) >= layout.length
+    return near and (is_causal(layout, kind) or layout.blocks == 1)
+
+
+def is_causal(layout: BlockLayout, kind: str) -> bool:
+    """Whether a stream's token sees all those up to itself and no other, but for a window."""
+    if kind == "alone":
+        return layout.blocks == 1 and layout.inside == "causal"
+    return kind == "clean" and (layout.clean == "causal" or layout.block_size == 1)
 
 
 def pays_without_mask(layout: BlockLayout, kind: str, device: torch.device) -> bool:
@@ -40,5 +85,5 @@ def pays_without_mask(layout: BlockLayout, kind: str, device: torch.device) -> b
     On a CPU full attention is faster than `blockwise` from 256 positions on; causal attention is
     about as fast in float32, and slower in bf16.
     """
-    fast = device.type == "cuda" or (device.type == "cpu" and layout.block_size >= 256)
-    return fast and needs_no_mask(layout, kind)
+    on_cpu = device.type == "cpu" and layout.length >= 256 and not is_causal(layout, kind)
+    return (device.type == "cuda" or on_cpu) and needs_no_mask(layout, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -9,7 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    flex_attention,
+)
 
 from blockdiff.attention.masks import KINDS, Documents
 from blockdiff.device import cached, compile_every_shape
@@ -27,15 +33,37 @@ def prepare(
     )  # fmt: skip
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:
-    if q.device.type == "cuda":
-        out: Tensor = compiled()(q, k, v, block_mask=mask)
-        return out
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    on_cuda = q.device.type == "cuda"
+    if not on_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise InputError(
             f"flex attention has no backward on {q.device.type}; train with the blockwise backend"
         )
-    return flex_attention(q, k, v, block_mask=mask)
+    kernel = compiled() if on_cuda else flex_attention
+    asked: dict[str, Any] = {"score_mod": None if softcap is None else _capped(softcap)}
+    asked |= {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1], "block_mask": mask}
+    if sinks is None:
+        out: Tensor = kernel(q, k, v, **asked)
+        return out
+    out, found = kernel(q, k, v, **asked, return_aux=AuxRequest(lse=True))
+    # Σ e^s / (Σ e^s + e^sink): what the sink leaves of a softmax without it
+    return out * (found.lse - sinks[:, None]).sigmoid()[..., None].to(out.dtype)
+
+
+@lru_cache(maxsize=8)  # one function for each cap: the kernel is compiled for it
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
 
 
 def padded(layout: BlockLayout) -> BlockLayout:

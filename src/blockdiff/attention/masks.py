@@ -23,6 +23,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
+    "alone": Kind(BlockLayout.m_bd, 1, 1),
     "clean": Kind(BlockLayout.m_bc, 1, 1),
     "noised": Kind(BlockLayout.noised_sees, 1, 2),
     "two_stream": Kind(BlockLayout.two_stream_sees, 2, 2),
@@ -33,7 +34,7 @@ KINDS = {
 def dense_mask(layout: BlockLayout, kind: str, device: torch.device) -> Tensor:
     """The whole mask as a bool tensor, True = may attend.
 
-    `kind` "clean": [L, L]; "noised": [L, 2L] over x_0 ⊕ x_t; "two_stream": [2L, 2L].
+    `kind` "alone" and "clean": [L, L]; "noised": [L, 2L] over x_0 ⊕ x_t; "two_stream": [2L, 2L].
     """
     return mask_rows(layout, kind, slice(0, KINDS[kind].queries * layout.length), device)
 

@@ -1,6 +1,7 @@
 """The commands, a file each. Nothing heavy is imported before one runs."""
 
 from blockdiff.commands import (
+    adapt,
     benchmark,
     demo,
     evaluate,
@@ -17,6 +18,7 @@ from blockdiff.commands.options import Command
 
 COMMANDS: dict[str, Command] = {
     "train": train.COMMAND,
+    "adapt": adapt.COMMAND,
     "evaluate": evaluate.COMMAND,
     "zero-shot": zero_shot.COMMAND,
     "score": score.COMMAND,

@@ -111,12 +111,19 @@ def write_tokenizer(
 def load_tokenizer(source: str | Path, mask_token: str = MASK_TOKEN) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or by its id on the Hugging Face hub, and give it a mask.
 
+    As `read_tokenizer`; `mask_token`: the mask token to add if the tokenizer has none.
+    """
+    return add_mask_token(read_tokenizer(source), mask_token)
+
+
+def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or by its id on the Hugging Face hub, as it is.
+
     Code that comes with a tokenizer is never run. The maximum length it was saved with, a limit
     of the model it belonged to, is lifted.
 
     Args:
         source: folder or hub id; `starter` is that of the model that comes with the package.
-        mask_token: the mask token to add if the tokenizer has none.
 
     Raises:
         InputError: there is no such folder, the hub cannot be reached or has no such tokenizer,
@@ -138,7 +145,7 @@ def load_tokenizer(source: str | Path, mask_token: str = MASK_TOKEN) -> PreTrain
             f"cannot load the tokenizer {source}{hint}: {first_line(error)}"
         ) from error
     tokenizer.model_max_length = _NO_LIMIT
-    return add_mask_token(tokenizer, mask_token)
+    return tokenizer
 
 
 def add_mask_token(

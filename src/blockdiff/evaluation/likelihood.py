@@ -151,7 +151,8 @@ def likelihood(
     _check(model, x_0)
     x_0 = x_0.to(model.device)
     documents = None if documents is None else documents.to(model.device)
-    layout = BlockLayout(x_0.shape[1], model.config.choose_block_size(block_size, x_0.shape[1]))
+    length = x_0.shape[1]
+    layout = model.config.layout_of(length, model.config.choose_block_size(block_size, length))
     if keep_first is None:
         keep_first = model.config.keep_first
     objective = objective_of(model.config)

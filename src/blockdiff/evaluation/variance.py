@@ -150,7 +150,8 @@ def variance(
     objective = objective_of(model.config)
     if not objective.noised:
         raise InputError("an AR model's loss has no noise of masks; give a diffusion model")
-    layout = BlockLayout(x_0.shape[1], model.config.choose_block_size(block_size, x_0.shape[1]))
+    length = x_0.shape[1]
+    layout = model.config.layout_of(length, model.config.choose_block_size(block_size, length))
     was_training = model.training
     model.eval()
     losses = torch.zeros(batches, draws, dtype=torch.float64)

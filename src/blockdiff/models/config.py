@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal
 
+from torch import Tensor
 from transformers import AutoConfig
 
 from blockdiff.checks import whole_number
@@ -27,7 +28,86 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-class DiTConfig(PackagedConfig):
+class BlockConfig:
+    """What callers ask of any network's configuration: its kind and its conventions.
+
+    The conventions are those of `models.denoiser`. `block_sizes`: those it was trained for, of
+    which `block_size` is the largest. `slides`: whether text may outgrow the context `length`,
+    which is then a window that slides along.
+    """
+
+    vocab_size: int
+    length: int
+    block_size: int
+    block_sizes: tuple[int, ...]
+    causal: bool
+    score: bool = False
+    prompt_grid: Literal["absolute", "prompt_end"] = "absolute"
+    inside_block: Literal["bidirectional", "causal"] = "bidirectional"
+    clean_stream: Literal["block", "causal"] = "block"
+    prediction: Literal["same", "shift"] = "same"
+    slides: bool = True
+
+    @property
+    def kind(self) -> str:
+        """ "ar", "bd3lm", "mdlm" (L' = L) or "sedd" (L' = L, scores)."""
+        if self.causal:
+            return "ar"
+        if self.score:
+            return "sedd"
+        return "mdlm" if self.block_size == self.length else "bd3lm"
+
+    @property
+    def next_from_cache(self) -> bool:
+        return self.prediction == "shift"
+
+    def choose_block_size(self, block_size: int | None = None, length: int | None = None) -> int:
+        """The block size asked for, the model's own for None; checked against `length`.
+
+        An AR model has blocks of one token, whatever is asked for. Warns, once for each size, when
+        it is none that the model was trained with. Raises `InputError` for a size below 1 or one
+        that does not divide the length (the model's own when left out).
+        """
+        size = self.block_size if block_size is None else whole_number("block_size", block_size)
+        BlockLayout(self.length if length is None else length, size)
+        if size not in self.block_sizes:
+            known = ", ".join(map(str, self.block_sizes))
+            warnings.warn(
+                f"the model was trained with block size {known}, not {size}: expect it to be worse",
+                stacklevel=2,
+            )
+        return 1 if self.causal else size
+
+    def layout_of(
+        self,
+        length: int,
+        block_size: int | None = None,
+        *,
+        documents: Tensor | None = None,
+        window: int | None = None,
+        offset: int = 0,
+    ) -> BlockLayout:
+        """`length` positions in blocks of `block_size`, the model's own by default.
+
+        Under the model's conventions; for the rest see `BlockLayout`.
+        """
+        return BlockLayout(
+            length,
+            self.block_size if block_size is None else block_size,
+            window,
+            documents,
+            clean=self.clean_stream,
+            inside=self.inside_block,
+            prediction="same" if self.causal else self.prediction,
+            offset=offset,
+        )
+
+    @property
+    def layout(self) -> BlockLayout:
+        return self.layout_of(self.length)
+
+
+class DiTConfig(BlockConfig, PackagedConfig):
     """Sizes and kind of a `DiT`.
 
     `length` is the training context L and `block_size` L'; `causal` makes it AR (block size 1).
@@ -76,6 +156,7 @@ class DiTConfig(PackagedConfig):
         self.vocab_size = vocab_size
         self.length = length
         self.block_size = 1 if causal else block_size
+        self.block_sizes = (self.block_size,)
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -94,62 +175,12 @@ class DiTConfig(PackagedConfig):
         self.clip = list(clip) if clip is not None else None
         self.objective = objective or self.kind
         _check_sizes(self)
-        kwargs.pop("tie_word_embeddings", None)
+        for name in ("tie_word_embeddings", "prediction", "inside_block", "block_sizes"):
+            kwargs.pop(name, None)
+        if causal:
+            self.prediction, self.inside_block, self.clean_stream = "shift", "causal", "causal"
         super().__init__(**kwargs)
         self.tie_word_embeddings = False
-
-    @property
-    def kind(self) -> str:
-        """ "ar", "bd3lm", "mdlm" (L' = L) or "sedd" (L' = L, scores)."""
-        if self.causal:
-            return "ar"
-        if self.score:
-            return "sedd"
-        return "mdlm" if self.block_size == self.length else "bd3lm"
-
-    # The conventions of a DiT; see `models.denoiser`.
-
-    @property
-    def prompt_grid(self) -> Literal["absolute"]:
-        return "absolute"
-
-    @property
-    def inside_block(self) -> Literal["bidirectional", "causal"]:
-        return "causal" if self.causal else "bidirectional"
-
-    @property
-    def clean_stream(self) -> Literal["block", "causal"]:
-        return "causal" if self.causal else "block"
-
-    @property
-    def prediction(self) -> Literal["same", "shift"]:
-        return "shift" if self.causal else "same"
-
-    @property
-    def next_from_cache(self) -> bool:
-        return self.causal
-
-    def choose_block_size(self, block_size: int | None = None, length: int | None = None) -> int:
-        """The block size asked for, the model's own for None; checked against `length`.
-
-        An AR model has blocks of one token, whatever is asked for. Warns, once for each size, when
-        it is not the one the model was trained with. Raises
-        `InputError` for a size below 1 or one that does not divide the length (the model's own when
-        left out).
-        """
-        size = self.block_size if block_size is None else whole_number("block_size", block_size)
-        BlockLayout(self.length if length is None else length, size)
-        if size != self.block_size:
-            warnings.warn(
-                f"the model was trained with block size {self.block_size}, not {size}: expect "
-                "it to be worse",
-                stacklevel=2,
-            )
-        return 1 if self.causal else size
-
-    @property
-    def layout(self) -> BlockLayout:
-        return BlockLayout(self.length, self.block_size)
 
 
 def _check_sizes(config: DiTConfig) -> None:

@@ -2,12 +2,12 @@
 
 Objectives, likelihood, engine and trainer know a network by what stands here, never by its class.
 What tells one published block diffusion model from another are fields of its configuration, the
-conventions. Callers read the first two and `prediction`; of the others a `DiT` has one value each,
-and networks with another one will be the first to need them read:
+conventions:
 
     mask_token_id   what a masked position holds
     block_size      L' it was trained for
-    prompt_grid     where the first block of new text begins: "absolute", at a multiple of L'
+    prompt_grid     where the first block of new text begins: "absolute", at a multiple of L', or
+                    "prompt_end", right behind the prompt
     inside_block    what a token sees of its own block: "bidirectional" or "causal"
     clean_stream    what a clean token sees of x_0: up to the end of its "block", or "causal", up to
                     itself
@@ -49,10 +49,14 @@ class DenoiserOutput(ModelOutput):
 
 @dataclass
 class Context:
-    """Rotated keys and values [B, H, L, D] of the clean stream, one pair a layer."""
+    """Rotated keys and values [B, H, L, D] of the clean stream, one pair a layer.
+
+    `hidden` [B, L, E]: its last hidden states, where the prediction is "shift".
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
+    hidden: Tensor | None = None
 
 
 class Conventions(Protocol):
@@ -74,19 +78,28 @@ class Conventions(Protocol):
 
     @property
     def kind(self) -> str: ...
-    @property
-    def prompt_grid(self) -> Literal["absolute"]: ...
-    @property
-    def inside_block(self) -> Literal["bidirectional", "causal"]: ...
-    @property
-    def clean_stream(self) -> Literal["block", "causal"]: ...
-    @property
-    def prediction(self) -> Literal["same", "shift"]: ...
+
+    block_sizes: tuple[int, ...]
+    slides: bool
+    prompt_grid: Literal["absolute", "prompt_end"]
+    inside_block: Literal["bidirectional", "causal"]
+    clean_stream: Literal["block", "causal"]
+    prediction: Literal["same", "shift"]
+
     @property
     def next_from_cache(self) -> bool: ...
     def choose_block_size(
         self, block_size: int | None = None, length: int | None = None
     ) -> int: ...
+    def layout_of(
+        self,
+        length: int,
+        block_size: int | None = None,
+        *,
+        documents: Tensor | None = None,
+        window: int | None = None,
+        offset: int = 0,
+    ) -> BlockLayout: ...
 
 
 class Denoiser(Protocol):

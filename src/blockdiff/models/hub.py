@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from blockdiff.errors import InputError, first_line
+from blockdiff.models.adapting import is_causal_lm, open_adapted
 from blockdiff.models.card import write_card
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
@@ -54,7 +55,7 @@ _CLIP = ("sampling_eps_min", "sampling_eps_max")
 _BUFFERS = ("rotary_emb.inv_freq", *_CLIP)
 
 
-def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> DiT:
+def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
     """The model in a folder or hub repository, in evaluation mode.
 
     Opens what `save_model` and `Trainer` wrote and the released BD3-LM layout (BD3-LM, MDLM,
@@ -75,6 +76,10 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> DiT
         clips = _read_tensors(files, [name for name in files if name.endswith(_CLIP)])
         config = _described(lambda it: released_config(it, clips), raw, folder)
         rename = {name: released_name(name) for name in files}
+    elif is_causal_lm(raw):
+        adapted = open_adapted(folder, raw, dtype=dtype)
+        adapted.name_or_path = str(folder)
+        return adapted
     else:
         raise InputError(
             f"{folder}: model_type {raw.get('model_type')!r} is neither blockdiff nor a released "

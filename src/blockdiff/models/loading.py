@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from blockdiff.data.tokenizers import MASK_TOKEN, fingerprint, load_tokenizer
+from blockdiff.data.tokenizers import (
+    MASK_TOKEN,
+    add_mask_token,
+    fingerprint,
+    load_tokenizer,
+    read_tokenizer,
+)
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import load_model, resolve
 
@@ -38,11 +45,13 @@ def load(
     chosen = choose_device(device)
     folder = resolve(source)
     model = load_model(folder, dtype=dtype)
-    model.to(device=chosen)  # type: ignore[call-arg]
+    model.to(device=chosen)
     has_own = (folder / "tokenizer_config.json").is_file()
     if tokenizer is None and not has_own:
         raise InputError(f"{source} has no tokenizer; name one with `tokenizer`, for example gpt2")
-    loaded = load_tokenizer(folder if tokenizer is None else tokenizer)
+    loaded = read_tokenizer(folder if tokenizer is None else tokenizer)
+    if model.config.mask_token_id < model.config.vocab_size:  # else it has none
+        add_mask_token(loaded)
     if has_own and tokenizer is not None:
         require_own(loaded, folder)
     settle_mask(model, loaded)
@@ -85,7 +94,7 @@ def drawable(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Tensor:
     return there
 
 
-def check_tokenizer(model: DiT, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(model: Denoiser, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises `InputError` unless the tokenizer's ids fit the model's vocabulary and mask."""
     size, known = len(tokenizer), model.config.vocab_size
     if size > known:

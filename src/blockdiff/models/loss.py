@@ -1,6 +1,7 @@
 """What a masked token costs, from the last hidden states, without the logits of a whole batch.
 
     z = W h + b over v ≠ mask                                SUBS: the mask token has none
+    with a soft cap c: c tanh(z / c) in place of z
     subs    −log p_θ(target),  p_θ = softmax(z)
     score   S − 1 − log p̃(target),  p̃_v = e^(z_v) / (V − 1),  S = Σ_v p̃_v
 
@@ -38,17 +39,23 @@ def subs_nll(
     targets: Tensor,
     mask_token_id: int,
     score: bool = False,
+    *,
+    softcap: float | None = None,
 ) -> Tensor:
     """−log p_θ(target) [P] in nats, float32, for h [P, E], weight [V, E], bias [V], targets [P].
 
-    With `score`, SEDD's score entropy instead. Computes in the weight's precision, or autocast's
-    where that is on; sums are float32. A target that is the mask token has probability 0: +inf.
+    With `score`, SEDD's score entropy instead. `softcap` c turns a logit z into c·tanh(z/c), as in
+    Gemma 2. A `mask_token_id` of V is no word's: there is no mask token. Computes in the weight's
+    precision, or autocast's where that is on; sums are float32. A target that is the mask token has
+    probability 0: +inf.
     """
     dtype = weight.dtype
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
     with torch.autocast(h.device.type, enabled=False):
-        result: Tensor = _SubsNLL.apply(h.to(dtype), weight, bias, targets, mask_token_id, score)
+        result: Tensor = _SubsNLL.apply(
+            h.to(dtype), weight, bias, targets, mask_token_id, score, softcap
+        )
     return result
 
 
@@ -89,11 +96,18 @@ def _cut(length: int, size: int) -> list[slice]:
 
 
 def _logits(
-    h: Tensor, weight: Tensor, bias: Tensor | None, words: slice, mask_token_id: int
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    words: slice,
+    mask_token_id: int,
+    softcap: float | None,
 ) -> Tensor:
     """Logits [p, v] in float32 of h [p, E] for the slice's words, the mask token's at −inf."""
     own_bias = None if bias is None else bias[words].to(h.dtype)
     logits = F.linear(h, weight[words].to(h.dtype), own_bias).float()
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
     if words.start <= mask_token_id < words.stop:
         logits[:, mask_token_id - words.start] = -torch.inf
     return logits
@@ -120,11 +134,12 @@ class _SubsNLL(torch.autograd.Function):
         targets: Tensor,
         mask_token_id: int,
         score: bool,
+        softcap: float | None,
     ) -> Tensor:
         log_sum = torch.full(targets.shape, -torch.inf, device=h.device)
         of_target = torch.zeros_like(log_sum)
         for part, words in slices(len(h), len(weight), h.device):
-            logits = _logits(h[part], weight, bias, words, mask_token_id)
+            logits = _logits(h[part], weight, bias, words, mask_token_id, softcap)
             log_sum[part] = torch.logaddexp(log_sum[part], logits.logsumexp(-1))
             column, inside = _columns(targets[part], words)
             found = torch.where(inside, logits.gather(-1, column), 0.0)
@@ -134,7 +149,7 @@ class _SubsNLL(torch.autograd.Function):
             fixed = torch.full_like(log_sum, math.log(len(weight) - 1))
             nll, log_sum = torch.exp(log_sum - fixed) - 1 + fixed - of_target, fixed
         ctx.save_for_backward(h, weight, bias, targets, log_sum)
-        ctx.mask_token_id = mask_token_id
+        ctx.mask_token_id, ctx.softcap = mask_token_id, softcap
         return nll
 
     @staticmethod
@@ -146,14 +161,19 @@ class _SubsNLL(torch.autograd.Function):
         of_bias = None if bias is None else torch.zeros_like(bias)
         for part, words in slices(len(h), len(weight), h.device):
             # ∂ nll / ∂ logits = p − [v = target]; for the score entropy p̃ in place of p
-            slope = _logits(h[part], weight, bias, words, ctx.mask_token_id)
+            slope = _logits(h[part], weight, bias, words, ctx.mask_token_id, ctx.softcap)
+            bend = None
+            if ctx.softcap is not None:  # of c tanh(z / c); 0 for the mask token, at −inf
+                bend = 1 - (slope / ctx.softcap).square_().clamp_(max=1)
             slope = slope.sub_(log_sum[part, None]).exp_()
             column, inside = _columns(targets[part], words)
             slope.scatter_add_(-1, column, -inside.to(slope.dtype))
             slope *= outer[part, None]
+            if bend is not None:
+                slope *= bend
             if of_bias is not None:
                 of_bias[words] += slope.sum(0)
             slope = slope.to(h.dtype)
             of_h[part] += slope @ weight[words].to(h.dtype)
             of_weight[words] += slope.mT @ h[part]
-        return of_h.to(h.dtype), of_weight, of_bias, None, None, None
+        return of_h.to(h.dtype), of_weight, of_bias, None, None, None, None

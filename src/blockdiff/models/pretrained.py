@@ -128,7 +128,8 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
     def own_layout(self, length: int, alone: bool = False) -> BlockLayout:
         """The configuration's blocks; one block where x_t is `alone` (MDLM), unless it is AR."""
         whole = alone and not self.config.causal
-        return BlockLayout(length, length if whole else self.config.block_size)
+        layout: BlockLayout = self.config.layout_of(length, length if whole else None)
+        return layout
 
     def _loss(
         self,
@@ -147,7 +148,7 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
                 documents = torch.zeros_like(x_0)
             documents = F.pad(documents, (0, short), value=-1)
             x_0, counted = F.pad(x_0, (0, short)), F.pad(counted, (0, short))
-        layout = BlockLayout(length + short, size, documents=documents)
+        layout = config.layout_of(length + short, size, documents=documents)
         what: Any = counted & objective.counted(x_0, config.keep_first, documents)
         tokens = what.sum() if tokens is None else tokens
         if objective.noised:

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from blockdiff.categorical import Array
 from blockdiff.errors import InputError
-from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import total_noise
 from blockdiff.sampling.options import SamplingOptions
@@ -110,55 +109,63 @@ class Engine:
         if len(waiting):
             self._prefill(waiting)
             return self.rows.step(waiting, waiting[:0], waiting[:0])
-        position, masked = self.rows.look(rows)
+        position, unfixed = self.rows.look(rows)
+        masked = self.rows.first_alone(unfixed)
         views = self.rows.views(rows, live, position, masked)
         wanted, rate = np.zeros_like(masked), np.zeros(len(rows))
         for place, order, view in views:
             own, rate[place] = asked(order, view)
             wanted[place, : own.shape[1]] = own
-        logits = self._evaluate(rows, position, wanted, rate)
+        logits, noised = self._evaluate(rows, position, wanted, rate)
         state["evaluations"][rows[live]] += 1
         place, column, tokens = self._choose(logits, wanted, views)
         fixed, at = rows[place], position[place, column]
         self.rows.fix(fixed, at, tokens)
-        if self.rows.shifted:  # a token whose next is not fixed yet is run again
-            self._store(rows, np.isin(np.arange(len(rows)), place), 0)
+        done = state["uncached"][rows] > 0
+        if self.rows.shifted:  # a block whose next token is not fixed yet is run again
+            done &= np.isin(np.arange(len(rows)), place[column == 0])
+        self._store(rows, done, noised)
         step = self.rows.step(rows[live], fixed, at)
-        masked[place, column] = False
+        unfixed[place, column] = False
         self.rows.require_end(rows)
         going = state["length"][rows] < 0
-        self.rows.move_on(rows[going & ~masked.any(1)])
+        self.rows.move_on(rows[going & ~unfixed.any(1)])
         # A finished row is padding for graphs, until half are: each drop changes the shapes.
         if not self.model.graphs or 2 * going.sum() <= len(rows):
             self.cache.drop((~going).nonzero()[0])
         return step
 
-    def _evaluate(self, rows: Array, position: Array, wanted: Array, rate: Array) -> Tensor:
-        """Logits [P, V] of the wanted positions of the rows' blocks, float32, row by row."""
+    def _evaluate(
+        self, rows: Array, position: Array, wanted: Array, rate: Array
+    ) -> tuple[Tensor, int]:
+        """Logits [P, V] of the wanted positions of the rows' blocks, float32, row by row.
+
+        And how many columns of noised tokens were run, behind those of finished blocks.
+        """
         state, shifted, device = self.rows.state[rows], self.rows.shifted, self.model.device
         finished = state["uncached"] > 0
         cached = finished | (self.model.graphs & (state["capacity"] > 0))
         clean = int(state["size"][cached].max(initial=0))
-        noised = 0 if shifted else position.shape[1]
+        # A first token, whose logits are the finished block's, needs no noised one.
+        noised = position.shape[1] if not shifted or wanted[:, 1:].any() else 0
         # Finished blocks end, and noised ones begin, at column `clean`.
         before = np.maximum(state["first"][:, None] + np.arange(-clean, noised), 0)
-        at = np.zeros(before.shape, bool)
-        at[:, clean - shifted : clean - shifted + wanted.shape[1]] = wanted
+        row, column = wanted.nonzero()
+        at = row * before.shape[1] + column + clean - shifted
         x = torch.from_numpy(np.stack([self.rows.read(rows, before), before]))
         x = x.to(device, non_blocking=True)
-        places = torch.from_numpy(at.ravel().nonzero()[0]).to(device, non_blocking=True)
+        places = torch.from_numpy(at).to(device, non_blocking=True)
         sigma = total_noise(torch.from_numpy(rate)).float() if self._timed else None
         sigma = None if sigma is None else sigma.to(device, non_blocking=True)
         mask = self.cache.visible(clean, noised, finished)
         logits = self.model.decode(
             x[0], x[1], self.cache, places, mask=mask, clean=clean, sigma=sigma
         ).float()
-        if not shifted:
-            self._store(rows, finished, noised)
-        logits[:, self._mask_token_id] = -torch.inf
+        if self._mask_token_id < logits.shape[-1]:
+            logits[:, self._mask_token_id] = -torch.inf
         if self._no_token is not None:
             logits.masked_fill_(self._no_token, -torch.inf)
-        return logits
+        return logits, noised
 
     def _store(self, rows: Array, which: Array, noised: int) -> None:
         """Appends the staged blocks of those of `rows` for which bool [n] `which` is true."""
@@ -195,15 +202,19 @@ class Engine:
         return owner[which], column[which], drawn
 
     def _prefill(self, rows: Array) -> None:
-        """Caches the prompts' whole blocks, in one evaluation for each block size."""
-        state, cache = self.rows.state, self.cache
-        for size in np.unique(state["size"][rows]).tolist():
-            own = rows[state["size"][rows] == size]
+        """Caches the prompts' whole blocks, in one evaluation for each grid of blocks."""
+        state, cache, config = self.rows.state, self.cache, self.model.config
+        size = state["size"][rows]
+        grids = np.stack([size, -state["first"][rows] % size], axis=1)
+        for size, offset in np.unique(grids, axis=0).tolist():
+            own = rows[(grids == (size, offset)).all(1)]
             counts = state["prompt"][own]
             longest = int(counts.max())
             x_0 = torch.from_numpy(self.rows.canvas[own, :longest])
             x_0 = x_0.to(self.model.device, non_blocking=True)
-            layout = BlockLayout(longest, size, self.model.config.length)
+            layout = config.layout_of(
+                longest, size, window=config.length if config.slides else None, offset=offset
+            )
             context = self.model.encode(x_0, layout)
             places = np.array([(cache.rows == row).nonzero()[0][0] for row in own])
             cache.append(places, context.keys, context.values, counts)

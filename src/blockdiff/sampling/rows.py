@@ -52,7 +52,7 @@ class Rows:
 
     def __init__(self, config: Conventions) -> None:
         self.config, self.mask_token_id = config, config.mask_token_id
-        # 1 where the logits of a token are those of the next (AR), else 0
+        # 1 where the logits of a token are those of the next (AR, "shift"), else 0
         self.shifted = int(config.prediction == "shift")
         self.state, self.canvas = np.empty(0, _STATE), np.empty((0, 0), np.int64)
         self.u = np.empty((0, 0))  # of each row, the uniform numbers of its block
@@ -78,10 +78,11 @@ class Rows:
         rows, places = np.zeros(len(prompts), _STATE), len(self.state) + np.arange(len(prompts))
         start = np.array([len(prompt) for prompt in prompts])
         end = start + options.max_new_tokens
-        whole = end + -end % size
+        grid = start if config.prompt_grid == "prompt_end" else 0  # where a block begins
+        whole = end + (grid - end) % size
         cached = config.length > size
         stride = size if cached else max(size // 2, 1)
-        first = start // stride * stride
+        first = grid + (start - grid) // stride * stride
         if not cached:
             first = np.maximum(first + stride - size, 0)  # with as much before it as fits
         rows["name"], rows["number"] = names, names if numbers is None else numbers
@@ -91,9 +92,11 @@ class Rows:
         rows["capacity"] = np.minimum(config.length - size, whole)
         # Blocks are filled whole; a window only as far as text is wanted, by most orders.
         rows["limit"] = whole if cached or order.fills_block else end
-        # AR caches all tokens but the last, whose logits are the next token's.
-        rows["prompt"] = first - self.shifted if cached else 0
-        rows["uncached"], rows["length"] = self.shifted, -1
+        # Where logits are the next token's, the first token of a block is read off the block
+        # before, which is run once more: of AR the last token.
+        again = self.shifted & cached & (first == start)
+        rows["prompt"] = first - size * again if cached else 0
+        rows["uncached"], rows["length"] = again, -1
         self.admitted += len(prompts)
         self.state = np.append(self.state, rows)
         self.canvas = _grown(self.canvas, len(prompts), int(whole.max()), self.mask_token_id)
@@ -126,6 +129,14 @@ class Rows:
         inside = (column < state["size"][:, None]) & (position < state["limit"][:, None])
         return position, inside & (self.read(rows, position) == self.mask_token_id)
 
+    def first_alone(self, masked: Array) -> Array:
+        """Of `masked` bool [n, K] what comes next: the first of a block, where it comes alone."""
+        if not self.shifted:
+            return masked
+        alone = masked.copy()
+        alone[masked[:, 0], 1:] = False
+        return alone
+
     def read(self, rows: Array, position: Array) -> Array:
         """The canvas at `position` [n, K]; the mask token past its end."""
         inside = position < self.canvas.shape[1]
@@ -147,9 +158,9 @@ class Rows:
         """From the blocks of `rows`, which are full, to their next with something to fix."""
         while len(rows):
             self.state["first"][rows] += self.state["stride"][rows]
-            self.state["uncached"][rows] = self.shifted | (self.state["capacity"][rows] > 0)
+            self.state["uncached"][rows] = self.state["capacity"][rows] > 0
             self.state["evaluations"][rows] = 0
-            if self.shifted:
+            if self.config.causal:
                 return  # the next token is masked: the row goes on
             full = ~self.look(rows)[1].any(1)
             self._number(rows[~full])
@@ -292,6 +303,11 @@ def check_prompt(config: Conventions, prompt: Sequence[int], options: SamplingOp
         raise InputError(
             f"a prompt's token ids run outside the model's vocabulary of {config.vocab_size}; "
             "is this the model's tokenizer?"
+        )
+    if not config.slides and len(prompt) + options.max_new_tokens > config.length:
+        raise InputError(
+            f"the model's context is {config.length} tokens; prompt and new tokens come to "
+            f"{len(prompt) + options.max_new_tokens}: lower `max_new_tokens`"
         )
     if config.kind == "sedd":
         longest = len(prompt) + options.max_new_tokens

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -153,7 +153,7 @@ class RunTrainer(Trainer):
                 self._require_finite(self.ema.module)
                 if self.args.should_save:
                     updates = {"updates_before": str(self.ema_updates)}
-                    save_file(self.ema.module.state_dict(), folder / EMA_WEIGHTS, metadata=updates)
+                    save_model(self.ema.module, str(folder / EMA_WEIGHTS), metadata=updates)
         self.accelerator.wait_for_everyone()  # the folder is there for all
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # and holds every process's part
@@ -170,6 +170,6 @@ class RunTrainer(Trainer):
             self.use_clip((beta, omega))
         if self.ema is not None:
             average = Path(resume_from_checkpoint) / EMA_WEIGHTS
-            self.ema.module.load_state_dict(load_file(average))
+            load_model(self.ema.module, average)
             with safe_open(average, "pt") as file:
                 self.ema_updates = int((file.metadata() or {}).get("updates_before", 0))

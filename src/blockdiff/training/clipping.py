@@ -17,7 +17,6 @@ from torch import Tensor
 
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import addressed_noise
-from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.objectives import objective_of
 from blockdiff.training.config import WHOLE
@@ -66,7 +65,7 @@ def clip_variances(
     pass; all share one pass over the clean text.
     """
     config = model.config
-    layout = BlockLayout(x_0.shape[1], config.block_size, documents=documents)
+    layout = config.layout_of(x_0.shape[1], documents=documents)
     objective = objective_of(config)
     maskable = objective.counted(x_0, config.keep_first, documents)
     counted = layout.by_block(maskable).sum(-1)

@@ -16,7 +16,6 @@ import transformers
 
 from blockdiff import folders
 from blockdiff.attention import choose_backend
-from blockdiff.models.config import DiTConfig
 from blockdiff.outputs import staging
 from blockdiff.plugins import loaded_plugins
 from blockdiff.training.config import TrainConfig
@@ -71,10 +70,11 @@ def begin(
     data: TrainingData,
     device: torch.device,
     record: dict[str, Any],
-    sizes: DiTConfig,
+    head_dim: int,
 ) -> dict[str, Any]:
     """Puts run.json and the tokenizer into the folder, for which an earlier run makes room.
 
+    `head_dim`: of the network's keys, which decides what "auto" stands for among the backends.
     Returns the run's record: that of its start, and under `resumed` those of later sessions.
     """
     out = Path(config.out)
@@ -83,7 +83,6 @@ def begin(
         record = {name: value for name, value in record.items() if name != "finished"}
         record["resumed"] = [*record.get("resumed", []), now]
     else:
-        head_dim = sizes.hidden_size // sizes.num_attention_heads
         backend = choose_backend(config.backend, device, head_dim)
         became = {"precision": config.precision, "backend": backend}
         record = {**now, "resolved": became, "data": data.fingerprints}

@@ -23,6 +23,7 @@ from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.estimators import make_estimator
 from blockdiff.layout import BlockLayout
+from blockdiff.models.adapted import Adapted
 from blockdiff.models.card import write_card
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
@@ -181,7 +182,8 @@ def _train(
     check_data(config, record, data.fingerprints)
     model = build_model(config, data.tokenizer, start)
     if processes.is_main_process:
-        record = begin(config, data, where, record, model.config)
+        head_dim = model.new_cache(0, 0, 1).layers[0].key_width
+        record = begin(config, data, where, record, head_dim)
     processes.wait_for_everyone()
     tokens_per_step = config.batch_size * config.length
     bar = ProgressBar(f"{model.config.kind} → {config.out}", tokens_per_step)
@@ -254,7 +256,7 @@ def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
     return replace(config, precision=cast(Precision, chosen[0]))
 
 
-def _start(source: str | None, checkpoint: Path | None) -> tuple[DiT | None, DiT | None, int]:
+def _start(source: str | None, checkpoint: Path | None) -> tuple[Any, Any, int]:
     """(weights, their moving average, how many updates made it) to start from.
 
     A run of ours keeps both, the weights in its last checkpoint; another folder has one set only,
@@ -270,7 +272,40 @@ def _start(source: str | None, checkpoint: Path | None) -> tuple[DiT | None, DiT
     return load_model(newest), average, checkpoint_step(newest)
 
 
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: DiT | None) -> DiT:
+def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: Any) -> Any:
+    """The network to train, new or continued, as the configuration would have it."""
+    if isinstance(start, Adapted):
+        check_tokenizer(start, tokenizer)
+        model: Any = rewrapped(start, config)
+    else:
+        model = _build_dit(config, tokenizer, start)
+        if config.compile:
+            model.compile_layers()
+    model.attention_backend = config.backend
+    if config.checkpoint_activations:
+        recompute_activations(model)
+    return model
+
+
+def rewrapped(start: Adapted, config: TrainConfig) -> Adapted:
+    """An adapted model that goes on under the run's block size and context."""
+    if start.config.causal:
+        raise InputError(
+            f"{config.init_from} is a plain causal model; make it a block diffusion model first: "
+            f"blockdiff adapt {config.init_from} OUT"
+        )
+    if config.compile:
+        raise InputError("`compile` is for the package's own networks; leave it out")
+    if config.length > start.config.length:
+        raise InputError(
+            f"`length` is {config.length}, but the model's context is {start.config.length} tokens"
+        )
+    start.config.block_size = config.effective_block_size
+    start.config.block_sizes = (config.effective_block_size,)
+    return start
+
+
+def _build_dit(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: DiT | None) -> DiT:
     """A new network, or one that continues from `start` under another objective or block size.
 
     From an AR model a block diffusion model takes every weight; its adaLN, which AR does not have,
@@ -302,13 +337,8 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
             **{"time_conditioning": config.time_conditioning, **objective.network, **sizes},
         )
     )
-    model.attention_backend = config.backend
     if start is not None:
         _take_weights(model, start)
-    if config.checkpoint_activations:
-        recompute_activations(model)
-    if config.compile:
-        model.compile_layers()
     return model
 
 

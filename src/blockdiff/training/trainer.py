@@ -25,7 +25,6 @@ from transformers import PreTrainedModel, TrainerCallback
 from blockdiff.categorical import fold_seed
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
-from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Conventions, Denoiser
 from blockdiff.noising import Draw, stratified_noise
 from blockdiff.objectives import objective_of
@@ -81,7 +80,7 @@ class BlockDiffusionTrainer(RunTrainer):
         first = self._begin_micro_batch(len(x_0))
         config = self.conventions
         objective = objective_of(config)
-        layout = BlockLayout(x_0.shape[1], config.block_size, documents=documents)
+        layout = config.layout_of(x_0.shape[1], documents=documents)
         maskable = self.counted(x_0, documents)
         what: Tensor | Draw = maskable
         if objective.noised:

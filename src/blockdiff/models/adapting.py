@@ -1,0 +1,210 @@
+"""From a causal language model to a block denoiser: its mask token, its record, its folder.
+
+blockdiff.adapt(lm)                   a model in memory; weights are shared, not copied
+adapt_folder("owner/model", "out")    a folder, with a tokenizer that has a mask token
+open_adapted(folder, …)               what `load_model` does with a folder that has a record,
+                                      or with that of a plain causal model, which becomes AR
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from blockdiff import folders
+from blockdiff.data.tokenizers import MASK_TOKEN, bos_id, eos_id, read_tokenizer
+from blockdiff.errors import InputError, first_line
+from blockdiff.models.adapted import RECORD, Adapted
+from blockdiff.models.adapted_config import AdaptedConfig
+from blockdiff.models.probe import probe, require_interface
+
+# A base model that does not say how many positions it knows.
+DEFAULT_LENGTH = 2048
+
+
+def adapt(
+    lm: PreTrainedModel,
+    *,
+    mask_token_id: int,
+    block_size: int | Sequence[int] = 8,
+    prediction: Literal["shift", "same"] = "shift",
+    clean: Literal["causal", "block"] = "causal",
+    length: int | None = None,
+) -> Adapted:
+    """A causal language model of transformers as a denoiser of blocks of `block_size` tokens.
+
+    `mask_token_id`: an id with a row in its embedding table. `prediction`: "shift" keeps the
+    model's habit of predicting the next token; "same" makes the logits at i be for token i, which
+    takes far longer to learn. `clean`: what a token of the clean text sees, everything before it
+    ("causal", as the model was trained) or all of its block too ("block", the paper's). `length`:
+    the context, by default what the model's configuration says. The model's weights are used as
+    they are, not copied; train it then.
+
+    Raises `InputError` for a model that cannot be adapted, with the reason, and for a mask token
+    outside its vocabulary.
+
+    Example:
+        >>> import torch, blockdiff
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> lm = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2))
+        >>> blockdiff.adapt(lm, mask_token_id=19, block_size=4).config.kind
+        'bd3lm'
+    """
+    sizes = (block_size,) if isinstance(block_size, int) else tuple(sorted(block_size))
+    return wrap(
+        lm,
+        block_size=sizes[-1], block_sizes=sizes, mask_token_id=mask_token_id,
+        prediction=prediction, clean_stream=clean, length=length or context_of(lm.config),
+    )  # fmt: skip
+
+
+def wrap(lm: PreTrainedModel, **conventions: Any) -> Adapted:
+    """The model under these fields of `AdaptedConfig`, after it was probed."""
+    require_interface(lm)
+    base = lm.config.get_text_config()
+    config = AdaptedConfig(
+        **{
+            "vocab_size": len(_table(lm)),
+            "hidden_size": base.hidden_size,
+            "num_hidden_layers": base.num_hidden_layers,
+            "bos_token_id": _one(base.bos_token_id),
+            "eos_token_id": _one(base.eos_token_id),
+            "length": context_of(base),
+            **conventions,
+        }
+    )
+    model = Adapted(config, lm)
+    probe(model)
+    return model.eval()
+
+
+def as_autoregressive(lm: PreTrainedModel) -> Adapted:
+    """A plain causal model as the AR model that it is; no id is its mask token."""
+    return wrap(lm, causal=True, mask_token_id=len(_table(lm)))
+
+
+def context_of(base: Any) -> int:
+    """How many positions a base model knows."""
+    length = getattr(base, "max_position_embeddings", None) or DEFAULT_LENGTH
+    scaling = getattr(base, "rope_parameters", None) or {}
+    if scaling.get("rope_type") in ("dynamic", "longrope"):
+        # These turn by other angles once the text is longer than this: what is cached would change.
+        length = min(length, scaling.get("original_max_position_embeddings") or length)
+    return int(length)
+
+
+def _one(token: int | list[int] | None) -> int | None:
+    return token[0] if isinstance(token, list) else token
+
+
+def adapt_folder(
+    source: str | Path,
+    out: str | Path,
+    *,
+    block_size: int | Sequence[int] = 8,
+    prediction: Literal["shift", "same"] = "shift",
+    clean: Literal["causal", "block"] = "causal",
+    mask_token: str | None = None,
+    dtype: Literal["auto", "float32", "bf16"] = "auto",
+    overwrite: bool = False,
+) -> Adapted:
+    """Adapts the model in a folder or hub repository and saves it, with its tokenizer, in `out`.
+
+    The mask token is `mask_token`, else the tokenizer's own, else `<|mask|>`; one that the
+    tokenizer does not know is added to it, and a row to the model's tables. Raises `InputError`
+    before `out` is touched.
+    """
+    from blockdiff.models.hub import load_model, resolve, save_model
+
+    folder = resolve(source)
+    with folders.claim(out, overwrite=overwrite, kinds=("model", "tokenizer")) as target:
+        tokenizer = read_tokenizer(folder)
+        kinds: dict[str, Any] = {"float32": torch.float32, "bf16": torch.bfloat16}
+        before = load_model(folder, dtype=kinds.get(dtype, "auto"))
+        if not isinstance(before, Adapted):
+            raise InputError(f"{source} is no causal language model of transformers")
+        if not before.config.causal:
+            raise InputError(f"{source} is a block diffusion model already: train it")
+        lm = before.lm
+        mask = give_mask(lm, tokenizer, mask_token)
+        model = adapt(
+            lm, mask_token_id=mask, block_size=block_size, prediction=prediction, clean=clean
+        )
+        model.config.bos_token_id, model.config.eos_token_id = bos_id(tokenizer), eos_id(tokenizer)
+        folders.clear(target, kinds=("model", "tokenizer"))
+        save_model(model, target, tokenizer)
+    return model
+
+
+@torch.no_grad()
+def give_mask(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token: str | None = None
+) -> int:
+    """The id of the mask token, with a row in the model's tables; the tokenizer has it as its mask.
+
+    A new row is the mean of the input table, scaled to the length its rows have. Raises
+    `InputError` for a mask token that is an ordinary word of the vocabulary.
+    """
+    name = mask_token or tokenizer.mask_token or MASK_TOKEN
+    vocabulary = tokenizer.get_vocab()
+    known = name in vocabulary
+    if known and name != tokenizer.mask_token and vocabulary[name] not in tokenizer.all_special_ids:
+        added = tokenizer.added_tokens_decoder.get(vocabulary[name])
+        if added is None:
+            raise InputError(
+                f"{name!r} is an ordinary token of this tokenizer, which text may hold: choose "
+                "another as `mask_token`"
+            )
+    tokenizer.add_special_tokens({"mask_token": name})
+    mask = cast(int, tokenizer.convert_tokens_to_ids(name))
+    if mask < len(_table(lm)) and known:
+        return mask
+    if mask >= len(_table(lm)):
+        lm.resize_token_embeddings(mask + 1, mean_resizing=False)
+    head = cast(nn.Linear, lm.get_output_embeddings()).weight
+    tied = head.data_ptr() == _table(lm).data_ptr()
+    for rows in [_table(lm)] if tied else [_table(lm), head]:
+        others = torch.cat([rows[:mask], rows[mask + 1 :]]).float()
+        mean = others.mean(0)
+        scale = others.norm(dim=1).mean() / mean.norm().clamp(min=1e-9)
+        rows[mask] = (mean * scale).to(rows.dtype)
+    return mask
+
+
+def _table(lm: PreTrainedModel) -> Tensor:
+    return cast(nn.Embedding, lm.get_input_embeddings()).weight
+
+
+def open_adapted(
+    folder: Path, raw: Mapping[str, Any], *, dtype: torch.dtype | Literal["auto"] = torch.float32
+) -> Adapted:
+    """The model in a folder of transformers: under its record, or without one as AR.
+
+    `raw`: its config.json. Weights are read by transformers, which never runs code of the folder.
+    """
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except Exception as error:
+        raise InputError(f"{folder} cannot be opened: {first_line(error)}") from None
+    record = raw.get(RECORD)
+    if record is None:
+        return as_autoregressive(lm)
+    lm.config.__dict__.pop(RECORD, None)
+    try:
+        return wrap(lm, **record)
+    except TypeError:
+        what = f"{RECORD} holds fields that nobody knows"
+        raise InputError(f"{folder}/config.json: {what}") from None
+
+
+def is_causal_lm(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a causal language model of transformers."""
+    return raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
