@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -818,3 +819,15 @@ def test_training_and_its_card(tmp_path, starter):
         blockdiff.train(
             blockdiff.TrainConfig(**{**vars(config), "overwrite": True}), progress=False
         )
+
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    """docs/transformers.md, block by block, in one folder."""
+    page = Path(__file__).parents[1] / "docs" / "transformers.md"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
+    assert names["loss"].item() > 0
+    assert names["model"].generation_config.max_new_tokens == 16
