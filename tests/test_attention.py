@@ -27,6 +27,7 @@ LAYOUTS = [
     BlockLayout(24, 24, clean="causal", inside="causal"),
     BlockLayout(24, 4, inside="causal", sliding=7),
     BlockLayout(24, 4, window=12, clean="causal", sliding=5),
+    BlockLayout(22, 4, window=12, offset=2),
 ]
 CPU = torch.device("cpu")
 KINDS = {"alone": (1, 1), "clean": (1, 1), "noised": (1, 2), "two_stream": (2, 2)}
@@ -115,6 +116,7 @@ def test_the_kernels_without_a_mask_are_dense(kind, layout):
      ("clean", BlockLayout(24, 24, clean="causal", sliding=5)),
      ("clean", BlockLayout(24, 4, clean="causal", window=8)),
      ("alone", BlockLayout(24, 4, clean="causal")),
+     ("clean", BlockLayout(22, 12, offset=2)),
      ("noised", BlockLayout(24, 24, clean="causal")),
      ("two_stream", BlockLayout(24, 1))],
     ids=str,
@@ -272,6 +274,7 @@ def test_prompts_of_any_length_are_a_few_lengths_to_flex():
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert seen == {128, 256, 512, 1024}
     assert flex.padded(BlockLayout(100, 25)).length == 150
+    assert flex.padded(BlockLayout(102, 4, offset=2)).length == 130
 
 
 @pytest.mark.parametrize("backend", ["dense", "blockwise", "flex"])

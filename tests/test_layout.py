@@ -27,6 +27,8 @@ LAYOUTS = [
     BlockLayout(12, 3, clean="causal", sliding=5),
     BlockLayout(12, 1, sliding=1),
     BlockLayout(12, 6, window=6, clean="causal", inside="causal", sliding=4),
+    BlockLayout(10, 4, offset=2),
+    BlockLayout(11, 3, window=6, clean="causal", offset=1),
 ]
 EVERY = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 
@@ -38,7 +40,7 @@ def paper_mask(layout):
     for i in range(2 * length):
         for j in range(2 * length):
             noised_query, noised_key = i >= length, j >= length
-            query, key = i % length // size, j % length // size
+            query, key = ((x % length + layout.offset) // size for x in (i, j))
             # A window of W tokens: the query's block and the W − L' tokens before it.
             if layout.window is not None and (query - key) * size > layout.window - size:
                 continue
@@ -125,7 +127,7 @@ def test_layout_is_a_value():
     assert dense_mask(BlockLayout(8, 2), "clean", CPU) is first, "masks are cached by layout"
     with pytest.raises(AttributeError):
         BlockLayout(8, 2).length = 4
-    assert BlockLayout(8, 2).blocks == 4
+    assert BlockLayout(8, 2).blocks == 4 and BlockLayout(6, 4, offset=2).blocks == 2
 
 
 def test_cached_tensors_are_bounded_in_bytes(monkeypatch):

@@ -38,16 +38,18 @@ def bound_by_hand(model, x_0, size, maskable):
             for masked in itertools.combinations(own, k):
                 x_t = x_0.clone()
                 x_t[list(masked)] = 8
-                layout = BlockLayout(len(x_0), size)
+                layout = model.config.layout_of(len(x_0), size)
                 logits = model(x_t[None], x_0=x_0[None], layout=layout, backend="dense").logits
                 loss = sum(nll(logits[0, i], x_0[i]) for i in masked)
                 total += loss / (k * math.comb(len(own), k))
     return total
 
 
+@pytest.mark.parametrize("clean", ["block", "causal"])
 @pytest.mark.parametrize("keep_first", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_enumerate_is_the_bound(model, size, keep_first):
+def test_enumerate_is_the_bound(size, keep_first, clean):
+    model = tiny_model(vocab_size=9, length=12, block_size=4, clean_stream=clean)
     x_0 = random_tokens(model, 2, 12)
     maskable = [not (keep_first and i == 0) for i in range(12)]
     measured = likelihood(model, x_0, "enumerate", block_size=size, keep_first=keep_first)

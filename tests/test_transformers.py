@@ -198,6 +198,21 @@ def test_a_clip_is_trained_with_and_never_measured_with(model):
     assert torch.equal(model(x_0, labels=x_0).loss, model(x_0, labels=x_0).loss)
 
 
+def test_several_block_sizes_are_trained_in_turn_and_measured_in_the_largest():
+    model = network(block_sizes=(1, 2, 4))
+    x_0, model.estimator = random_tokens(model, 2, 12), "enumerate"
+    sizes = {likelihood(model, x_0, "enumerate", block_size=size).nats_per_token: size
+             for size in (1, 2, 4)}  # fmt: skip
+
+    def size() -> int:
+        loss = model(x_0, labels=x_0).loss.item()
+        return next(size for nats, size in sizes.items() if nats == pytest.approx(loss, rel=1e-5))
+
+    assert {size() for _ in range(5)} == {4}
+    model.train()
+    assert {size() for _ in range(30)} == {1, 2, 4}
+
+
 def test_what_is_no_label_is_one_line(model):
     x_0 = random_tokens(model, 2, 12)
     for labels, words in (

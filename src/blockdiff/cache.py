@@ -1,10 +1,10 @@
 """Keys and values of the clean blocks before each row's current one.
 
-A row has C slots, used as a ring: once they are full, a new block overwrites the oldest tokens: the
-sliding window. Mostly C and each append are multiples of the row's block size; a row whose
-blocks are counted from its prompt's end begins with a shorter one. In memory the tokens of the
-evaluation that is under way lie in front of the ring,
-so that what attention reads is one view, and never a copy:
+A row has C slots, used as a ring: once they are full, a new block overwrites the oldest tokens,
+which is the sliding window. C is a multiple of the row's block size, and so are all appends but
+perhaps the first: where blocks are counted from the prompt's end, the first one is shorter. In
+memory the tokens of the evaluation that is under way lie in front of the ring, so that what
+attention reads is one view, and never a copy:
 
     [ … | T staged tokens | slot 0, slot 1, … slot C − 1 ]
 

@@ -83,6 +83,44 @@ def whole_number(
     return number
 
 
+def whole_numbers(name: str, value: object, low: int = 1) -> tuple[int, ...]:
+    """Whole numbers of at least `low`, none twice: one, several, or a text such as "1,4,16".
+
+    Raises `InputError` for anything else.
+    """
+    parts: Any = value if isinstance(value, list | tuple) else [value]
+    if isinstance(value, str):
+        try:
+            parts = [int(part) for part in value.split(",")]
+        except ValueError:
+            raise InputError(
+                f"`{name}` is {value!r}; it must be a whole number, or several like 1,4,16"
+            ) from None
+    found = tuple(whole_number(name, part, low) for part in parts)
+    if not found or len(set(found)) < len(found):
+        raise InputError(f"`{name}` is {value!r}; it must be different numbers like 1,4,16")
+    return found
+
+
+def shares(name: str, value: str | None, count: int, of: str) -> list[float]:
+    """Shares, with sum 1, of a text of `count` weights above 0; equal ones for None.
+
+    `of`: what each is for, in the refusal (`InputError`) of a text that is something else.
+    """
+    if value is None:
+        return [1 / count] * count
+    try:
+        weights = [float(part) for part in value.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != count or not all(SMALLEST <= w <= 1 / SMALLEST for w in weights):
+        raise InputError(
+            f"`{name}` {value!r} must be {count} numbers above 0, one for each {of}, for example "
+            "0.7,0.3"
+        )
+    return [weight / sum(weights) for weight in weights]
+
+
 def seed(name: str, value: object) -> int:
     """A seed: 0 to 2³² − 1, what every generator takes."""
     return whole_number(name, value, *SEEDS)
@@ -194,7 +232,7 @@ def options(
             continue
         if name in choices:
             one_of(name, value, choices[name])
-        elif name in whole or name in real:
+        elif (name in whole or name in real) and not (isinstance(value, str) and "str" in kind):
             number = _number(name, value, whole, real)
             if 0 < number < smallest:
                 raise InputError(f"`{name}` is {value}; it must be at least {smallest:g}")

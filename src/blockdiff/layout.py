@@ -44,9 +44,9 @@ class BlockLayout:
     clean token sees of its block, all of it or, "causal", the tokens up to itself; `inside`: what a
     noised one sees of its own. `sliding`: no query sees a key `sliding` or more tokens before it.
     `prediction` "shift": the clean stream predicts the first token of a block, which is therefore
-    never masked. `offset`: how many positions the first block is short of.
-    Frozen and, but for the documents, compared and hashed by value: masks are cached under `plain`.
-    Raises `InputError` when the sizes do not fit each other.
+    never masked. `offset`: how many positions the first block is short of. Frozen and, but for the
+    documents, compared and hashed by value: masks are cached under `plain`. Raises `InputError`
+    when the sizes do not fit each other.
 
     Example:
         >>> import blockdiff
@@ -93,7 +93,7 @@ class BlockLayout:
     @property
     def blocks(self) -> int:
         """N, the number of blocks."""
-        return self.length // self.block_size
+        return (self.length + self.offset) // self.block_size
 
     def starts(self, device: torch.device) -> Tensor:
         """bool [L]: the first token of each block."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +84,26 @@ def loss_plot(curves: Mapping[str, Curve], path: Path | None = None, *, title: s
     """Draws losses in nats per token over tokens seen, as a PNG; perplexity on the right.
 
     `curves`: a name → the lines of its metrics.jsonl, each with `tokens` and `loss` (training) or
-    `eval_nats_per_token` with `eval_stderr` (validation); others are passed over. Training losses
-    are drawn raw and faint beneath their moving average, validation as points ± 1 standard error.
-    With a single curve its name is left to the title. Returns the figure, and writes no file where
-    `path` is None. Raises `InputError` if no line has a loss.
+    `eval_nats_per_token` with `eval_stderr` (validation); others are passed over. Where a run has
+    several block sizes, each one's loss (`loss_4`, …) is drawn in the place of their mixture.
+    Training losses are drawn raw and faint beneath their moving average, validation as points ± 1
+    standard error. With a single curve its name is left to the title. Returns the figure, and
+    writes no file where `path` is None. Raises `InputError` if no line has a loss.
     """
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     important: list[float] = []  # what the vertical range must hold; raw noise may leave it
-    for i, (name, lines) in enumerate(curves.items()):
+    colours = cycle(COLOURS)
+    for name, lines in curves.items():
         prefix = f"{name}, " if len(curves) > 1 else ""
-        colour = COLOURS[i % len(COLOURS)]
-        important += _training(axes, lines, colour, f"{prefix}training loss")
+        colour = next(colours)
+        sizes = {int(key[5:]) for line in lines for key in line if key.startswith("loss_")}
+        for size in sorted(sizes):
+            label = f"{prefix}training loss, L' = {size}"
+            important += _training(axes, lines, colour, label, f"loss_{size}")
+            colour = next(colours)
+        if not sizes:
+            important += _training(axes, lines, colour, f"{prefix}training loss")
         important += _validation(axes, lines, colour, f"{prefix}validation ± standard error")
     if not important:
         raise InputError("no losses to draw: the metrics hold none yet")
@@ -123,11 +132,11 @@ def _column(lines: Curve, key: str) -> np.ndarray:
     return np.array([line[key] for line in lines], dtype=float)
 
 
-def _training(axes: Axes, lines: Curve, colour: str, label: str) -> list[float]:
-    lines = _having(lines, "loss")
+def _training(axes: Axes, lines: Curve, colour: str, label: str, key: str = "loss") -> list[float]:
+    lines = _having(lines, key)
     if not lines:
         return []
-    tokens, losses = _column(lines, "tokens"), _column(lines, "loss")
+    tokens, losses = _column(lines, "tokens"), _column(lines, key)
     if len(losses) < _FEWEST_TO_SMOOTH:
         axes.plot(tokens, losses, color=colour, linewidth=1.3, label=label)
         return losses.tolist()

@@ -168,17 +168,24 @@ def test_coarse_steps_are_told_apart():
         assert noncentrality(a, b) > 50
 
 
-def test_blocks_follow_one_another():
+@pytest.mark.parametrize("clean", ["block", "causal"])
+def test_blocks_follow_one_another(clean):
     """Two blocks of 2: p(b_1) · p(b_2 | b_1), 81 outcomes, the second read through the cache."""
-    model = tiny_model(vocab_size=4, length=6, block_size=2, seed=11)
-    prompt, truth, blind = [1, 2], {}, {}
-    first = joint(conditionals(model, prompt), [], one_at_a_time([0, 1]))
-    for head, chance in first.items():
-        second = joint(conditionals(model, [*prompt, *head]), [], one_at_a_time([0, 1]))
-        for tail, rest in second.items():
-            truth[head + tail] = chance * rest
-            blind[head + tail] = chance * first[tail]
-    assert noncentrality(truth, blind) > 200
+    prompt, laws, blind = [1, 2], {}, {}
+    for stream in ("block", "causal"):
+        model = tiny_model(vocab_size=4, length=6, block_size=2, seed=11, clean_stream=stream)
+        first = joint(conditionals(model, prompt), [], one_at_a_time([0, 1]))
+        laws[stream] = truth = {}
+        for head, chance in first.items():
+            second = joint(conditionals(model, [*prompt, *head]), [], one_at_a_time([0, 1]))
+            for tail, rest in second.items():
+                truth[head + tail] = chance * rest
+                if stream == clean:
+                    blind[head + tail] = chance * first[tail]
+    truth = laws.pop(clean)
+    for other in (blind, *laws.values()):
+        assert noncentrality(truth, other) > 200
+    model = tiny_model(vocab_size=4, length=6, block_size=2, seed=11, clean_stream=clean)
     assert p_value(drawn(model, prompt, 4), truth) > REJECT
 
 

@@ -19,6 +19,7 @@ from helpers import Operators, random_tokens, tiny_model
 KINDS = {
     "bd3lm": {"block_size": 4},
     "timed": {"block_size": 4, "time_conditioning": True},
+    "causal clean stream": {"block_size": 4, "clean_stream": "causal"},
     "mdlm": {"block_size": 12},
     "ar": {"causal": True},
 }

@@ -213,8 +213,13 @@ def test_bd3lm_from_ar_starts_as_the_ar_network(corpus: Path, tmp_path: Path) ->
     ours, theirs = model.encode(x, layout), start.encode(x, layout)
     for a, b in zip(ours.keys, theirs.keys, strict=True):
         torch.testing.assert_close(a, b)
-    done = train(config, progress=False)
-    assert blockdiff.load_model(done.folder).config.kind == "bd3lm"
+    # And under a causal clean stream with any blocks.
+    config = replace(config, clean="causal")
+    model = build_model(config, tokenizer, start).eval()
+    for a, b in zip(model.encode(x).keys, theirs.keys, strict=True):
+        torch.testing.assert_close(a, b)
+    done = blockdiff.load_model(train(config, progress=False).folder).config
+    assert (done.kind, done.clean_stream, done.block_size) == ("bd3lm", "causal", 4)
 
 
 def test_a_run_carries_weights_and_their_average_on(corpus: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def padded(layout: BlockLayout) -> BlockLayout:
     These are the powers of two from 128 on, made multiples of the block size.
     """
     length = max(128, 1 << (layout.length - 1).bit_length())
-    length += -length % layout.block_size
+    length += -(length + layout.offset) % layout.block_size
     documents = layout.documents
     if documents is not None:
         documents = F.pad(documents, (0, length - layout.length), value=-1)

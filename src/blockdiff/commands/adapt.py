@@ -38,7 +38,7 @@ class AdaptOptions:
 
 def _run(given: Given) -> None:
     options = given.make(AdaptOptions)
-    from blockdiff.models.adapting import adapt_folder
+    from blockdiff.models.loading import adapt_folder
 
     model = adapt_folder(
         options.model, options.out, block_size=options.block_size, prediction=options.prediction,

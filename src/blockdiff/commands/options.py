@@ -148,7 +148,7 @@ class _Value(click.ParamType):
             (int, click.INT, "a whole number"),
             (float, click.FLOAT, "a number"),
         ):
-            if kind in parts:
+            if kind in parts and str not in parts:
                 self.plain, self.expected = inner, expected
         self.name = self.inner.name
 

@@ -14,16 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from blockdiff import checks
-from blockdiff.data.files import (
-    file_key,
-    find_files,
-    format_of,
-    read_file,
-    require_column,
-    text_of,
-)
+from blockdiff.data.files import file_key, find_files, format_of, read_file
 from blockdiff.data.hub_sets import HubUnreachable, hub_or_copies, quiet_libraries
 from blockdiff.data.pydoc import pydoc_documents
+from blockdiff.data.rows import Rows
 from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import local_path
 from blockdiff.progress import track
@@ -73,6 +67,7 @@ def load_corpus(
     streaming: bool = False,
     subset: str | None = None,
     process: tuple[int, int] = (0, 1),
+    format: str = "text",
 ) -> Corpus:
     """Open a corpus; its text is read when it is iterated, file by file.
 
@@ -90,12 +85,14 @@ def load_corpus(
             Each process, and each DataLoader worker in it, then gets documents of its own.
         subset: configuration of a hub data set.
         process: (number, count) of this process among those that share a stream.
+        format: what a document is: text, or of rows a chat or a prompt with its response, which
+            are documents of JSON (see `data.rows`).
 
     Raises:
         InputError: nothing is there, it cannot be reached or read, or it holds no text. Faults
             further inside a file are raised when the iteration comes to them.
     """
-    sources = _names(source)
+    sources, rows = _names(source), Rows(format, text_column)
     name = ", ".join(sources)
     readers: list[Callable[[], Iterable[str]]] = []
     # Local documents of a stream are dealt out together, across files; else the order stays.
@@ -106,23 +103,22 @@ def load_corpus(
         local, kind = kind_of(one)
         if kind == "hub":
             stream = process if streaming else None
-            readers.append(_hub_data_set(one, subset, split, stream, text_column))
+            readers.append(_hub_data_set(one, subset, split, stream, rows))
             continue
         if kind == "saved":
-            local_readers.append(_saved_data_set(local, split, text_column))
+            local_readers.append(_saved_data_set(local, split, rows))
         elif split != "train" or subset is not None:
             raise InputError(
                 f"{one} is not a data set and has no splits or subsets "
                 f"(split={split!r}, subset={subset!r}): leave both out"
             )
         elif kind == "pydoc":
+            rows.whole_file("pydoc")
             local_readers.append(pydoc_documents)
         else:
             files = {file_key(path): path for path in find_files(one)}
             local_readers += [
-                partial(read_file, path, text_column)
-                for key, path in files.items()
-                if key not in read
+                partial(read_file, path, rows) for key, path in files.items() if key not in read
             ]
             read |= files.keys()
     if to_share:
@@ -215,6 +211,7 @@ def split_documents(
     seed: int = 0,
     *,
     progress: bool = False,
+    whole: bool = False,
 ) -> tuple[Iterable[str], Iterable[str]]:
     """Split a corpus by document into training and validation text.
 
@@ -229,6 +226,7 @@ def split_documents(
         validation_fraction: share of the characters that is held out, inside (0, 1).
         seed: of the draw.
         progress: show a progress bar on stderr.
+        whole: never cut a document, however few there are.
 
     Returns:
         (training documents, validation documents), neither empty.
@@ -247,14 +245,15 @@ def split_documents(
     if iter(documents) is documents:
         documents = list(documents)
     lengths, cuts = array("Q"), array("Q")
+    few = 2 if whole else _FEW_DOCUMENTS
     for document in track(documents, "Measuring documents") if progress else documents:
         lengths.append(len(document))
-        if len(lengths) < _FEW_DOCUMENTS:
+        if len(lengths) < few:
             cuts.append(_cut_point(document, validation_fraction))
-    if len(lengths) >= _FEW_DOCUMENTS:
+    if len(lengths) >= few:
         held_out = _drawn(lengths, validation_fraction, seed)
         cuts = array("Q", (0 if i in held_out else size for i, size in enumerate(lengths)))
-    elif cuts == lengths:
+    elif whole or cuts == lengths:
         raise InputError("the corpus is too small to split: give more text")
     training, validation = (Part(documents, cuts, lengths, side) for side in (False, True))
     if isinstance(documents, list | tuple):
@@ -289,7 +288,7 @@ def _cut_point(text: str, fraction: float) -> int:
     return cut if worthwhile else len(text)
 
 
-def _saved_data_set(folder: Path, split: str, text_column: str) -> Callable[[], Iterable[str]]:
+def _saved_data_set(folder: Path, split: str, rows: Rows) -> Callable[[], Iterable[str]]:
     import datasets
 
     try:
@@ -302,11 +301,11 @@ def _saved_data_set(folder: Path, split: str, text_column: str) -> Callable[[], 
         data = data[split]
     elif split != "train":
         raise InputError(f"{folder}: no split {split!r}; it has no splits, leave split out")
-    return partial(_read_rows, data, text_column, str(folder))
+    return partial(_read_rows, data, rows, str(folder))
 
 
 def _hub_data_set(
-    name: str, subset: str | None, split: str, stream: tuple[int, int] | None, text_column: str
+    name: str, subset: str | None, split: str, stream: tuple[int, int] | None, rows: Rows
 ) -> Callable[[], Iterable[str]]:
     """`name` may end in @revision. `stream`: read as it is used, by this process of so many."""
     import datasets
@@ -333,7 +332,7 @@ def _hub_data_set(
 
         # Its files are dealt out where there are enough, else its rows; workers it sees to itself.
         data = split_dataset_by_node(data, *stream)
-    return partial(_read_rows, data, text_column, name)
+    return partial(_read_rows, data, rows, name)
 
 
 def _share(
@@ -349,13 +348,12 @@ def _share(
     yield from islice(documents, number * workers + own, None, processes * workers)
 
 
-def _read_rows(data: Any, text_column: str, name: str) -> Iterator[str]:
+def _read_rows(data: Any, rows: Rows, name: str) -> Iterator[str]:
     if data.column_names is not None:  # a streamed data set may not know its columns yet
-        require_column(data.column_names, text_column, name)
-        data = data.select_columns([text_column])
+        data = data.select_columns(rows.columns(data.column_names, name))
     try:
         for number, row in enumerate(data, start=1):
-            yield text_of(row, text_column, f"{name}, row {number}")
+            yield rows.document(row, f"{name}, row {number}")
     except InputError:
         raise
     except Exception as error:

@@ -10,12 +10,12 @@ import lzma
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from blockdiff.data.rows import Rows
 from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import local_path
 
@@ -28,7 +28,6 @@ _KNOWN = f"{', '.join(_FORMATS)}, each also with {' or '.join(_COMPRESSIONS)} be
 _LARGEST_RATIO = 200
 _ALWAYS_UNPACKED = 2**30  # bytes
 _LIMIT_VARIABLE = "BLOCKDIFF_DECOMPRESSED_LIMIT"
-_MOST_NAMED = 20  # columns in a message
 _CHUNK = 2**22  # bytes read at a time
 
 
@@ -126,7 +125,7 @@ def _matching(folder: Path, pattern: Sequence[str], seen: set[tuple[int, int]]) 
         yield from _matching(folder / part, rest, seen)
 
 
-def read_file(path: Path, text_column: str) -> Iterator[str]:
+def read_file(path: Path, rows: Rows) -> Iterator[str]:
     """The documents of one file that `find_files` found.
 
     Raises:
@@ -137,13 +136,14 @@ def read_file(path: Path, text_column: str) -> Iterator[str]:
     suffix, compression = file_format
     with _opened(path, compression) as file:
         if suffix == ".txt":
+            rows.whole_file(str(path))
             yield _read_text(file, path)
         elif suffix == ".parquet":
             # Parquet is read back and forth; each step back would decompress from the start.
             table = io.BytesIO(file.read()) if compression else file
-            yield from _read_parquet(table, path, text_column)
+            yield from _read_parquet(table, path, rows)
         else:
-            yield from _read_json_lines(file, path, text_column)
+            yield from _read_json_lines(file, path, rows)
 
 
 @contextmanager
@@ -219,7 +219,7 @@ def _no_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
     )
 
 
-def _read_json_lines(file: IO[bytes], path: Path, text_column: str) -> Iterator[str]:
+def _read_json_lines(file: IO[bytes], path: Path, rows: Rows) -> Iterator[str]:
     for number, data in enumerate(file, start=1):
         try:
             line = data.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -231,7 +231,7 @@ def _read_json_lines(file: IO[bytes], path: Path, text_column: str) -> Iterator[
         row = _json(line, where)
         if not isinstance(row, dict):
             raise InputError(f"{where}: a JSON object is needed, not {type(row).__name__}")
-        yield text_of(row, text_column, where)
+        yield rows.document(row, where)
 
 
 def _json(line: str, where: str) -> object:
@@ -250,45 +250,16 @@ def _json(line: str, where: str) -> object:
         raise InputError(f"{where}: lists or objects nested too deeply; flatten them") from error
 
 
-def _read_parquet(file: IO[bytes], path: Path, text_column: str) -> Iterator[str]:
+def _read_parquet(file: IO[bytes], path: Path, rows: Rows) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        # Asking for a missing column gives rows without it, which text_of could not explain.
-        require_column(table.schema_arrow.names, text_column, str(path))
-        batches = table.iter_batches(columns=[text_column], batch_size=1024)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            yield text_of(row, text_column, f"{path}, row {number}")
+        # Asking for a missing column gives rows without it, which could not be explained.
+        columns = rows.columns(table.schema_arrow.names, str(path))
+        batches = table.iter_batches(columns=columns, batch_size=1024)
+        found = (row for batch in batches for row in batch.to_pylist())
+        for number, row in enumerate(found, start=1):
+            yield rows.document(row, f"{path}, row {number}")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path} as parquet: {first_line(error)}") from error
-
-
-def require_column(columns: Iterable[str], text_column: str, where: str) -> None:
-    """Raise `InputError` naming the columns there are, unless `text_column` is one of them."""
-    if text_column not in columns:
-        names = [repr(column) for column in islice(columns, _MOST_NAMED + 1)]
-        has = ", ".join([*names[:_MOST_NAMED], "..."] if names[_MOST_NAMED:] else names) or "none"
-        raise InputError(
-            f"{where}: no column {text_column!r}; it has {has}; rename the one that holds the "
-            "text, or name it as `text_column`"
-        )
-
-
-def text_of(row: Mapping[str, Any], text_column: str, where: str) -> str:
-    """The text of one row, "" for a null; `InputError` when it has none that is Unicode."""
-    require_column(row, text_column, where)
-    text = row[text_column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        raise InputError(f"{where}: column {text_column!r} holds {kind}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: half a surrogate pair in the text; repair or drop it"
-        ) from error
-    return text

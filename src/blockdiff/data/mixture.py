@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -28,6 +29,7 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
     Attributes:
         counts: how many windows each corpus gives.
         key: a hash of the corpora's own keys and of the counts.
+        conversations: of conversations, what became of them in all corpora.
     """
 
     def __init__(
@@ -50,6 +52,10 @@ class MixedWindows(Dataset[dict[str, Tensor]]):
             )
         self.ends = torch.tensor(self.counts).cumsum(0)
         said = json.dumps([[part.key for part in parts], self.counts])
+        told: Counter[str] = Counter()
+        for part in parts:
+            told.update(getattr(part, "conversations", {}))
+        self.conversations = dict(told)
         self.key = hashlib.sha256(said.encode()).hexdigest()
 
     def __len__(self) -> int:

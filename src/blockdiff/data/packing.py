@@ -1,12 +1,16 @@
 """Windows of token ids: packed once into a memory-mapped cache, or on the fly from a stream."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +22,7 @@ from blockdiff.checks import whole_number
 from blockdiff.data.corpora import CHANGED, Corpus
 from blockdiff.data.encoding import encode_pieces, mark_windows, utf8
 from blockdiff.data.tokenizers import eos_id, fingerprint
-from blockdiff.data.windows import Windows, build_windows, open_windows
+from blockdiff.data.windows import Windows, build_windows, open_windows, write_windows
 from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import local_path
 from blockdiff.progress import track
@@ -64,15 +68,10 @@ def pack(
     """
     whole_number("length", length)
     cache = _default_cache() if cache_dir is None else cache_dir
-    if iter(documents) is documents:
-        documents = list(documents)
-    text = _Text(track(documents, "Reading documents") if progress else documents)
-    deque(text, maxlen=0)  # a loop's variable would keep the last document
-    if text.bytes == 0:
-        raise InputError(f"{name} is empty; give documents that are not empty")
+    documents, text = read_once(documents, progress, name)
     # Before the key, so that what cannot be packed is refused whether cached or not.
     encoded = encode_pieces(
-        _same(documents, text), tokenizer, bos=bos, eos=eos,
+        read_again(documents, text), tokenizer, bos=bos, eos=eos,
         progress_to=text.characters if progress else None,
     )  # fmt: skip
     if window_marks:
@@ -81,14 +80,34 @@ def pack(
         encoded = mark_windows(encoded, tokenizer, length)
     padding = None if across_documents else _padding_id(tokenizer)
     settings = {
-        "format": _FORMAT_VERSION,
-        "text": text.hash(),
-        "tokenizer": fingerprint(tokenizer),
         "length": length,
         "bos": bos,
         "eos": eos,
         "across_documents": across_documents,
     } | ({"window_marks": True} if window_marks else {})
+    write = partial(write_windows, encoded=encoded, padding=padding, length=length, name=name)
+    return find_or_build(cache, text, tokenizer, settings, write)
+
+
+def find_or_build(
+    cache: Path | None,
+    text: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    write: Callable[..., dict[str, Any]],
+) -> Windows:
+    """The windows of a text, from the cache or written by `write` (see `build_windows`).
+
+    `text`: read to its end. `settings`: `length`, and all else that decides what the windows hold.
+    Raises `InputError` where the cache cannot be written, and what `write` does.
+    """
+    cache = _default_cache() if cache is None else cache
+    settings = {
+        "format": _FORMAT_VERSION,
+        "text": text.hash(),
+        "tokenizer": fingerprint(tokenizer),
+        **settings,
+    }
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     entry = cache / key
     cached = open_windows(entry)
@@ -96,9 +115,12 @@ def pack(
         return cached
     # Not len(tokenizer): some vocabularies have gaps, and ids beyond their size.
     dtype = "<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4"
-    meta = {"key": key, "length": length, "dtype": dtype, "bytes": text.bytes, "settings": settings}
+    meta = {
+        "key": key, "length": settings["length"], "dtype": dtype, "bytes": text.bytes,
+        "settings": settings,
+    }  # fmt: skip
     try:
-        return build_windows(entry, encoded, padding, meta, name)
+        return build_windows(entry, partial(write, dtype=dtype), meta)
     except OSError as error:
         raise InputError(
             f"cannot pack into {cache}: {first_line(error)}; make room or name another "
@@ -184,7 +206,21 @@ def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-class _Text:
+def read_once(documents: Iterable[str], progress: bool, name: str) -> tuple[Iterable[str], Text]:
+    """(documents that can be read again, what they are) of documents, which are read here.
+
+    Raises `InputError` where they hold nothing.
+    """
+    if iter(documents) is documents:
+        documents = list(documents)
+    text = Text(track(documents, "Reading documents") if progress else documents)
+    deque(text, maxlen=0)  # a loop's variable would keep the last document
+    if text.bytes == 0:
+        raise InputError(f"{name} is empty; give documents that are not empty")
+    return documents, text
+
+
+class Text:
     """Documents passed on, and what has been passed on.
 
     Attributes:
@@ -214,9 +250,9 @@ class _Text:
         return self._digest.hexdigest()
 
 
-def _same(documents: Iterable[str], first: _Text) -> Iterator[str]:
+def read_again(documents: Iterable[str], first: Text) -> Iterator[str]:
     """The documents read again; raises `InputError` at their end when they are others now."""
-    again = _Text(documents)
+    again = Text(documents)
     yield from again
     if again.hash() != first.hash():
         raise InputError(CHANGED)

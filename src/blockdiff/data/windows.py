@@ -4,9 +4,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     Item `i` is `{"x_0": int64 [length]}`. When windows do not cross documents it also has
     `"documents": int64 [length]`, 0 at the document's tokens and -1 at the padding behind them.
+    Windows of conversations (data/conversations.py) have several documents, 0, 1, … and padding -1,
+    and `"maskable": bool [length]`, the tokens of responses.
 
     Attributes:
         length: tokens in a window.
@@ -34,6 +36,7 @@ class Windows(Dataset[dict[str, Tensor]]):
             no window.
         bytes: UTF-8 bytes of the whole corpus, so `bytes / corpus_tokens` is bytes per token.
         key: what the cache entry is called: a hash of the text, the tokenizer and the settings.
+        conversations: of conversations, what became of them (see `pack_conversations`); else empty.
     """
 
     length: int
@@ -41,6 +44,7 @@ class Windows(Dataset[dict[str, Tensor]]):
     corpus_tokens: int
     bytes: int
     key: str
+    conversations: dict[str, int]
 
     def __init__(self, folder: Path) -> None:
         """Open an entry; see `open_windows`, which looks whether it is whole."""
@@ -51,6 +55,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         self.corpus_tokens = meta["corpus_tokens"]
         self.bytes = meta["bytes"]
         self.key = meta["key"]
+        self.conversations = meta.get("conversations", {})
         self._count: int = meta["windows"]
         self._dtype: str = meta["dtype"]
         self._padded: bool = meta["padded"]
@@ -61,7 +66,10 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         item = {"x_0": torch.from_numpy(self._ids[index].astype(np.int64))}
-        if self._real is not None:
+        if self._real is not None and self.conversations:
+            marks = torch.from_numpy(self._real[index].astype(np.int64))
+            item |= {"documents": marks >> 1, "maskable": (marks & 1).bool()}
+        elif self._real is not None:
             is_padding = torch.arange(self.length) >= int(self._real[index])
             item["documents"] = -is_padding.long()
         return item
@@ -77,11 +85,9 @@ class Windows(Dataset[dict[str, Tensor]]):
     def _map(self) -> None:
         shape = (self._count, self.length)
         self._ids = np.memmap(self.folder / _IDS, self._dtype, "r", shape=shape)
-        self._real = (
-            np.memmap(self.folder / _REAL, "<u4", "r", shape=(self._count,))
-            if self._padded
-            else None
-        )
+        # Of each window how many tokens are no padding, or of conversations each token's mark.
+        kind, own = ("<i4", shape) if self.conversations else ("<u4", shape[:1])
+        self._real = np.memmap(self.folder / _REAL, kind, "r", shape=own) if self._padded else None
 
 
 def open_windows(entry: Path) -> Windows | None:
@@ -111,30 +117,25 @@ def _hash(path: Path) -> str:
 
 
 def build_windows(
-    entry: Path,
-    encoded: Iterable[tuple[np.ndarray, bool]],
-    padding: int | None,
-    meta: dict[str, Any],
-    name: str = "the corpus",
+    entry: Path, write: Callable[[BinaryIO, BinaryIO], dict[str, Any]], meta: dict[str, Any]
 ) -> Windows:
     """Write an entry beside its place and move it there in one step.
 
     Args:
         entry: its folder; the name is the key.
-        encoded: the ids of documents, piece by piece (see `encode_pieces`).
-        padding: id that fills each document's last window; None lets windows cross documents.
-        meta: `key`, `length`, `dtype` and `bytes`, and what else `meta.json` shall tell.
-        name: what the corpus is called in messages.
+        write: writes the windows' ids, in `meta["dtype"]`, and what is real of each into two files,
+            and returns what `meta.json` tells of them (see `write_windows`).
+        meta: `key`, `length` and `dtype`, and what else `meta.json` shall tell.
 
     Raises:
-        InputError: the documents do not fill a window.
+        InputError: what `write` raises, where the documents do not fill a window.
         OSError: the entry cannot be written. Like any other error, it leaves nothing behind.
     """
     entry.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{entry.name[:16]}-", dir=entry.parent))
     try:
-        counts = _write(draft, encoded, padding, meta["length"], meta["dtype"])
-        _require_windows(counts, meta["length"], name)
+        with (draft / _IDS).open("wb") as ids_file, (draft / _REAL).open("wb") as real_file:
+            counts = write(ids_file, real_file)
         meta = meta | counts | {"files": {name: _hash(draft / name) for name in (_IDS, _REAL)}}
         for name in (_IDS, _REAL):
             sync_file(draft / name)
@@ -164,32 +165,54 @@ def _settle(draft: Path, entry: Path) -> Windows:
     return Windows(entry)
 
 
-def _write(
-    folder: Path,
+def write_windows(
+    ids_file: BinaryIO,
+    real_file: BinaryIO,
+    *,
     encoded: Iterable[tuple[np.ndarray, bool]],
     padding: int | None,
     length: int,
     dtype: str,
+    name: str,
 ) -> dict[str, Any]:
-    """Stream the windows to disk; returns their counts for `meta.json`."""
+    """Stream the windows of documents to disk; returns their counts for `meta.json`.
+
+    Args:
+        ids_file: gets the ids, in `dtype`.
+        real_file: gets of each window how many tokens are no padding.
+        encoded: the ids of documents, piece by piece (see `encode_pieces`).
+        padding: id that fills each document's last window; None lets windows cross documents.
+        length: tokens in a window.
+        dtype: numpy's name of it.
+        name: what the corpus is called in messages.
+
+    Raises:
+        InputError: the documents do not fill a window.
+    """
     written = corpus_tokens = of_document = 0
-    with (folder / _IDS).open("wb") as ids_file, (folder / _REAL).open("wb") as real_file:
-        for ids, ends_document in encoded:
-            corpus_tokens += len(ids)
-            of_document += len(ids)
-            if ends_document:
-                if padding is not None:
-                    windows = -(-of_document // length)
-                    missing = windows * length - of_document
-                    real = np.full(windows, length)
-                    real[-1:] -= missing
-                    real_file.write(real.astype("<u4").tobytes())
-                    ids = np.pad(ids, (0, missing), constant_values=padding)
-                of_document = 0
-            ids_file.write(ids.astype(dtype).tobytes())
-            written += len(ids)
-        windows = written // length
-        ids_file.truncate(windows * length * np.dtype(dtype).itemsize)
+    for ids, ends_document in encoded:
+        corpus_tokens += len(ids)
+        of_document += len(ids)
+        if ends_document:
+            if padding is not None:
+                windows = -(-of_document // length)
+                missing = windows * length - of_document
+                real = np.full(windows, length)
+                real[-1:] -= missing
+                real_file.write(real.astype("<u4").tobytes())
+                ids = np.pad(ids, (0, missing), constant_values=padding)
+            of_document = 0
+        ids_file.write(ids.astype(dtype).tobytes())
+        written += len(ids)
+    windows = written // length
+    ids_file.truncate(windows * length * np.dtype(dtype).itemsize)
+    if windows == 0:
+        raise InputError(
+            f"{name} has {corpus_tokens} tokens, less than one window of {length}; give more text "
+            f"or a `length` of at most {corpus_tokens}"
+            if corpus_tokens
+            else f"{name} has no tokens; give documents that are not empty"
+        )
     tokens = corpus_tokens if padding is not None else windows * length
     return {
         "windows": windows,
@@ -197,17 +220,6 @@ def _write(
         "corpus_tokens": corpus_tokens,
         "padded": padding is not None,
     }
-
-
-def _require_windows(counts: dict[str, Any], length: int, name: str) -> None:
-    if counts["windows"] == 0:
-        tokens = counts["corpus_tokens"]
-        raise InputError(
-            f"{name} has {tokens} tokens, less than one window of {length}; give more text or a "
-            f"`length` of at most {tokens}"
-            if tokens
-            else f"{name} has no tokens; give documents that are not empty"
-        )
 
 
 def stack(windows: Any, count: int) -> dict[str, Tensor]:

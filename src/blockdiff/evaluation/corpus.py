@@ -29,6 +29,7 @@ from blockdiff.training.stored import held_out
 
 Texts = str | Sequence[str]
 PARTS = ("all", "train", "validation")
+LONGEST_WINDOW = 1024  # unless a length is asked for: contexts of adapted models are far longer
 PACKING = ("bos", "eos", "across_documents", "window_marks")
 # How a text is opened and packed where neither the caller nor the model's own run says.
 DEFAULTS: dict[str, Any] = {
@@ -152,8 +153,8 @@ def open_sequences(
 
 
 def packed_length(network: Denoiser, length: int | None) -> int:
-    """Tokens of a window: what was asked for, or the network's own context."""
-    return network.config.length if length is None else length
+    """Tokens of a window: what was asked for, or the network's context up to 1,024."""
+    return min(network.config.length, LONGEST_WINDOW) if length is None else length
 
 
 def pack_documents(

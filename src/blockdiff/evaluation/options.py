@@ -38,7 +38,7 @@ class TextOptions:
         split: Split of a hub data set.
         subset: Subset of a hub data set.
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
-        length: Tokens per sequence; the model's own context when left out.
+        length: Tokens per sequence; the model's context, at most 1024, when left out.
         bos: Put a beginning-of-text token before each document.
         eos: Put an end-of-text token behind each document; else true.
         across_documents: Let windows run across documents; otherwise pad at each document's end.
@@ -132,7 +132,7 @@ class ZeroShotOptions:
             the Hugging Face hub), files, or hub ids, with :DETOKENIZER after those that need one,
             for example news.txt:lm1b.
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
-        length: Tokens per sequence; the model's own context when left out.
+        length: Tokens per sequence; the model's context, at most 1024, when left out.
         bos: Put a beginning-of-text token before each document.
         eos: Put an end-of-text token behind each document.
         window_marks: Begin every window with a beginning-of-text token and end it with an

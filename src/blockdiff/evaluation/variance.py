@@ -25,7 +25,6 @@ from torch import Tensor
 
 from blockdiff import checks
 from blockdiff.categorical import fold_seed, real_dtype
-from blockdiff.checks import whole_number
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.estimators import MakeDraw, make_estimator
@@ -242,13 +241,14 @@ def measure_corpus(
     `DEFAULT_ESTIMATORS`. Everything is measured on the same windows. Of the text, what is None is
     the run's own, as in `evaluate_corpus`. Raises `InputError` on bad input.
     """
-    sizes = None if wish.block_sizes is None else parse_sizes(wish.block_sizes)
+    given = wish.block_sizes
+    sizes = None if given is None else checks.whole_numbers("block_sizes", given)
     names = list(DEFAULT_ESTIMATORS) if wish.estimators is None else wish.estimators.split(",")
     for name in names:
         parse_estimator(name)
     source, options, _ = options_of_run(model, wish.data, text_options(wish))
     network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device))
-    sizes = [network.config.block_size] if sizes is None else sizes
+    sizes = (network.config.block_size,) if sizes is None else sizes
     wanted = wish.batches * wish.batch_size
     _, sequences = open_sequences(
         network, words, source, length=wish.length, windows=wanted, **options
@@ -264,17 +264,6 @@ def measure_corpus(
             for size in sizes
             for name in names
         ]  # fmt: skip
-
-
-def parse_sizes(block_sizes: str) -> list[int]:
-    """The block sizes of a list like 1,4,16; raises `InputError` for what is none."""
-    try:
-        sizes = [int(size) for size in block_sizes.split(",")]
-    except ValueError:
-        raise InputError(f"`block_sizes` {block_sizes!r} is no list like 1,4,16") from None
-    for size in sizes:
-        whole_number("block_sizes", size)
-    return sizes
 
 
 def variance_table(found: Sequence[EstimatorVariance]) -> str:

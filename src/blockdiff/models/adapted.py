@@ -20,153 +20,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from blockdiff.attention import Mask, attend, make_mask
 from blockdiff.cache import BlockCache, LayerShape
-from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 from blockdiff.models.adapted_config import AdaptedConfig
 from blockdiff.models.denoiser import Context, DenoiserOutput
 from blockdiff.models.loss import subs_nll
+from blockdiff.models.passes import CURRENT, INTERFACE, Cached, Pass, Streams, repeat
 from blockdiff.models.pretrained import DenoiserModel
+from blockdiff.models.weights import Linear
 
 RECORD = "block_diffusion"  # where config.json of an adapted folder keeps our conventions
-
-
-class Unsuitable(InputError):
-    """A model that cannot be adapted, and why."""
-
-
-class Pass(Protocol):
-    """What attention does in one pass through the layers."""
-
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sliding: int | None, **score: Any
-    ) -> Tensor: ...
-
-
-_PASS: ContextVar[Pass | None] = ContextVar("blockdiff_pass", default=None)
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    s_aux: Tensor | None = None,
-    blockdiff_pass: Pass | None = None,
-    **other: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: q [b, H, T, D], k and v [b, H_kv, T, D] → [b, T, H, D]."""
-    # A few families drop keywords they do not know; activation checkpointing, which calls this
-    # again in the backward, has nothing but the keywords.
-    current = blockdiff_pass or _PASS.get()
-    if current is None:
-        raise InputError("this model attends by blocks: call the adapted model, not its parts")
-    if attention_mask is not None or other.get("position_bias") is not None:
-        raise Unsuitable("its attention has a mask or a bias of its own")
-    # Under autocast rotary positions leave queries and keys in float32.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    out = current(
-        module.layer_idx, query, key, value, sliding_window,  # type: ignore[arg-type]
-        scale=scaling, softcap=softcap, sinks=s_aux,
-    )  # fmt: skip
-    return out.transpose(1, 2), None
-
-
-INTERFACE = "blockdiff"
-AttentionInterface.register(INTERFACE, _attention)
-
-
-@dataclass
-class Streams:
-    """B clean rows and then R·B noised ones, either of which may be none.
-
-    `layout`: of both. `context`: the clean stream's keys and values where it ran before, else they
-    are collected here, by layer. `noised`: the kind of mask of the noised rows.
-    """
-
-    layout: BlockLayout
-    clean_rows: int
-    backend: str
-    context: Context | None = None
-    noised: str = "noised"
-    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    masks: dict[tuple[str, int | None], Mask] = field(default_factory=dict)
-
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sliding: int | None, **score: Any
-    ) -> Tensor:
-        split, out = self.clean_rows, []
-        if split:
-            self.kept[layer] = k[:split], v[:split]
-            mask = self._mask("clean", sliding, q[:split])
-            out.append(attend(q[:split], k[:split], v[:split], mask, **score))
-        if len(q) > split:
-            q, k, v = q[split:], k[split:], v[split:]
-            if self.noised == "noised":
-                keys, values = self._clean(layer)
-                k = torch.cat([_repeat(keys, len(k)), k], dim=2)
-                v = torch.cat([_repeat(values, len(v)), v], dim=2)
-            out.append(attend(q, k, v, self._mask(self.noised, sliding, q), **score))
-        return out[0] if len(out) == 1 else torch.cat(out)
-
-    def _clean(self, layer: int) -> tuple[Tensor, Tensor]:
-        if self.context is None:
-            return self.kept[layer]
-        return self.context.keys[layer], self.context.values[layer]
-
-    def _mask(self, kind: str, sliding: int | None, q: Tensor) -> Mask:
-        """The mask of the layers with one sliding window, made once a pass."""
-        if sliding is not None and sliding >= self.layout.length:
-            sliding = None
-        if (kind, sliding) not in self.masks:
-            layout = replace(self.layout, sliding=sliding)
-            rows, width = len(q), q.shape[-1]
-            made = make_mask(layout, kind, self.backend, q.device, rows=rows, head_dim=width)
-            self.masks[kind, sliding] = made
-        return self.masks[kind, sliding]
-
-
-@dataclass
-class Cached:
-    """T tokens [n, T] at `positions` after their cached prefixes; `seen` bool [n, 1, T, T + S]."""
-
-    cache: BlockCache
-    positions: Tensor
-    seen: Tensor | None
-    within: dict[int, Tensor] = field(default_factory=dict)
-
-    def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sliding: int | None, **score: Any
-    ) -> Tensor:
-        k, v = self.cache.stage(layer, k, v)
-        seen = self.seen if sliding is None else self._within(sliding)
-        if seen is None:
-            seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
-        return attend(q, k, v, Mask("dense", seen), **score)
-
-    def _within(self, sliding: int) -> Tensor:
-        """`seen` without what is a sliding window or more before the query."""
-        if sliding not in self.within:
-            keys = torch.cat([self.positions, self.cache.key_positions()], dim=1)
-            near = self.positions[:, :, None] - keys[:, None, :] < sliding
-            self.within[sliding] = near[:, None] if self.seen is None else near[:, None] & self.seen
-        return self.within[sliding]
 
 
 class Adapted(DenoiserModel):
@@ -195,6 +65,9 @@ class Adapted(DenoiserModel):
         self.lm = lm
         lm.set_attn_implementation(INTERFACE)
         self.generation_config = lm.generation_config
+        for module in lm.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Linear  # the same map, which `convert` may store otherwise
         self.shapes: list[LayerShape] = []  # of each layer's keys and values; the probe finds them
 
     # transformers' interface
@@ -255,7 +128,8 @@ class Adapted(DenoiserModel):
         rows, length = input_ids.shape
         backend = backend or self.attention_backend
         alone = x_0 is None and context is None
-        layout = layout or self.own_layout(length, alone)
+        if layout is None:
+            layout = self.own_layout(length, alone)
         if self.config.causal:
             hidden = self._clean(input_ids, layout, backend)[0]
             return self._read_out(hidden if at is None else hidden[at], targets)
@@ -268,7 +142,7 @@ class Adapted(DenoiserModel):
             if clean is None:
                 assert x_0 is not None
                 clean = self._clean(x_0, layout, backend)[0]
-            return self._aligned(_repeat(clean, rows), clean, layout, at, targets)
+            return self._aligned(repeat(clean, rows), clean, layout, at, targets)
         order = self._known_first(input_ids, layout.block_size)
         x_t = input_ids if order is None else input_ids.gather(1, order)
         if x_0 is None and context is None:
@@ -328,7 +202,7 @@ class Adapted(DenoiserModel):
     def _run(self, tokens: Tensor, positions: Tensor | None, attention: Pass) -> Tensor:
         """The last hidden states [b, T, E] of tokens [b, T] at `positions`, 0, 1, … by default."""
         positions = _positions(tokens) if positions is None else positions
-        token = _PASS.set(attention)
+        token = CURRENT.set(attention)
         try:
             out = self.lm.get_decoder()(
                 input_ids=tokens,
@@ -337,7 +211,7 @@ class Adapted(DenoiserModel):
                 blockdiff_pass=attention,
             )
         finally:
-            _PASS.reset(token)
+            CURRENT.reset(token)
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -381,17 +255,17 @@ class Adapted(DenoiserModel):
 
     def _read_out(self, h: Tensor, targets: Tensor | None) -> DenoiserOutput:
         """Logits, or nll, of hidden states [.., E]; what the base model does behind its head."""
-        head, base = self.lm.get_output_embeddings(), self.lm.config
+        head, base = cast(nn.Linear, self.lm.get_output_embeddings()), self.lm.config
         scale = getattr(base, "logit_scale", None) or 1.0
         scale /= getattr(base, "logits_scaling", None) or 1.0
         softcap = getattr(base, "final_logit_softcapping", None)
         h = h if scale == 1 else h * scale
-        bias = getattr(head, "bias", None)
         if targets is not None:
+            weight = head.dense() if isinstance(head, Linear) else head.weight
             mask = self.config.mask_token_id
-            nll = subs_nll(h, head.weight, bias, targets, mask, softcap=softcap)
+            nll = subs_nll(h, weight, head.bias, targets, mask, softcap=softcap)
             return DenoiserOutput(nll=nll)
-        logits = F.linear(h, head.weight, bias)
+        logits = head(h)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         return DenoiserOutput(logits=logits)
@@ -411,8 +285,3 @@ def _recorded(lm: PreTrainedModel, config: AdaptedConfig) -> Iterator[None]:
 
 def _positions(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-
-
-def _repeat(x: Tensor, rows: int) -> Tensor:
-    """B rows → R·B rows; row r·B + i is a copy of row i."""
-    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.dim() - 1))

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from blockdiff import folders
-from blockdiff.data.tokenizers import MASK_TOKEN, bos_id, eos_id, read_tokenizer
+from blockdiff.data.tokenizers import MASK_TOKEN
 from blockdiff.errors import InputError, first_line
 from blockdiff.models.adapted import RECORD, Adapted
 from blockdiff.models.adapted_config import AdaptedConfig
@@ -101,45 +100,6 @@ def context_of(base: Any) -> int:
 
 def _one(token: int | list[int] | None) -> int | None:
     return token[0] if isinstance(token, list) else token
-
-
-def adapt_folder(
-    source: str | Path,
-    out: str | Path,
-    *,
-    block_size: int | Sequence[int] = 8,
-    prediction: Literal["shift", "same"] = "shift",
-    clean: Literal["causal", "block"] = "causal",
-    mask_token: str | None = None,
-    dtype: Literal["auto", "float32", "bf16"] = "auto",
-    overwrite: bool = False,
-) -> Adapted:
-    """Adapts the model in a folder or hub repository and saves it, with its tokenizer, in `out`.
-
-    The mask token is `mask_token`, else the tokenizer's own, else `<|mask|>`; one that the
-    tokenizer does not know is added to it, and a row to the model's tables. Raises `InputError`
-    before `out` is touched.
-    """
-    from blockdiff.models.hub import load_model, resolve, save_model
-
-    folder = resolve(source)
-    with folders.claim(out, overwrite=overwrite, kinds=("model", "tokenizer")) as target:
-        tokenizer = read_tokenizer(folder)
-        kinds: dict[str, Any] = {"float32": torch.float32, "bf16": torch.bfloat16}
-        before = load_model(folder, dtype=kinds.get(dtype, "auto"))
-        if not isinstance(before, Adapted):
-            raise InputError(f"{source} is no causal language model of transformers")
-        if not before.config.causal:
-            raise InputError(f"{source} is a block diffusion model already: train it")
-        lm = before.lm
-        mask = give_mask(lm, tokenizer, mask_token)
-        model = adapt(
-            lm, mask_token_id=mask, block_size=block_size, prediction=prediction, clean=clean
-        )
-        model.config.bos_token_id, model.config.eos_token_id = bos_id(tokenizer), eos_id(tokenizer)
-        folders.clear(target, kinds=("model", "tokenizer"))
-        save_model(model, target, tokenizer)
-    return model
 
 
 @torch.no_grad()

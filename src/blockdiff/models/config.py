@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from transformers import AutoConfig
 
-from blockdiff.checks import whole_number
+from blockdiff.checks import one_of, whole_number
 from blockdiff.errors import InputError
-from blockdiff.layout import BlockLayout
+from blockdiff.layout import BlockLayout, Clean, Inside, Prediction
 from blockdiff.models.remote import PackagedConfig
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "cond_size")
@@ -43,9 +44,9 @@ class BlockConfig:
     causal: bool
     score: bool = False
     prompt_grid: Literal["absolute", "prompt_end"] = "absolute"
-    inside_block: Literal["bidirectional", "causal"] = "bidirectional"
-    clean_stream: Literal["block", "causal"] = "block"
-    prediction: Literal["same", "shift"] = "same"
+    inside_block: Inside = "bidirectional"
+    clean_stream: Clean = "block"
+    prediction: Prediction = "same"
     slides: bool = True
 
     @property
@@ -111,6 +112,7 @@ class DiTConfig(BlockConfig, PackagedConfig):
     """Sizes and kind of a `DiT`.
 
     `length` is the training context L and `block_size` L'; `causal` makes it AR (block size 1).
+    `block_sizes`: all that it is trained for, of which `block_size` is the largest.
     `mask_token_id`, the last id by default, is never predicted by any kind. `adaln` adds the
     modulations, which see σ only with `time_conditioning` (otherwise σ = 0 and they are constants).
     `score` says that the logits are SEDD's unnormalised scores and are trained by score entropy.
@@ -118,7 +120,8 @@ class DiTConfig(BlockConfig, PackagedConfig):
     last trained with, for information. `initial_shift`: standard deviation of the adaLN shifts at
     initialisation. `initial_gate`: the adaLN gates there; 0 makes every layer start as the
     identity, 1 as a plain transformer layer. `objective`: the name of what it is trained by (see
-    `objectives.Objective`); by default that of its kind.
+    `objectives.Objective`); by default that of its kind. `clean_stream`: what a clean token sees of
+    its block, all of it or, "causal", the tokens up to itself.
 
     Example:
         >>> import blockdiff
@@ -151,12 +154,14 @@ class DiTConfig(BlockConfig, PackagedConfig):
         initial_gate: float = 0.0,
         clip: tuple[float, float] | None = None,
         objective: str | None = None,
+        clean_stream: Clean = "block",
+        block_sizes: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
         self.length = length
         self.block_size = 1 if causal else block_size
-        self.block_sizes = (self.block_size,)
+        self.block_sizes = (self.block_size,) if causal else _sizes(block_size, block_sizes)
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
@@ -174,13 +179,22 @@ class DiTConfig(BlockConfig, PackagedConfig):
         self.initial_gate = initial_gate
         self.clip = list(clip) if clip is not None else None
         self.objective = objective or self.kind
+        self.clean_stream = clean_stream
         _check_sizes(self)
-        for name in ("tie_word_embeddings", "prediction", "inside_block", "block_sizes"):
+        for name in ("tie_word_embeddings", "prediction", "inside_block"):
             kwargs.pop(name, None)
         if causal:
             self.prediction, self.inside_block, self.clean_stream = "shift", "causal", "causal"
         super().__init__(**kwargs)
         self.tie_word_embeddings = False
+
+
+def _sizes(largest: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
+    """Block sizes, ascending; `InputError` where the largest of them is another one."""
+    found = tuple(sorted(sizes or (largest,)))
+    if found[-1] != largest:
+        raise InputError(f"block_size {largest} is not the largest of block_sizes {list(found)}")
+    return found
 
 
 def _check_sizes(config: DiTConfig) -> None:
@@ -198,7 +212,9 @@ def _check_sizes(config: DiTConfig) -> None:
         raise InputError(
             f"mask token id {config.mask_token_id} is outside the vocabulary of {config.vocab_size}"
         )
-    BlockLayout(config.length, config.block_size)
+    one_of("clean_stream", config.clean_stream, get_args(Clean))
+    for size in config.block_sizes:
+        BlockLayout(config.length, size)
     if config.score and config.block_size != config.length:
         raise InputError(
             f"a SEDD model has one block: block_size {config.block_size} must be the length "

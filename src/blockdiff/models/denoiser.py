@@ -133,9 +133,10 @@ class Denoiser(Protocol):
 
         The blocks of x_t, `input_ids` int64 [R·B, L], read the clean blocks before them, those of
         `x_0` int64 [B, L] or of the `context` that `encode(x_0)` gave: row r·B + i of x_t is a
-        noised copy of row i of x_0. Without either, x_t is a single stream under the layout's M_BC.
-        `layout`: blocks, window and documents; the configuration's blocks when left out. `sigma`
-        [R·B] or [R·B, N]: read where the network is conditioned on time.
+        noised copy of row i of x_0. Without either, x_t is a single stream, under M_BD where the
+        layout has one block, else under M_BC. `layout`: blocks, window and documents; the
+        configuration's blocks when left out. `sigma` [R·B] or [R·B, N]: read where the network is
+        conditioned on time.
         """
         ...
 

@@ -189,7 +189,10 @@ class DiT(DenoiserModel):
         condition = self._condition(sigma, layout)
         if x_0 is not None:
             context = self.encode(x_0, layout, backend=backend)
-        mask = self._mask(layout, "clean" if context is None else "noised", backend, rows)
+        kind = "noised" if context is not None else "clean"
+        if context is None and layout.blocks == 1 and not self.config.causal:
+            kind = "alone"  # one noised block, whatever a clean stream sees
+        mask = self._mask(layout, kind, backend, rows)
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if context is not None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from blockdiff import folders
 from blockdiff.data.tokenizers import (
     MASK_TOKEN,
     add_mask_token,
+    bos_id,
+    eos_id,
     fingerprint,
     load_tokenizer,
     read_tokenizer,
 )
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
+from blockdiff.models.adapted import Adapted
+from blockdiff.models.adapting import adapt, give_mask
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import load_model, resolve
+from blockdiff.models.hub import load_model, resolve, save_model
 
 
 def load(
@@ -106,3 +113,40 @@ def check_tokenizer(model: Denoiser, tokenizer: PreTrainedTokenizerBase) -> None
             f"the tokenizer's mask token has id {tokenizer.mask_token_id} but the model's is "
             f"{model.config.mask_token_id}; use the model's own tokenizer"
         )
+
+
+def adapt_folder(
+    source: str | Path,
+    out: str | Path,
+    *,
+    block_size: int | Sequence[int] = 8,
+    prediction: Literal["shift", "same"] = "shift",
+    clean: Literal["causal", "block"] = "causal",
+    mask_token: str | None = None,
+    dtype: Literal["auto", "float32", "bf16"] = "auto",
+    overwrite: bool = False,
+) -> Adapted:
+    """Adapts the model in a folder or hub repository and saves it, with its tokenizer, in `out`.
+
+    The mask token is `mask_token`, else the tokenizer's own, else `<|mask|>`; one that the
+    tokenizer does not know is added to it, and a row to the model's tables. Raises `InputError`
+    before `out` is touched.
+    """
+    folder = resolve(source)
+    with folders.claim(out, overwrite=overwrite, kinds=("model", "tokenizer")) as target:
+        tokenizer = read_tokenizer(folder)
+        kinds: dict[str, Any] = {"float32": torch.float32, "bf16": torch.bfloat16}
+        before = load_model(folder, dtype=kinds.get(dtype, "auto"))
+        if not isinstance(before, Adapted):
+            raise InputError(f"{source} is no causal language model of transformers")
+        if not before.config.causal:
+            raise InputError(f"{source} is a block diffusion model already: train it")
+        lm = before.lm
+        mask = give_mask(lm, tokenizer, mask_token)
+        model = adapt(
+            lm, mask_token_id=mask, block_size=block_size, prediction=prediction, clean=clean
+        )
+        model.config.bos_token_id, model.config.eos_token_id = bos_id(tokenizer), eos_id(tokenizer)
+        folders.clear(target, kinds=("model", "tokenizer"))
+        save_model(model, target, tokenizer)
+    return model

@@ -100,7 +100,8 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         own place, or −100 where the token is given and does not count, such as a prompt's. The
         output has `loss` alone: the mean nats per counted token of the model's own objective, over
         masks drawn by `estimator` (AR: exact); `num_items_in_batch`, where it is given, divides in
-        the place of their number. Random numbers come from torch's global generator.
+        the place of their number. A model of several block sizes trains each call in one of them,
+        and is measured in the largest. Random numbers come from torch's global generator.
 
         `attention_mask` [B, L]: 0 at padding, which counts nowhere and which nothing attends to.
         `position_ids` [B, L]: where they do not go on from one token to the next another document
@@ -142,7 +143,9 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         config, (rows, length) = self.config, x_0.shape
         counted = _counted(x_0, labels, config.mask_token_id)
         objective = OBJECTIVES.find(config.objective)
-        size = objective.block_size(length, config.block_size)
+        sizes = config.block_sizes if self.training else (config.block_size,)
+        chosen = sizes[int(torch.randint(len(sizes), ()))] if len(sizes) > 1 else sizes[-1]
+        size = objective.block_size(length, chosen)
         if short := -length % size:  # the last block is padded
             if documents is None:
                 documents = torch.zeros_like(x_0)
@@ -156,8 +159,8 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
             noise = stratified_noise(rows, layout, torch.Generator(x_0.device).manual_seed(seed))
             clip = None if config.clip is None else tuple(config.clip)
             unbiased = clip is None or not self.training
-            chosen = self.estimator or ("exact_k" if unbiased else "clipped")
-            draw = make_estimator(chosen, clip=clip)
+            estimator = self.estimator or ("exact_k" if unbiased else "clipped")
+            draw = make_estimator(estimator, clip=clip)
             what = draw(x_0, layout, noise, what, config.mask_token_id)
         # Not the model itself: hooks on it, such as a sharded model's, run once a pass.
         network = self.denoise if backend is None else partial(self.denoise, backend=backend)

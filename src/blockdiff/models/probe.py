@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from blockdiff.cache import LayerShape
 from blockdiff.errors import first_line
 from blockdiff.layout import BlockLayout
-from blockdiff.models.adapted import INTERFACE, Adapted, Cached, Streams, Unsuitable
+from blockdiff.models.adapted import Adapted
+from blockdiff.models.passes import INTERFACE, Cached, Streams, Unsuitable
 
 BLOCK, BLOCKS = 4, 3
 

@@ -157,7 +157,11 @@ class Engine:
         places = torch.from_numpy(at).to(device, non_blocking=True)
         sigma = total_noise(torch.from_numpy(rate)).float() if self._timed else None
         sigma = None if sigma is None else sigma.to(device, non_blocking=True)
-        mask = self.cache.visible(clean, noised, finished)
+        config = self.model.config
+        mask = self.cache.visible(
+            clean, noised, finished,
+            clean_stream=config.clean_stream, inside_block=config.inside_block,
+        )  # fmt: skip
         logits = self.model.decode(
             x[0], x[1], self.cache, places, mask=mask, clean=clean, sigma=sigma
         ).float()

@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from blockdiff.errors import InputError, RunStopped
 from blockdiff.training import parallel
 from blockdiff.training.arguments import training_arguments
+from blockdiff.training.blocks import LossBySize
 from blockdiff.training.callbacks import Bookkeeping, tensorboard
 from blockdiff.training.checkpoints import newest_checkpoint, prune, seal
 from blockdiff.training.config import TrainConfig
@@ -54,6 +55,7 @@ class RunTrainer(Trainer):
         self.ema = Average(model, config.ema) if config.ema else None
         self.ema_updates = 0  # of the average that another run left, where this one goes on from it
         self._first_bad_step = torch.tensor(NEVER)
+        self._losses = LossBySize()
         super().__init__(
             model=model,
             args=training_arguments(config, device),
@@ -100,6 +102,13 @@ class RunTrainer(Trainer):
         own = torch.tensor(self.signals.received, device=self.args.device)
         return int(self.accelerator.gather(own).max())
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Also the loss of each block size, where the run has several."""
+        if "loss" in logs:
+            found = self._losses.take(self.accelerator.gather)
+            logs |= found if len(self.run.block_sizes) > 1 else {}
+        super().log(logs, start_time)
+
     @property
     def averaged_model(self) -> PreTrainedModel:
         """The moving average of the weights, or without one the weights themselves.
@@ -111,8 +120,9 @@ class RunTrainer(Trainer):
 
     # A run that diverges. A step's loss is not looked at in the step: that would wait for the GPU.
 
-    def note_loss(self, loss: Tensor) -> None:
-        """Remembers the first step whose loss was not finite."""
+    def note_loss(self, loss: Tensor, block_size: int) -> None:
+        """Remembers the first step whose loss was not finite, and the losses of each block size."""
+        self._losses.add(block_size, self.state.global_step, loss)
         first = self._first_bad_step.to(loss.device)
         bad = first.clamp(max=self.state.global_step + 1)
         self._first_bad_step = torch.where(loss.detach().isfinite(), first, bad)

@@ -76,7 +76,10 @@ def tensorboard(config: TrainConfig) -> list[TrainerCallback]:
 
 
 class MetricsLog(TrainerCallback):
-    """One JSON line a log event: step, tokens seen, loss (nats per token), tokens per second."""
+    """One JSON line a log event: step, tokens seen, loss (nats per token), tokens per second.
+
+    Where the run has several block sizes, also the loss of each that had a step: loss_4, ….
+    """
 
     def __init__(self, folder: Path, tokens_per_step: int) -> None:
         self.path = folder / METRICS_FILE
@@ -156,7 +159,10 @@ class ProgressBar(TrainerCallback):
             since, step = self.begin
             tokens = (state.global_step - step) * self.tokens_per_step
             speed = tokens / max(time.perf_counter() - since, 1e-9)
-            status = f"loss {logs['loss']:.3f} nats · {speed:,.0f} tokens/s"
+            sizes = [name for name in logs if name.startswith("loss_")]
+            each = ", ".join(f"L' {name[5:]}: {logs[name]:.3f}" for name in sizes)
+            losses = f" ({each})" if each else ""
+            status = f"loss {logs['loss']:.3f} nats{losses} · {speed:,.0f} tokens/s"
             self.bar.update(self.task, status=status)
             if not self.bar.console.is_terminal:
                 left = (state.max_steps - state.global_step) * self.tokens_per_step / speed

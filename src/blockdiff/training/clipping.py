@@ -58,16 +58,19 @@ def clip_variances(
     seed: int,
     documents: Tensor | None = None,
     estimator: str = "clipped",
+    counts: Tensor | None = None,
 ) -> list[ClipVariance]:
     """The variance of the per-block loss under every clip of the grid, on x_0 [B, L].
 
-    `estimator`: the one that is trained with, clipped or clipped_redraw. Each clip takes a noised
+    `estimator`: the one that is trained with, clipped or clipped_redraw. `counts` bool [B, L]: of
+    conversations, the tokens that have a loss. Each clip takes a noised
     pass; all share one pass over the clean text.
     """
     config = model.config
     layout = config.layout_of(x_0.shape[1], documents=documents)
     objective = objective_of(config)
     maskable = objective.counted(x_0, config.keep_first, documents)
+    maskable = maskable if counts is None else maskable & counts
     counted = layout.by_block(maskable).sum(-1)
     noise = addressed_noise(torch.arange(len(x_0), device=x_0.device), layout, seed)
     was_training = model.training
@@ -96,7 +99,9 @@ def search_clip(
     seed: int,
     documents: Tensor | None = None,
     estimator: str = "clipped",
+    counts: Tensor | None = None,
 ) -> ClipVariance:
     """The clip of least variance on the first `WINDOWS` of x_0 [B, L]; as `clip_variances`."""
     documents = None if documents is None else documents[:WINDOWS]
-    return best_clip(clip_variances(model, x_0[:WINDOWS], seed, documents, estimator))
+    counts = None if counts is None else counts[:WINDOWS]
+    return best_clip(clip_variances(model, x_0[:WINDOWS], seed, documents, estimator, counts))

@@ -24,6 +24,8 @@ Preset = Literal["nano", "micro", "small", "medium"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bf16"]
 Backend = Literal["auto", "dense", "blockwise", "flex"]
+Clean = Literal["block", "causal"]
+Format = Literal["text", "chat", "prompt"]
 Detokenizer = Literal["none", "wikitext", "ptb", "lm1b", "lambada", "scientific"]
 
 WHOLE = (0.0, 1.0)  # the clip that cuts nothing off
@@ -73,7 +75,13 @@ class TrainConfig:
         validation_data: Corpus to validate on; by default documents held out of data.
         validation_split: Split of a hub data set to validate on: of validation_data, or of data.
         validation_fraction: Share of the text held out when neither is given.
-        text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
+        format: What a document is: text; chat, messages [{"role", "content"}, …] that go through
+            the tokenizer's chat template; or prompt, a prompt with its response. Of the last two
+            only responses are trained.
+        chat_template: File with the chat template (Jinja) to use in place of the tokenizer's own;
+            the run's tokenizer keeps it.
+        text_column: Column of JSON lines, Parquet or a hub data set that holds the text; of a chat
+            the messages, by default in the column messages.
         data_weights: Shares of the corpora of data, one each, for example 0.7,0.3: windows are
             drawn from each in that proportion. Left out, they are one text.
         split: Split of a hub data set.
@@ -90,7 +98,17 @@ class TrainConfig:
             end-of-text token, as the paper does for LM1B.
         objective: What is trained; mdlm and sedd have one block of the whole length.
         length: Length L of the context, in tokens.
-        block_size: Block size L' of bd3lm.
+        block_size: Block size L' of bd3lm; or several, for example 1,4,8: each step trains one of
+            them, drawn from seed and step. The largest is the model's own, for validation and
+            sampling; the others may be chosen there.
+        block_weights: Shares of the steps that each block size gets, one each, for example
+            0.3,0.3,0.4; equal ones when left out.
+        grow: Let the block size grow: the steps are cut into equal parts (or by block_weights), the
+            first with blocks of 1, or of the smallest block_size of several, and each of the next
+            with twice the size, up to the largest. That is the model's own, and the only one it is
+            said to be trained for.
+        clean: What a clean token sees of its block: all of it, as in the paper, or, causal, the
+            tokens up to itself, so that one cache serves every block size.
         preset: Network size.
         init_from: Model folder, hub id or starter to start from, for example an AR model of this
             package; of a run's folder the weights and their average are both carried on.
@@ -148,6 +166,8 @@ class TrainConfig:
     validation_data: str | list[str] | None = None
     validation_split: str | None = None
     validation_fraction: float = 0.05
+    format: Format = "text"
+    chat_template: str | None = None
     text_column: str = "text"
     split: str = "train"
     subset: str | None = None
@@ -162,7 +182,10 @@ class TrainConfig:
     window_marks: bool = False
     objective: ObjectiveName = "bd3lm"
     length: int = 128
-    block_size: int = 4
+    block_size: int | str = 4
+    block_weights: str | None = None
+    grow: bool = False
+    clean: Clean = "block"
     preset: Preset = "nano"
     init_from: str | None = None
     adaln: bool = True
@@ -216,6 +239,9 @@ class TrainConfig:
             extra = [f"{name}={as_typed(value)}" for name, value in extra.items()] or None
         extra = [extra] if isinstance(extra, str) else extra
         object.__setattr__(self, "trainer_args", extra)
+        sizes = checks.whole_numbers("block_size", self.block_size)
+        own = sizes[0] if len(sizes) == 1 else ",".join(map(str, sizes))
+        object.__setattr__(self, "block_size", own)
         checks.options(self, WHOLE_NUMBERS, REAL_NUMBERS, smallest=checks.SMALLEST)
         self.mixture()
         for reporter in self.report_to.split(","):
@@ -234,10 +260,12 @@ class TrainConfig:
             )
         if self.resume and self.overwrite:
             raise InputError("`resume` and `overwrite` exclude each other; choose one")
-        if OBJECTIVES.has(self.objective, "any_blocks") and self.length % self.block_size:
+        self._check_blocks()
+        self._check_format()
+        if self.clean != "block" and not OBJECTIVES.has(self.objective, "any_blocks"):
             raise InputError(
-                f"`block_size` {self.block_size} does not divide `length` {self.length}; "
-                "choose a divisor"
+                f"`clean` {self.clean} is for blocks with clean ones before them, which an "
+                f"{self.objective} model does not have; leave it out"
             )
         needs_clip = ESTIMATORS.has(self.estimator, "needs_clip")
         if needs_clip and self.clip_range() is None and not self.searches_clip:
@@ -255,17 +283,62 @@ class TrainConfig:
         if self.data_weights is None:
             return [self.data], [1.0]
         sources = [self.data] if isinstance(self.data, str) else self.data
-        try:
-            weights = [float(part) for part in self.data_weights.split(",")]
-        except ValueError:
-            weights = []
-        least, most = checks.SMALLEST, 1 / checks.SMALLEST
-        if len(weights) != len(sources) or not all(least <= w <= most for w in weights):
+        return list(sources), checks.shares(
+            "data_weights", self.data_weights, len(sources), "`data`"
+        )
+
+    def _check_blocks(self) -> None:
+        """Raises `InputError` for block sizes that do not fit the run."""
+        stages, several = self._stages(), self.grow or isinstance(self.block_size, str)
+        if not OBJECTIVES.has(self.objective, "any_blocks"):
+            if several:
+                option = "grow" if self.grow else "block_size"
+                raise InputError(
+                    f"`{option}`: the models of `objective` {self.objective} have one block size; "
+                    "bd3lm has any"
+                )
+            return
+        for size, _ in stages:
+            if self.length % size:
+                raise InputError(
+                    f"`block_size` {size} does not divide `length` {self.length}; choose a divisor"
+                )
+        if self.block_weights is not None and not several:
+            raise InputError("`block_weights` needs several sizes in `block_size`, or `grow`")
+        if self.searches_clip and several:
+            raise InputError("`clip` auto looks for the clip of one `block_size`; give two numbers")
+
+    def _stages(self) -> list[tuple[int, float]]:
+        """(block size, its share of the steps), ascending."""
+        sizes = checks.whole_numbers("block_size", self.block_size)
+        if self.grow:
+            smallest, largest = (min(sizes) if len(sizes) > 1 else 1), max(sizes)
+            sizes = tuple(smallest << i for i in range((largest // smallest).bit_length()))
+            if sizes[-1] != largest:
+                raise InputError(
+                    f"`grow` doubles block sizes, and from {smallest} it does not come to "
+                    f"{largest}; give another `block_size`"
+                )
+        of = f"block size ({', '.join(map(str, sizes))})"
+        shares = checks.shares("block_weights", self.block_weights, len(sizes), of)
+        return sorted(zip(sizes, shares, strict=True))
+
+    def _check_format(self) -> None:
+        """Raises `InputError` for options that conversations cannot have."""
+        if self.format != "chat" and self.chat_template is not None:
+            raise InputError("`chat_template` is for `format` chat")
+        if self.format == "text":
+            return
+        for name in ("streaming", "detokenizer", "window_marks", "across_documents", "eos", "bos"):
+            if getattr(self, name) != getattr(TrainConfig, name):
+                raise InputError(f"`{name}` is for `format` text; leave it out with {self.format}")
+        if self.format == "chat" and not (
+            self.chat_template or self.tokenizer or self.init_from or self.resume
+        ):
             raise InputError(
-                f"`data_weights` {self.data_weights!r} must be {len(sources)} numbers above 0, one "
-                "for each `data`, for example 0.7,0.3"
+                "`format` chat needs a chat template, and a tokenizer that is trained here has "
+                "none; give `chat_template`, or a `tokenizer` that has one"
             )
-        return list(sources), [weight / sum(weights) for weight in weights]
 
     @property
     def searches_clip(self) -> bool:
@@ -291,8 +364,26 @@ class TrainConfig:
 
     @property
     def effective_block_size(self) -> int:
-        """L' of the model to train: 1 for AR, L for MDLM."""
-        return OBJECTIVES.find(self.objective).block_size(self.length, self.block_size)
+        """L' of the model to train, of several the largest: 1 for AR, L for MDLM."""
+        objective = OBJECTIVES.find(self.objective)
+        return objective.block_size(self.length, max(size for size, _ in self._stages()))
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """The block sizes that steps have, ascending."""
+        if OBJECTIVES.has(self.objective, "any_blocks"):
+            return tuple(size for size, _ in self._stages())
+        return (self.effective_block_size,)
+
+    @property
+    def block_shares(self) -> list[float]:
+        """The share of the steps that each of `block_sizes` has."""
+        return [share for _, share in self._stages()]
+
+    @property
+    def trained_sizes(self) -> tuple[int, ...]:
+        """The block sizes the model is for: of those it grew through, the last."""
+        return self.block_sizes[-1:] if self.grow else self.block_sizes
 
 
 def as_typed(value: object) -> str:

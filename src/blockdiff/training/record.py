@@ -86,6 +86,7 @@ def begin(
         backend = choose_backend(config.backend, device, head_dim)
         became = {"precision": config.precision, "backend": backend}
         record = {**now, "resolved": became, "data": data.fingerprints}
+        record |= {"conversations": data.conversations} if data.conversations else {}
     if not config.resume:
         folders.clear(out)
     save_config(config, out, record)

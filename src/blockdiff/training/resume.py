@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerState, get_scheduler
 
 from blockdiff.outputs import to_json, write_text
+from blockdiff.training.blocks import block_size_of
 from blockdiff.training.callbacks import MetricsLog, read_metrics
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.trainer import BlockDiffusionTrainer
@@ -46,7 +47,14 @@ def last_validation(trainer: BlockDiffusionTrainer) -> dict[str, float] | None:
 
 
 def announce_rate(stored: TrainConfig, config: TrainConfig, done: int) -> None:
-    """One line on standard error where another number of steps moves the learning rate."""
+    """A line on standard error where another number of steps moves learning rate or block size."""
+    sizes = [block_size_of(options, min(done, options.steps - 1)) for options in (stored, config)]
+    if config.grow and sizes[0] != sizes[1]:
+        print(
+            f"blockdiff: the block size goes from {sizes[0]} to {sizes[1]} at step {done}: it was "
+            f"to grow for {stored.steps} steps and now does for {config.steps}",
+            file=sys.stderr,
+        )
     if config.lr_schedule == "constant":
         return
     old, new = (_rate(options, done) for options in (stored, config))

@@ -178,7 +178,8 @@ def _train(
         checkpoint = newest_checkpoint(out, say=processes.is_main_process)
     start, average, updates = _start(config.init_from, checkpoint)
     with processes.main_process_first():  # the others find the corpus packed
-        data = prepare_data(config, (processes.process_index, processes.num_processes))
+        place = processes.process_index, processes.num_processes
+        data = prepare_data(config, place, start.config.prompt_grid if start else "absolute")
     check_data(config, record, data.fingerprints)
     model = build_model(config, data.tokenizer, start)
     if processes.is_main_process:
@@ -229,8 +230,8 @@ def _save(trainer: BlockDiffusionTrainer, out: Path) -> None:
 
 def _try_estimator(config: TrainConfig) -> None:
     """Draws masks once, so that an estimator that cannot is refused before the text is read."""
-    if OBJECTIVES.find(config.objective).noised:
-        layout = BlockLayout(config.length, config.effective_block_size)
+    for size in config.block_sizes if OBJECTIVES.find(config.objective).noised else ():
+        layout = BlockLayout(config.length, size)
         noise = stratified_noise(1, layout, torch.Generator().manual_seed(0))
         clip = config.first_clip
         make = make_estimator(config.estimator, config.schedule, clip, config.timesteps)
@@ -301,7 +302,7 @@ def rewrapped(start: Adapted, config: TrainConfig) -> Adapted:
             f"`length` is {config.length}, but the model's context is {start.config.length} tokens"
         )
     start.config.block_size = config.effective_block_size
-    start.config.block_sizes = (config.effective_block_size,)
+    start.config.block_sizes = config.trained_sizes
     return start
 
 
@@ -324,6 +325,7 @@ def _build_dit(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: D
             vocab_size=start.config.vocab_size if start is not None else len(tokenizer),
             length=config.length,
             block_size=config.effective_block_size,
+            block_sizes=config.trained_sizes,
             adaln=adaln,
             dropout=config.dropout,
             keep_first=True,
@@ -334,6 +336,7 @@ def _build_dit(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: D
             initial_gate=0.0 if start is None else 1.0,
             clip=config.clip_range(),
             objective=objective.name,
+            clean_stream=config.clean,
             **{"time_conditioning": config.time_conditioning, **objective.network, **sizes},
         )
     )

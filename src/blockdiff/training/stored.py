@@ -26,7 +26,7 @@ RESUMABLE = frozenset(
 )  # fmt: skip
 
 # What decides which text a run never saw.
-HELD_OUT = ("data", "data_weights", "split", "subset", "text_column", "detokenizer",
+HELD_OUT = ("data", "format", "data_weights", "split", "subset", "text_column", "detokenizer",
             "validation_data", "validation_split", "validation_fraction", "seed", "bos", "eos",
             "across_documents", "window_marks")  # fmt: skip
 

@@ -30,6 +30,7 @@ from blockdiff.noising import Draw, stratified_noise
 from blockdiff.objectives import objective_of
 from blockdiff.training import parallel
 from blockdiff.training.base import RunTrainer
+from blockdiff.training.blocks import block_size_of
 from blockdiff.training.clipping import search_clip
 from blockdiff.training.config import TrainConfig
 
@@ -46,7 +47,7 @@ class BlockDiffusionTrainer(RunTrainer):
         device: torch.device,
         callbacks: list[TrainerCallback],
     ) -> None:
-        """`eval_windows`: x_0 [B, L] and, where windows are padded, documents [B, L]."""
+        """`eval_windows`: x_0 [B, L]; documents and maskable [B, L] as the windows have them."""
         self.eval_windows = eval_windows
         validates = eval_windows is not None
         super().__init__(model, config, train_dataset, device, callbacks, validates=validates)
@@ -68,6 +69,11 @@ class BlockDiffusionTrainer(RunTrainer):
         config = self.conventions
         return objective_of(config).counted(x_0, config.keep_first, documents)
 
+    def _maskable(self, windows: dict[str, Tensor]) -> Tensor:
+        """What is `counted` of windows; of conversations only what they name `maskable`."""
+        counted = self.counted(windows["x_0"], windows.get("documents"))
+        return counted & windows.get("maskable", counted)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -76,12 +82,13 @@ class BlockDiffusionTrainer(RunTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a micro-batch: its part of the step's mean nats per token."""
-        x_0, documents = inputs["x_0"], inputs.get("documents")
+        x_0 = inputs["x_0"]
         first = self._begin_micro_batch(len(x_0))
         config = self.conventions
         objective = objective_of(config)
-        layout = config.layout_of(x_0.shape[1], documents=documents)
-        maskable = self.counted(x_0, documents)
+        size = block_size_of(self.run, self.state.global_step)
+        layout = config.layout_of(x_0.shape[1], size, documents=inputs.get("documents"))
+        maskable = self._maskable(inputs)
         what: Tensor | Draw = maskable
         if objective.noised:
             seed = fold_seed(self.run.seed, self.state.global_step)
@@ -93,14 +100,14 @@ class BlockDiffusionTrainer(RunTrainer):
         # The processes' gradients are averaged, not summed: hence the factor.
         tokens = torch.as_tensor(num_items_in_batch, device=nats.device, dtype=torch.float32)
         loss = nats.sum() * self.accelerator.num_processes / tokens.clamp(min=1)
-        self.note_loss(loss)
+        self.note_loss(loss, size)
         return (loss, {"nats": nats}) if return_outputs else loss
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> Tensor:
         """Tokens that count in the whole step; padding makes its micro-batches unequal."""
-        counts = [self.counted(own["x_0"], own.get("documents")).sum() for own in batch_samples]
+        counts = [self._maskable(own).sum() for own in batch_samples]
         tokens = torch.stack(counts).sum().float().to(device)
         return cast(Tensor, self.accelerator.reduce(tokens, reduction="sum"))
 
@@ -125,13 +132,14 @@ class BlockDiffusionTrainer(RunTrainer):
         assert self.eval_windows is not None
         device, run = self.args.device, self.run
         windows = {name: x.to(device) for name, x in self.eval_windows.items()}
-        x_0, documents = windows["x_0"], windows.get("documents")
+        x_0, documents, maskable = map(windows.get, ("x_0", "documents", "maskable"))
+        assert x_0 is not None
         model = cast(Denoiser, self.averaged_model)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=self.args.bf16)
         with parallel.gathered(self.averaged_model), autocast:
             found = likelihood(
                 model, x_0, draws=run.eval_draws, seed=run.seed, documents=documents,
-                processes=self.accelerator.state,
+                maskable=maskable, processes=self.accelerator.state,
             )  # fmt: skip
             metrics = {
                 "eval_nats_per_token": found.nats_per_token,
@@ -140,7 +148,7 @@ class BlockDiffusionTrainer(RunTrainer):
             }
             if run.searches_clip:
                 seed = fold_seed(run.seed, self.state.global_step)
-                best = search_clip(model, x_0, seed, documents, run.estimator)
+                best = search_clip(model, x_0, seed, documents, run.estimator, maskable)
                 self.use_clip((best.beta, best.omega))
                 model.config.clip = [best.beta, best.omega]
                 metrics |= {f"clip_{name}": value for name, value in vars(best).items()}

@@ -1,0 +1,63 @@
+"""Which block size a step trains, where a run has several; and the loss of each.
+
+    mixed    L' of a step is drawn by its weight, from (seed, step)
+    growing  the steps are cut into parts by the weights, the smallest L' first
+
+Every process and every micro-batch of a step has the same one, and so has a resumed run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from blockdiff.categorical import uniform
+from blockdiff.training.config import TrainConfig
+
+_PURPOSE = 3  # of the numbers addressed by (seed, purpose, …); a measurement's noise has 0 to 2
+
+
+def block_size_of(config: TrainConfig, step: int) -> int:
+    """L' of step `step`, counted from 0.
+
+    Example:
+        >>> import blockdiff
+        >>> from blockdiff.training.blocks import block_size_of
+        >>> config = blockdiff.TrainConfig(block_size=4, grow=True, steps=6)
+        >>> [block_size_of(config, step) for step in range(6)]
+        [1, 1, 2, 2, 4, 4]
+    """
+    sizes, shares = config.block_sizes, config.block_shares
+    if len(sizes) == 1:
+        return sizes[0]
+    if config.grow:
+        place = (step + 0.5) / config.steps
+    else:
+        place = float(uniform(config.seed, _PURPOSE, torch.tensor(step)))
+    ends = accumulate(shares)
+    return next((size for size, end in zip(sizes, ends, strict=True) if place < end), sizes[-1])
+
+
+class LossBySize:
+    """The mean loss of the steps of each block size since the last log line; asks no device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+        self._steps: dict[int, set[int]] = {}
+
+    def add(self, size: int, step: int, loss: Tensor) -> None:
+        """A micro-batch's part of the loss of step `step`."""
+        self._sums[size] = self._sums.get(size, 0) + loss.detach()
+        self._steps.setdefault(size, set()).add(step)
+
+    def take(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """`loss_4` and so on, over all processes (which call together), and forgets them."""
+        found = {
+            f"loss_{size}": float(gather(self._sums[size]).mean()) / len(self._steps[size])
+            for size in sorted(self._sums)
+        }
+        self._sums, self._steps = {}, {}
+        return found
