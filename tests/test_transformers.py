@@ -344,6 +344,12 @@ def test_the_tokens_are_those_of_blockdiff(starter):
     width = prompts["input_ids"].shape[1]
     assert torch.equal(ids[:, :width], prompts["input_ids"])
     assert ids[:, width:].tolist() == expected.tokens
+    # a text ends with the token that completes one of these
+    stopped = model.generate(**prompts, **wish, stop_strings=[" of"], tokenizer=tokenizer)
+    for row, tokens in zip(stopped[:, width:].tolist(), expected.tokens, strict=True):
+        texts = [tokenizer.decode(tokens[: i + 1]) for i in range(len(tokens))]
+        end = next((i for i, text in enumerate(texts, 1) if " of" in text), len(tokens))
+        assert row[:end] == tokens[:end] and set(row[end:]) <= {0}
     # and under every option of the package's own
     own = {"sampler": "ancestral", "steps": 2, "block_size": 2, "stop": "none", "max_new_tokens": 5}
     with pytest.warns(UserWarning, match="trained with block size 4"):
@@ -424,6 +430,7 @@ def test_padding_on_the_left_is_cut_off(model):
         ({"temperature": -1}, "`temperature` is -1"),
         ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
         ({"num_return_sequences": 0}, "`num_return_sequences` is 0"),
+        ({"stop_strings": "."}, "`stop_strings` needs the `tokenizer`"),
         ({"sampler": "best"}, "`sampler` 'best' is unknown"),
         ({"generation_config": {"top_k": 3}}, "`generation_config` is dict"),
         ({"inputs": torch.tensor([[1]])}, "are the same"),

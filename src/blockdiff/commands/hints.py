@@ -100,6 +100,10 @@ _OPTIONS = {
     "validation-data": (
         "val-data eval-data valid-data val-file eval-file validation-file eval-dataset"
     ),
+    "format": "data-format dataset-format data-type dataset-type prompt-format",
+    "chat-template": "template template-file jinja chat-format",
+    "grow": "curriculum block-curriculum grow-block-size growing",
+    "block-weights": "block-size-weights block-probabilities block-shares",
     "text-column": "column text-key text-field field key column-name",
     "subset": "name dataset-config dataset-config-name config-name hf-subset",
     "split": "dataset-split data-split",

@@ -142,7 +142,11 @@ def _table(lm: PreTrainedModel) -> Tensor:
 
 
 def open_adapted(
-    folder: Path, raw: Mapping[str, Any], *, dtype: torch.dtype | Literal["auto"] = torch.float32
+    folder: Path,
+    raw: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    device_map: Any = None,
 ) -> Adapted:
     """The model in a folder of transformers: under its record, or without one as AR.
 
@@ -150,7 +154,11 @@ def open_adapted(
     """
     try:
         lm = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            device_map=device_map,
         )
     except Exception as error:
         raise InputError(f"{folder} cannot be opened: {first_line(error)}") from None
@@ -167,4 +175,5 @@ def open_adapted(
 
 def is_causal_lm(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a causal language model of transformers."""
-    return raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind = raw.get("model_type")
+    return isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -182,11 +182,12 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         `inputs` or `input_ids` int64 [B, P], padded on the left where `attention_mask` is 0;
         without them the text begins with the beginning-of-text token. `options`: those of a
         `GenerationConfig` that mean something here (`max_new_tokens` or `max_length`, `do_sample`,
-        `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `num_return_sequences`,
-        `return_dict_in_generate`), and all of `SamplingOptions` (`sampler`, `block_size`, `seed`,
-        …). What is not given is that of `generation_config`, else the model's own, else that of
-        `SamplingOptions`. With a `seed` the tokens are those of `blockdiff.generate`; without one
-        it is drawn from torch's global generator, and 0 where nothing is sampled.
+        `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings` with the
+        `tokenizer`, `num_return_sequences`, `return_dict_in_generate`), and all of
+        `SamplingOptions` (`sampler`, `block_size`, `seed`, …). What is not given is that of
+        `generation_config`, else the model's own, else that of `SamplingOptions`. With a `seed` the
+        tokens are those of `blockdiff.generate`; without one it is drawn from torch's global
+        generator, and 0 where nothing is sampled.
 
         `streamer`: its `put` gets the prompt, then tokens [T] as they are final, in the order of
         the text; its `put_draft`, where it has one, the ids [T] behind them, masks included; last

@@ -1,0 +1,137 @@
+"""Tiny causal language models of transformers with random weights, one of each family."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from blockdiff.models.adapted import Adapted
+from blockdiff.models.adapting import adapt
+
+VOCAB, MASK, CONTEXT, SLIDING = 17, 16, 48, 5
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": CONTEXT, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+_PLAIN = {"head_dim", "num_key_value_heads", "intermediate_size"}
+_BOTH = {"sliding_window": SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+# Family → (model_type, what its configuration has beside the sizes, sizes it does not know).
+_FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
+    "llama": ("llama", {}, set()),
+    "llama3 rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+            },
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+        set(),
+    ),
+    "qwen2": ("qwen2", {"use_sliding_window": True, **_BOTH}, {"head_dim"}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}, set()),
+    "mistral": ("mistral", {"sliding_window": SLIDING}, set()),
+    "gemma2": (
+        "gemma2",
+        {
+            **_BOTH, "query_pre_attn_scalar": 11, "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+        set(),
+    ),
+    "gemma3": ("gemma3_text", {**_BOTH, "query_pre_attn_scalar": 11}, set()),
+    "gpt2": ("gpt2", {}, _PLAIN),
+    "gpt_neox": ("gpt_neox", {}, {"head_dim", "num_key_value_heads"}),
+    "phi3": ("phi3", {"sliding_window": SLIDING}, {"head_dim"}),
+    "olmo2": ("olmo2", {}, {"head_dim"}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}, {"head_dim"}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7,
+            "attention_multiplier": 0.5,
+        },
+        {"head_dim"},
+    ),
+    "cohere2": ("cohere2", {**_BOTH, "logit_scale": 0.3}, set()),
+    "mixtral": ("mixtral", _EXPERTS, set()),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts_per_tok": 2, "num_experts": 4, "moe_intermediate_size": 16},
+        set(),
+    ),
+    "gpt_oss": ("gpt_oss", {**_BOTH, **_EXPERTS}, set()),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 16,
+            "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+            "v_head_dim": 6, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        },
+        {"head_dim"},
+    ),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, _PLAIN),
+    "phi": ("phi", {}, {"head_dim"}),
+    "starcoder2": ("starcoder2", {"sliding_window": SLIDING}, {"head_dim"}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}, {"head_dim"}),
+    "glm4": ("glm4", {}, set()),
+    "olmo3": ("olmo3", dict(_BOTH), {"head_dim"}),
+}  # fmt: skip
+FAMILIES = list(_FAMILIES)
+# A few that differ in what matters to a cache: grouped heads, a window in every layer or in some
+# with a soft cap, learned positions and a tied head, keys and values of unequal widths, sinks.
+FEW = ["llama", "mistral", "gemma2", "gpt2", "deepseek_v3", "gpt_oss"]
+
+
+def tiny(model_type: str, drop: set[str] = frozenset(), seed: int = 0, **own: Any) -> Any:
+    """A causal language model in which every weight is drawn: none is idle."""
+    sizes = {name: value for name, value in _SIZES.items() if name not in drop} | own
+    config = AutoConfig.for_model(model_type, **sizes)
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    randomise(lm, seed)
+    return lm
+
+
+def randomise(lm: PreTrainedModel, seed: int = 0) -> None:
+    """Maps at a scale at which attention is far from uniform; biases and norms moved a little."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
+            if "inv_freq" in name or not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            if tensor.dim() < 2:
+                tensor.add_(0.2 * noise)
+            elif "embed" in name or "wte" in name or "wpe" in name:
+                tensor.copy_(noise)
+            else:
+                tensor.copy_(noise * 1.5 / tensor.shape[-1] ** 0.5)
+
+
+@lru_cache
+def _state(family: str) -> PreTrainedModel:
+    model_type, own, drop = _FAMILIES[family]
+    return tiny(model_type, drop, **own)
+
+
+def lm_of(family: str) -> Any:
+    """A new copy of the family's model, the same each time."""
+    made = _state(family)
+    copy = type(made)(made.config.__class__.from_dict(made.config.to_dict())).eval()
+    copy.load_state_dict(made.state_dict())
+    return copy
+
+
+def adapted(family: str, **conventions: Any) -> Adapted:
+    return adapt(lm_of(family), mask_token_id=MASK, **{"block_size": 4} | conventions)
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Ids without the mask token."""
+    return torch.randint(MASK, shape, generator=torch.Generator().manual_seed(seed))
