@@ -88,8 +88,8 @@ def test_options_are_few_and_known() -> None:
     counts = {name: len(command.options) for name, command in COMMANDS.items()}
     assert counts == {
         "train": 64, "evaluate": 26, "score": 14, "zero-shot": 14, "variance": 26,
-        "evaluate-samples": 13, "generate": 23, "tokenizer": 5, "benchmark": 16, "reproduce": 6,
-        "demo": 5, "adapt": 8,
+        "evaluate-samples": 13, "generate": 23, "chat": 20, "tokenizer": 5, "benchmark": 16,
+        "reproduce": 6, "demo": 5, "adapt": 8,
     }  # fmt: skip
 
 
