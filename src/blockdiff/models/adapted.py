@@ -64,6 +64,7 @@ class Adapted(DenoiserModel):
         super().__init__(config)
         self.lm = lm
         lm.set_attn_implementation(INTERFACE)
+        self.generation_config = lm.generation_config
         for module in lm.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear  # the same map, which `convert` may store otherwise
@@ -108,7 +109,10 @@ class Adapted(DenoiserModel):
         named = {k if k.startswith("lm.") else f"lm.{k}": v for k, v in state_dict.items()}
         return super().load_state_dict(named, *given, **options)
 
-    # the network
+    def _resize_token_embeddings(self, *given: Any, **options: Any) -> nn.Module:
+        return self.lm.resize_token_embeddings(*given, **options)
+
+    # the network; `forward` is `DenoiserModel`'s
 
     def denoise(
         self,
