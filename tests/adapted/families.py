@@ -89,7 +89,12 @@ _RENAMED = _NO_HEADS | {"hidden_size", "num_hidden_layers", "intermediate_size"}
 # What cannot be adapted → model_type, settings, sizes it does not know, and a part of the reason.
 UNSUITABLE: dict[str, tuple[str, dict[str, Any], set[str], str]] = {
     "falcon": ("falcon", {"alibi": True}, _PLAIN, "does not reach it"),
-    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}, _RENAMED - {"hidden_size"}, "does not reach it"),
+    "bloom": (
+        "bloom",
+        {"n_layer": 2, "n_head": 4},
+        _RENAMED - {"hidden_size"},
+        "does not reach it",
+    ),
     "mpt": (
         "mpt",
         {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT},
@@ -143,7 +148,12 @@ UNSUITABLE: dict[str, tuple[str, dict[str, Any], set[str], str]] = {
         "does not reach it",
     ),
     "gptj": ("gptj", {"rotary_dim": 4}, _PLAIN, "does not reach it"),
-    "falcon_h1": ("falcon_h1", {}, set(), "layer 0 is of the kind 'hybrid'"),
+    "falcon_h1": (
+        "falcon_h1",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4},
+        set(),
+        "layer 0 is of the kind 'hybrid'",
+    ),
     # It masks its window itself and does not tell attention: seen however long the window is.
     "phimoe": (
         "phimoe",
@@ -198,6 +208,50 @@ def lm_of(family: str) -> Any:
 
 def adapted(family: str, **conventions: Any) -> Adapted:
     return adapt(lm_of(family), mask_token_id=MASK, **{"block_size": 4} | conventions)
+
+
+class Slow:
+    """A block after its clean prefix, by transformers' own attention with a whole mask.
+
+    One row of prefix and block, nothing cached: what all that is faster has to equal.
+    """
+
+    def __init__(self, lm: Any, clean: str, prediction: str) -> None:
+        self.lm, self.clean, self.shift = lm, clean, prediction == "shift"
+        lm.set_attn_implementation("eager")
+
+    @torch.no_grad()
+    def logits(self, prefix: list[int], block: list[int]) -> torch.Tensor:
+        """[K, V] of the block's tokens; under "shift" of the first of a text nothing that counts"""
+        return self.of_states(prefix, [block])[0]
+
+    def of_states(self, prefix: list[int], states: list[list[int]]) -> torch.Tensor:
+        """[n, K, V] for n states of a block."""
+        size, before = len(states[0]), len(prefix)
+        place = torch.arange(before + size)
+        query, key = place[:, None], place[None, :]
+        same = query // size == key // size
+        seen = (key <= query) | (same & ((query >= before) | (self.clean == "block")))
+        masks = {kind: self._added(seen & near) for kind, near in self._near(query, key).items()}
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        if isinstance(mask, torch.Tensor):
+            mask = mask.expand(len(states), 1, -1, -1)
+        x = torch.tensor([prefix + state for state in states])
+        out = self.lm(input_ids=x, attention_mask=mask, use_cache=False).logits
+        first = max(before - 1, 0)
+        return out[:, [first, *range(before, before + size - 1)]] if self.shift else out[:, before:]
+
+    def _near(self, query: torch.Tensor, key: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of each kind of layer, which keys its window holds."""
+        config = self.lm.config
+        near = query - key < (getattr(config, "sliding_window", None) or 10**9)
+        if len(set(getattr(config, "layer_types", None) or [])) > 1:
+            return {"sliding_attention": near, "full_attention": near | True}
+        return {"": near}
+
+    @staticmethod
+    def _added(seen: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo().min)
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -191,6 +191,8 @@ class Adapted(DenoiserModel):
         sigma: Tensor | None = None,
     ) -> Tensor:
         """Logits [P, V] of x int64 [n, T] after the cached prefixes; see `Denoiser.decode`."""
+        # Columns that a shorter block leaves unused may lie past the context.
+        positions = positions.clamp(max=self.config.length - 1)
         order = self._known_first(x, x.shape[1], clean)
         if order is not None:
             x, positions = x.gather(1, order), positions.gather(1, order)

@@ -46,8 +46,8 @@ def adapt(
     the context, by default what the model's configuration says. The model's weights are used as
     they are, not copied; train it then.
 
-    Raises `InputError` for a model that cannot be adapted, with the reason, for a mask token outside
-    its vocabulary, and for a context or blocks longer than the model's own context.
+    Raises `InputError` for a model that cannot be adapted, with the reason, for a mask token
+    outside its vocabulary, and for a context or blocks longer than the model's own context.
 
     Example:
         >>> import torch, blockdiff
@@ -165,13 +165,14 @@ def open_adapted(
     `raw`: its config.json. Weights are read by transformers, which never runs code of the folder.
     """
     try:
-        lm, found = AutoModelForCausalLM.from_pretrained(
+        opened: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True,
         )  # fmt: skip
     except Exception as error:
         raise InputError(f"{folder} cannot be opened: {first_line(error)}") from None
-    if missing := sorted(found["missing_keys"]):
+    lm: PreTrainedModel = opened[0]
+    if missing := sorted(opened[1]["missing_keys"]):
         raise InputError(
             f"{folder}: the weights do not fit config.json: {missing[0]} is missing "
             f"({len(missing)} such names in all)"

@@ -70,6 +70,10 @@ class BlockConfig:
         that does not divide the length (the model's own when left out).
         """
         size = self.block_size if block_size is None else whole_number("block_size", block_size)
+        if not self.slides and length is not None and length > self.length:
+            raise InputError(
+                f"the model's context is {self.length} tokens, and the text has {length}"
+            )
         BlockLayout(self.length if length is None else length, size)
         if size not in self.block_sizes:
             known = ", ".join(map(str, self.block_sizes))
