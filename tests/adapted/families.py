@@ -1,10 +1,19 @@
 """Tiny causal language models of transformers with random weights, one of each family."""
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from blockdiff.models.adapted import Adapted
 from blockdiff.models.adapting import adapt
@@ -257,3 +266,25 @@ class Slow:
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Ids without the mask token."""
     return torch.randint(MASK, shape, generator=torch.Generator().manual_seed(seed))
+
+
+WORDS = [f"w{i}" for i in range(12)]
+
+
+def words_tokenizer(*more: str, **special: str) -> PreTrainedTokenizerFast:
+    """<s>, </s>, <unk>, twelve words and `more`, ids in this order; `special`: roles of `more`."""
+    names = ["<s>", "</s>", "<unk>", *WORDS, *more]
+    model = WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **special
+    )
+
+
+def folder_of(lm: Any, folder: Path, tokenizer: Any = None, **options: Any) -> Path:
+    """The folder people have: a causal language model, saved by transformers."""
+    lm.save_pretrained(folder, **options)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder

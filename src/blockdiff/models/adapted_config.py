@@ -86,6 +86,6 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         """The fields that the base model's configuration does not have."""
         names = (
             "block_size block_sizes length mask_token_id prediction clean_stream inside_block "
-            "prompt_grid keep_first objective clip"
+            "prompt_grid keep_first objective clip bos_token_id eos_token_id"
         )
         return {name: getattr(self, name) for name in names.split()}
