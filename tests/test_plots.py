@@ -122,3 +122,14 @@ def test_variance_plot(tmp_path):
     variance_plot(records, tmp_path / "loss.png", title="noise")
     whole, half = ((tmp_path / name).stat().st_size for name in ("v.png", "loss.png"))
     assert half < whole
+
+
+def test_each_block_size_has_its_curve_and_null_is_no_point(figures):
+    """A validation of one window has no standard error, which JSON writes as null."""
+    lines = [{"tokens": i, "loss": 3.0, f"loss_{(1, 16, 4)[i % 3]}": float(i)} for i in range(9)]
+    lines.append({"tokens": 9, "eval_nats_per_token": 3.0, "eval_stderr": None})
+    figure = loss_plot({"training": lines})
+    assert labels(figure) == [f"training loss, L' = {size}" for size in (1, 4, 16)]
+    drawn = [line.get_ydata().tolist() for line in figure.axes[0].get_lines()]
+    assert drawn == [[0, 3, 6], [2, 5, 8], [1, 4, 7]]
+    assert len({line.get_color() for line in figure.axes[0].get_lines()}) == 3

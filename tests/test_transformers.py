@@ -631,8 +631,8 @@ def test_a_resized_vocabulary(kind, tmp_path):
 RUN = {
     "data": ["Salesforce/wikitext", "/home/somebody/private/notes.txt"], "batch_size": 8,
     "lr": 3e-4, "length": 12, "objective": "bd3lm", "estimator": "exact_k", "seed": 1,
-    "init_from": "runs/x/ar", "steps": 500, "run": {"finished": {"steps": 400, "metrics": {"eval_perplexity": 20.0,
-    "eval_stderr": 0.05}}},
+    "init_from": "runs/x/ar", "steps": 500,
+    "run": {"finished": {"steps": 400, "metrics": {"eval_perplexity": 20.0, "eval_stderr": 0.05}}},
 }  # fmt: skip
 MEASURED = {
     "data": "pydoc", "kind": "bd3lm", "perplexity": 40.0, "stderr": 0.02, "part": "validation",

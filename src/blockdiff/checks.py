@@ -216,19 +216,21 @@ def options(
     real: Reals,
     *,
     smallest: float = 0.0,
+    own: Collection[str] = (),
 ) -> None:
     """Checks every field of a frozen dataclass; its numbers become Python's own (numpy's, say).
 
     `whole` and `real` come before the tables here; what is neither a number nor one of a few
     choices (see `choices_in`) is a truth value or text. A number above 0 and under `smallest` is
-    refused. None is good where the field's type says so. Raises `InputError`.
+    refused. `own`: fields that the dataclass checks by itself. None is good where the field's type
+    says so. Raises `InputError`.
     """
     whole, real = {**WHOLE_NUMBERS, **whole}, {**REAL_NUMBERS, **real}
     dataclass: Any = type(given)
     choices = choices_of(dataclass)
     for field in fields(given):
         name, value, kind = field.name, getattr(given, field.name), str(field.type)
-        if value is None and "None" in kind:
+        if name in own or (value is None and "None" in kind):
             continue
         if name in choices:
             one_of(name, value, choices[name])

@@ -124,8 +124,8 @@ def loss_plot(curves: Mapping[str, Curve], path: Path | None = None, *, title: s
 
 
 def _having(lines: Curve, key: str) -> Curve:
-    """The lines where `key` is there and finite."""
-    return [line for line in lines if math.isfinite(line.get(key, math.nan))]
+    """The lines where `key` is there and finite; JSON has null for what is not."""
+    return [line for line in lines if line.get(key) is not None and math.isfinite(line[key])]
 
 
 def _column(lines: Curve, key: str) -> np.ndarray:

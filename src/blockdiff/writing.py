@@ -29,9 +29,10 @@ from blockdiff.watch import Timed, new_tokens, watch
 
 
 def write_texts(
-    source: str, wish: Any, options: SamplingOptions, device: str | None = None
+    source: str, wish: Any, options: SamplingOptions, device: str | None = None, **opening: Any
 ) -> None:
-    """Generates as asked and prints; `wish` is the command line's `GenerateOptions`.
+    """Generates as asked and prints; `wish` is the command line's `GenerateOptions`, `opening`
+    how `load` opens the model.
 
     A single text is printed while it is written where standard output is a terminal. Raises
     `RunStopped` on Ctrl-C or SIGTERM, with what was written until then printed.
@@ -40,7 +41,9 @@ def write_texts(
     prompts = read_prompts(wish.prompt, wish.prompt_file)
     if wish.page is not None:
         new_file("page", wish.page)
-    model, tokenizer = load(source, tokenizer=wish.tokenizer, device=choose_device(device))
+    model, tokenizer = load(
+        source, tokenizer=wish.tokenizer, device=choose_device(device), **opening
+    )
     # The compiler brings weights into order itself.
     precision = resolve_precision(wish.precision, model.device)
     convert(model, precision, model.device, few_tokens=not wish.compile)
@@ -75,9 +78,8 @@ def write_texts(
             view.end()
         raise stop.as_error(0 if steps.last is None else view.count(steps.last)) from None
     assert steps.last is not None
-    done = to_text(
-        collect(steps.last, ids, model.config.eos_token_id, steps.seconds), ids, tokenizer
-    )
+    eos, longest = model.config.eos_token_id, options.max_new_tokens
+    done = to_text(collect(steps.last, ids, eos, longest, steps.seconds), ids, tokenizer)
     if wish.page is not None:
         write_page(recorder.recording(), local_path("page", wish.page), title=f"{source} writes")
     if wish.json:
@@ -202,7 +204,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None = None) -> list[str
     if prompt_file is not None:
         path = local_path("prompt_file", prompt_file)
         try:
-            text = _decoded(path.read_bytes(), str(path))
+            text = decoded(path.read_bytes(), str(path))
         except OSError as error:
             raise InputError(f"cannot read the prompts in {path}: {first_line(error)}") from None
         lines = [line.removesuffix("\r") for line in text.split("\n")]
@@ -213,15 +215,15 @@ def read_prompts(prompt: str | None, prompt_file: str | None = None) -> list[str
     if prompt == "-":
         if sys.stdin is None or sys.stdin.closed:
             raise InputError("`prompt` is -, but there is no standard input to read")
-        text = _decoded(sys.stdin.buffer.read(), "standard input")
+        text = decoded(sys.stdin.buffer.read(), "standard input")
         return [text.removesuffix("\n").removesuffix("\r")]
     return ["" if prompt is None else prompt]
 
 
-def _decoded(content: bytes, place: str) -> str:
-    """UTF-8, a byte order mark dropped."""
+def decoded(content: bytes, place: str, first_line: int = 1) -> str:
+    """UTF-8, a byte order mark dropped; raises `InputError` with the line of what is none."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + first_line
         raise InputError(f"{place}, line {line}: not valid UTF-8; save it as UTF-8") from None

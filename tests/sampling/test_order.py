@@ -13,7 +13,7 @@ from blockdiff.registry import ORDERS, STOPPING_RULES
 from blockdiff.sampling.options import SamplingOptions, stopping_rules
 from blockdiff.sampling.orders.base import RowState
 from blockdiff.sampling.orders.threshold import Threshold
-from blockdiff.sampling.stopping import token_entropy
+from blockdiff.sampling.stopping import StopAtText, StopAtTokens, token_entropy
 from blockdiff.schedules import SCHEDULES, get_schedule
 from helpers import tiny_model
 
@@ -223,6 +223,34 @@ def test_the_last_256_tokens_decide(expected):
 def test_names_of_stopping_rules():
     assert stopping_rules("paper") == {"second_eos", "low_entropy"}
     assert stopping_rules("none") == frozenset() and stopping_rules("eos") == {"eos"}
-    for wrong in ("first_eos", "eos,second_eos"):
-        with pytest.raises(InputError):
+    for wrong in ("first_eos", "eos,second_eos", "", ["eos", "second_eos"], [], [""], None, [3]):
+        with pytest.raises(InputError, match="`stop`"):
             stopping_rules(wrong)
+        with pytest.raises(InputError, match="`stop`"):
+            SamplingOptions(stop=wrong)
+
+
+def test_a_rule_stands_where_a_name_does():
+    tokens = [1, 5, 1, 5, 3, 7, 9, 9]
+    five, three = StopAtTokens(frozenset({5})), StopAtTokens(frozenset({3, 4}))
+    assert finished_length(tokens, five) == 4, "the prompt's does not count"
+    assert finished_length(tokens, [three, "eos"]) == 5, "of two ends the first"
+    assert finished_length(tokens, ("eos",)) == finished_length(tokens, "eos") == 6
+    assert finished_length([1, 1, 9, 5, 1, 1, 9, 9], five) == -1, "a mask is before it"
+    options = SamplingOptions(stop=["eos", five])
+    assert options == SamplingOptions(stop=("eos", StopAtTokens(frozenset({5}))))
+    assert SamplingOptions(stop=five).stop == (five,)
+
+
+def test_a_text_ends_a_row_with_the_token_that_completes_it():
+    def decode(ids):
+        return "".join("ab cdefg"[token] for token in ids)
+
+    rule = StopAtText(("da", "bc"), decode)
+    assert finished_length([1, 4, 0, 1, 3, 7, 9, 9], rule) == 5, "the prompt's d does not count"
+    assert finished_length([1, 1, 4, 0, 4, 0, 9, 9], rule) == 4
+    assert finished_length([1, 1, 4, 9, 9, 9, 9, 9], rule) == -1
+    done = blockdiff.generate(
+        tiny_model(vocab_size=9), [[1]], max_new_tokens=200, stop=[StopAtText(("a",), decode)]
+    )
+    assert done.finish == ["stop"] and done.tokens[0].index(0) == len(done.tokens[0]) - 1

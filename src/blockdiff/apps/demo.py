@@ -224,7 +224,8 @@ def _write(model: DiT, tokenizer: PreTrainedTokenizerBase, page: Path) -> TextGe
 
     begin = time.perf_counter()
     *_, last = recorder.follow(stream_tokens(model, ids, SAMPLING))
-    done = collect(last, ids, model.config.eos_token_id, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    done = collect(last, ids, model.config.eos_token_id, SAMPLING.max_new_tokens, seconds)
     write_page(
         recorder.recording(),
         page,

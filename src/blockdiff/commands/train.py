@@ -44,6 +44,9 @@ COMMAND = Command(
     examples=(
         "blockdiff train notes.txt --out runs/notes --steps 2000",
         "blockdiff train --data pydoc --init-from runs/ar --block-size 4 --out runs/bd3lm",
+        "blockdiff train notes.txt --block-size 1,4,8 --block-weights 0.3,0.3,0.4 --out runs/sizes",
+        "blockdiff train notes.txt --init-from runs/ar --block-size 16 --grow --out runs/grown",
+        "blockdiff train chat.jsonl --format chat --init-from runs/base --out runs/chat",
         "blockdiff train --out runs/bd3lm --resume",
         "blockdiff train --config recipes/owt/bd3lm-4.yaml",
     ),

@@ -25,7 +25,7 @@ prompt is padded on the left, for its response to begin with a block.
 from __future__ import annotations
 
 import json
-import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,24 +34,23 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from blockdiff.data.chat_templates import SEAM, ChatTemplate, Encoder
 from blockdiff.data.packing import Windows, find_or_build, read_again, read_once
 from blockdiff.data.tokenizers import eos_id
-from blockdiff.errors import InputError, first_line
+from blockdiff.errors import InputError
 from blockdiff.progress import track
 
-# Parts a special token that a message spells out, so that it is encoded as the characters it is.
-# No text holds it: Unicode keeps it free of meaning.
-_SEAM = "\ufdd0"
 _PADDING = -2  # as a mark; else a mark is 2 · document + 1 for a maskable token
 _OPEN_WINDOWS = 32  # that wait for a document which fits
 
 
 class Document(NamedTuple):
-    """Tokens, the padding before them, and where their responses begin and end."""
+    """Tokens, the padding before them, where responses begin and end, and these as UTF-8."""
 
     ids: list[int]
     left: int
     responses: list[tuple[int, int]]
+    bytes: int
 
 
 class Conversations:
@@ -79,25 +78,18 @@ class Conversations:
                 "the tokenizer has no EOS token to end a response with; use one that has"
             )
         self.end = end
-        added = tokenizer.added_tokens_decoder
-        self.ends = {*added, *tokenizer.all_special_ids}
-        special = sorted((str(token) for token in added.values() if token.special), key=len)
-        long = [re.escape(token) for token in reversed(special) if len(token) > 1]
-        self.special = re.compile("|".join(long) or "(?!)")  # which matches nothing
-        self.newline = self._ids(["\n"])[0]
-        if format == "chat":
-            if tokenizer.chat_template is None:
-                raise InputError(
-                    "the tokenizer has no chat template; give one as `chat_template`, or use a "
-                    "tokenizer that has one"
-                )
-            self._render([{"role": "user", "content": "Hello"}], answer=True)
+        self.ends = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+        self.encoder = (
+            ChatTemplate(tokenizer) if format == "chat" else Encoder(tokenizer, split=True)
+        )
 
     def documents(self, text: str) -> list[Document]:
         """A conversation's documents, in the order of its responses."""
         found: list[Document] = []
         for prompt, response in self._turns(text):
-            before, answer = [*self._encode(prompt, first=True)], [*self._encode(response)]
+            before = [*self.encoder.encode(prompt, first=True)]
+            answer = [*self.encoder.encode(response)]
+            size = len(response.replace(SEAM, "").encode())
             if not answer or answer[-1] not in self.ends:
                 answer.append(self.end)
             ids, begin = before + answer, max(1, len(before))
@@ -110,74 +102,34 @@ class Conversations:
                 )
             last = found[-1] if found and self.block == 1 else None
             if last is not None and ids[: len(last.ids)] == last.ids:
-                found[-1] = Document(ids, 0, [*last.responses, (begin, len(ids))])
+                both = [*last.responses, (begin, len(ids))]
+                found[-1] = Document(ids, 0, both, last.bytes + size)
                 continue
             left = -begin % self.block if self.prompt_grid == "prompt_end" else 0
             ids += [ids[-1]] * (-(left + len(ids)) % self.block)
-            found.append(Document(ids, left, [(begin, len(ids))]))
+            found.append(Document(ids, left, [(begin, len(ids))], size))
         return found
 
     def _turns(self, text: str) -> Iterator[tuple[str, str]]:
         """(what is before it, the response) of each response of a conversation."""
-        told = json.loads(text)
-        if self.format == "prompt":
+        told, template = json.loads(text), self.encoder
+        if not isinstance(template, ChatTemplate):
             yield told[0], told[1]
             return
-        messages = [message | {"content": self._apart(message["content"])} for message in told]
-        for i, message in enumerate(messages):
+        for i, message in enumerate(told):
             if message["role"] != "assistant":
                 continue
-            whole = self._render(messages[: i + 1])
+            whole = template.render(told[: i + 1])
             if i:
-                prompt = self._render(messages[:i], answer=True)
+                prompt = template.render(told[:i], answer=True)
             else:  # templates write no beginning without a message
-                prompt = whole[: max(0, whole.find(message["content"]))]
+                prompt = whole[: max(0, whole.find(template.apart(message["content"])))]
             if not whole.startswith(prompt):
                 raise InputError(
                     "the chat template writes other words before an answer than it gives to answer "
-                    f"to, in the conversation {text[:60]!r}...; give another `chat_template`"
+                    f"to, in the conversation {text[:60]!r}...; name another one as `chat_template`"
                 )
             yield prompt, whole[len(prompt) :].rstrip()  # behind the end of the turn
-
-    def _render(self, messages: list[dict[str, Any]], answer: bool = False) -> str:
-        try:
-            found = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=answer
-            )
-        except Exception as error:  # a template raises what it likes
-            raise InputError(
-                "the chat template cannot write the conversation "
-                f"{str(messages[0]['content'])[:40]!r}...: {first_line(error)}"
-            ) from error
-        return str(found)
-
-    def _apart(self, text: str) -> str:
-        """A text in which no special token is spelt out."""
-        text = text.replace(_SEAM, "")
-        return self.special.sub(lambda found: found[0][:1] + _SEAM + found[0][1:], text)
-
-    def _encode(self, text: str, first: bool = False) -> Iterator[int]:
-        """The ids of the beginning of a document, or of what follows it, encoded apart from it.
-
-        So is a prompt that is sampled from. A text that follows is encoded behind a newline, which
-        is then taken away: some tokenizers put a space before each beginning.
-        """
-        for part in filter(None, text.split(_SEAM)):
-            if not first:
-                ids = self._ids(["\n" + part])[0]
-                if ids[: len(self.newline)] == self.newline:
-                    yield from ids[len(self.newline) :]
-                    continue
-            first = False
-            yield from self._ids([part])[0]
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        encoding = self.tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=self.format == "prompt",
-            return_attention_mask=False, return_token_type_ids=False, verbose=False,
-        )  # fmt: skip
-        found: list[list[int]] = encoding["input_ids"]
-        return found
 
 
 def pack_conversations(
@@ -196,7 +148,8 @@ def pack_conversations(
 
     Their `conversations` counts what became of them: `conversations`; of their `responses` those
     `cut` at the end of a window, and those `left_out` because their prompts fill it; and `empty`,
-    the conversations without a response. `tokens` are those that are maskable.
+    the conversations without a response. `tokens` are those that are maskable, and `corpus_tokens`
+    and `bytes` those of all responses.
 
     Args:
         documents: read twice.
@@ -242,8 +195,11 @@ def _write(
 ) -> dict[str, Any]:
     """Streams the windows to disk; returns their counts for `meta.json`."""
     counts = dict.fromkeys(("conversations", "responses", "cut", "left_out", "empty"), 0)
+    whole: Counter[str] = Counter()
     windows = tokens = 0
-    for ids, marks in _windows(_fitting(texts, encoder, length, counts), length, encoder.end):
+    for ids, marks in _windows(
+        _fitting(texts, encoder, length, counts, whole), length, encoder.end
+    ):
         ids_file.write(ids.astype(dtype).tobytes())
         marks_file.write(marks.astype("<i4").tobytes())
         windows += 1
@@ -256,27 +212,39 @@ def _write(
             else f"{name} has no response in {counts['conversations']} conversations"
         )
     return {
-        "windows": windows, "tokens": tokens, "corpus_tokens": tokens, "padded": True,
+        "windows": windows,
+        "tokens": tokens,
+        "padded": True,
         "conversations": counts,
-    }  # fmt: skip
+        **whole,
+    }
 
 
 def _fitting(
-    texts: Iterable[str], encoder: Conversations, length: int, counts: dict[str, int]
+    texts: Iterable[str],
+    encoder: Conversations,
+    length: int,
+    counts: dict[str, int],
+    whole: Counter[str],
 ) -> Iterator[Document]:
-    """Documents cut at `length` tokens, if something of a response is left; adds to `counts`."""
+    """Documents cut at `length` tokens, if something of a response is left.
+
+    Adds to `counts`, and to `whole` the tokens and bytes of responses, cut or not.
+    """
     for text in texts:
         documents = encoder.documents(text)
         counts["conversations"] += 1
         counts["empty"] += not documents
-        for ids, left, responses in documents:
+        for ids, left, responses, size in documents:
+            whole["corpus_tokens"] += sum(end - begin for begin, end in responses)
+            whole["bytes"] += size
             room = length - left
             kept = [(begin, min(end, room)) for begin, end in responses if begin < room]
             counts["responses"] += len(responses)
             counts["left_out"] += len(responses) - len(kept)
             counts["cut"] += sum(end > room for begin, end in responses if begin < room)
             if kept:
-                yield Document(ids[:room], left, kept)
+                yield Document(ids[:room], left, kept, size)
 
 
 def _windows(
@@ -304,7 +272,7 @@ def _windows(
 def _window(documents: list[Document], length: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
     ids, marks = np.full(length, padding), np.full(length, _PADDING)
     place = 0
-    for number, (own, left, responses) in enumerate(documents):
+    for number, (own, left, responses, _) in enumerate(documents):
         place += left
         ids[place : place + len(own)] = own
         marks[place : place + len(own)] = 2 * number

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from math import lcm
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from blockdiff import checks
+from blockdiff.data.conversations import pack_conversations
 from blockdiff.data.corpora import load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
 from blockdiff.data.mixture import chained
@@ -36,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "part": "all", "validation_fraction": 0.05, "split_seed": 0, "text_column": "text",
     "split": "train", "subset": None, "detokenizer": "none", "bos": False, "eos": True,
     "across_documents": True, "window_marks": False, "apart": False,
+    "format": "text",
 }  # fmt: skip
 
 
@@ -59,7 +63,7 @@ def options_of_run(
     if not trained and not _same(data, run.get("validation_data")):
         settings |= told
         return data, settings, settings["part"]
-    settings |= {name: run[name] for name in ("text_column", "detokenizer", *PACKING)}
+    settings |= {name: run[name] for name in ("format", "text_column", "detokenizer", *PACKING)}
     split = run["validation_split"] or "train"
     if not trained:
         settings |= {"split": split} | told
@@ -107,6 +111,7 @@ def open_documents(
     subset: str | None = None,
     detokenizer: str = "none",
     apart: bool = False,
+    format: str = "text",
 ) -> Iterable[str]:
     """The documents of a corpus, or of the part of it that training saw or held out.
 
@@ -118,15 +123,17 @@ def open_documents(
         each: dict[str, Any] = {
             "part": part, "validation_fraction": validation_fraction, "split_seed": split_seed,
             "text_column": text_column, "split": split, "subset": subset,
-            "detokenizer": detokenizer,
+            "detokenizer": detokenizer, "format": format,
         }  # fmt: skip
         return chained(", ".join(data), [open_documents(one, **each) for one in data])
     documents = detokenized(
-        load_corpus(data, split=split, text_column=text_column, subset=subset), detokenizer
+        load_corpus(data, split=split, text_column=text_column, subset=subset, format=format),
+        detokenizer,
     )
     if part == "all":
         return documents
-    train, held_out = split_documents(documents, validation_fraction, split_seed)
+    whole = format != "text"
+    train, held_out = split_documents(documents, validation_fraction, split_seed, whole=whole)
     return train if part == "train" else held_out
 
 
@@ -138,6 +145,7 @@ def open_sequences(
     length: int | None = None,
     windows: int = 0,
     part: str = "all",
+    block_sizes: Sequence[int] = (),
     **options: Any,
 ) -> tuple[Windows, dict[str, Tensor]]:
     """A packed corpus and `windows` of it, evenly spread, 0 for all: see `pack_documents`.
@@ -145,6 +153,7 @@ def open_sequences(
     `options`: of `open_documents` and of `pack`.
     """
     packing = {name: options.pop(name) for name in PACKING if name in options}
+    packing |= {"format": options.get("format", "text"), "block_sizes": block_sizes}
     documents = open_documents(data, part=part, **options)
     name = "the corpus" if part == "all" else f"its {part} part"
     return pack_documents(
@@ -165,33 +174,46 @@ def pack_documents(
     length: int | None = None,
     windows: int = 0,
     name: str = "the corpus",
+    format: str = "text",
+    block_sizes: Sequence[int] = (),
     **packing: Any,
 ) -> tuple[Windows, dict[str, Tensor]]:
     """Documents packed into windows, and so many of these.
 
-    The sequences are x_0 int64 [B, L], and documents [B, L] where windows are padded, on the
-    network's device. `name`: what messages call the documents; `packing`: options of `pack`.
+    The sequences are x_0 int64 [B, L], documents [B, L] where windows are padded, and of
+    conversations maskable [B, L], on the network's device. `name`: what messages call the
+    documents; `format`: what they are; `block_sizes`: those they are measured with, beside the
+    network's own; `packing`: options of `pack`.
     """
     checks.numbers(windows=windows, length=length)
     length = packed_length(network, length)
-    packed = pack(documents, words, length=length, progress=True, name=name, **packing)
+    if format == "text":
+        packed = pack(documents, words, length=length, progress=True, name=name, **packing)
+    else:
+        packed = pack_conversations(
+            documents, words, format=format, length=length, progress=True, name=name,
+            block=lcm(*network.config.block_sizes, *block_sizes),
+            prompt_grid=network.config.prompt_grid,
+        )  # fmt: skip
     return packed, {name: x.to(network.device) for name, x in stack(packed, windows).items()}
 
 
 def evaluate_corpus(
-    model: str | Path, wish: EvaluateOptions, device: str | None = None
+    model: str | Path, wish: EvaluateOptions, device: str | None = None, **opening: Any
 ) -> dict[str, object]:
     """Measures a corpus under the model in a folder or hub repository.
 
     What is None is the run's own where `data` is what the model in that folder was trained on
-    (then `part` is what it held out), else as in `DEFAULTS`. Returns `measure_sequences`'s record.
+    (then `part` is what it held out), else as in `DEFAULTS`. `opening`: how `load` opens the model.
+    Returns `measure_sequences`'s record.
     Raises `InputError` on bad input.
     """
     source, corpus, measured = options_of_run(model, wish.data, text_options(wish))
-    network, words, precision = open_to_measure(model, wish, device)
+    network, words, precision = open_to_measure(model, wish, device, **opening)
     packed, sequences = open_sequences(
-        network, words, source, length=wish.length, windows=wish.windows, **corpus
-    )
+        network, words, source, length=wish.length, windows=wish.windows,
+        block_sizes=[wish.block_size] if wish.block_size is not None else [], **corpus,
+    )  # fmt: skip
     record = measure_sequences(
         network, packed, sequences, model=str(model), data=source, block_size=wish.block_size,
         estimator=wish.estimator, draws=wish.draws, timesteps=wish.timesteps,
@@ -201,12 +223,14 @@ def evaluate_corpus(
 
 
 def open_to_measure(
-    model: str | Path, wish: Opening, device: str | None
+    model: str | Path, wish: Opening, device: str | None, **opening: Any
 ) -> tuple[Denoiser, PreTrainedTokenizerBase, str]:
     """(model, tokenizer, what `precision` became), its weights in that precision."""
-    network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device))
+    network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device), **opening)
     precision = resolve_precision(wish.precision, network.device)
     convert(network, precision, network.device)
+    if precision == "float32" and network.dtype == torch.bfloat16:
+        precision = "bf16"  # as its weights were read
     return network, words, precision
 
 
@@ -228,13 +252,13 @@ def measure_sequences(
     with advance(f"{network.config.kind} on {data}", len(sequences["x_0"]), "sequences") as done:
         result = likelihood(
             network, sequences["x_0"], documents=sequences.get("documents"), block_size=block_size,
-            progress=done, **options,
+            maskable=sequences.get("maskable"), progress=done, **options,
         )  # fmt: skip
     per_byte = packed.corpus_tokens / packed.bytes
     return {
         "model": model,
         "kind": network.config.kind,
-        "block_size": network.config.block_size if block_size is None else block_size,
+        "block_size": min(block_size or network.config.block_size, packed.length),
         "length": packed.length,
         "data": data,
         **result.record(),

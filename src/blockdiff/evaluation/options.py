@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from blockdiff import checks
 from blockdiff.registry import BoundName
-from blockdiff.training.config import Detokenizer
+from blockdiff.training.config import Detokenizer, Format
 
 Part = Literal["all", "train", "validation"]
 Precision = Literal["auto", "float32", "bf16", "int8"]
@@ -35,6 +35,8 @@ class TextOptions:
         validation_fraction: Share of the text held out in that split; else 0.05.
         split_seed: Seed of that split; else 0.
         text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
+        format: text, chat or prompt, as in training; else text. Of the last two only responses
+            count.
         split: Split of a hub data set.
         subset: Subset of a hub data set.
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
@@ -52,6 +54,7 @@ class TextOptions:
     validation_fraction: float | None = None
     split_seed: int | None = None
     text_column: str | None = None
+    format: Format | None = None
     split: str | None = None
     subset: str | None = None
     tokenizer: str | None = None

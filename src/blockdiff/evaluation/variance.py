@@ -129,12 +129,14 @@ def variance(
     gradient: bool = True,
     seed: int = 0,
     documents: Tensor | None = None,
+    maskable: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> EstimatorVariance:
     """Measures `estimator` (see `parse_estimator`) on sequences x_0 int64 [D·B, L].
 
-    `batch_size` B sequences make a batch; what is left over is not used. `progress` is called
-    after each draw. Raises `InputError` for fewer than two batches or draws, or an AR model.
+    `batch_size` B sequences make a batch; what is left over is not used. `maskable` bool [D·B, L]:
+    the tokens that count, where these are not all. `progress` is called after each draw. Raises
+    `InputError` for fewer than two batches or draws, or an AR model.
     """
     checks.numbers(batch_size=batch_size, draws=draws, seed=seed)
     make, stratified = parse_estimator(estimator)
@@ -160,15 +162,17 @@ def variance(
     for d in range(batches):
         rows = x_0[d * batch_size : (d + 1) * batch_size]
         own = None if documents is None else documents[d * batch_size : (d + 1) * batch_size]
-        maskable = objective.counted(rows, model.config.keep_first, own)
+        counted = objective.counted(rows, model.config.keep_first, own)
+        if maskable is not None:
+            counted &= maskable[d * batch_size : (d + 1) * batch_size].to(counted.device)
         total = torch.zeros(sum(p.numel() for p in parameters) if gradient else 0)
         for r in range(draws):
             noise = _noise(batch_size, layout, fold_seed(seed, d, r), stratified, rows.device)
-            draw = make(rows, layout, noise, maskable, model.config.mask_token_id)
+            draw = make(rows, layout, noise, counted, model.config.mask_token_id)
             unbiased, passes = draw.unbiased, len(draw.x_t) // len(rows)
             with torch.set_grad_enabled(gradient):
                 nats = objective.nats(model, rows, draw, replace(layout, documents=own))
-                loss = nats.sum() / maskable.sum().clamp(min=1)
+                loss = nats.sum() / counted.sum().clamp(min=1)
             losses[d, r] = loss.item()
             if gradient:
                 flat = _flat_gradient(loss, parameters)
@@ -233,7 +237,7 @@ def _analysis(means: Tensor, squares: Tensor, draws: int) -> Spread:
 
 
 def measure_corpus(
-    model: str | Path, wish: VarianceOptions, device: str | None = None
+    model: str | Path, wish: VarianceOptions, device: str | None = None, **opening: Any
 ) -> list[EstimatorVariance]:
     """Measures every estimator at every block size on windows of a corpus.
 
@@ -247,11 +251,12 @@ def measure_corpus(
     for name in names:
         parse_estimator(name)
     source, options, _ = options_of_run(model, wish.data, text_options(wish))
-    network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device))
+    network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device), **opening)
+    network.float()
     sizes = (network.config.block_size,) if sizes is None else sizes
     wanted = wish.batches * wish.batch_size
     _, sequences = open_sequences(
-        network, words, source, length=wish.length, windows=wanted, **options
+        network, words, source, length=wish.length, windows=wanted, block_sizes=sizes, **options
     )
     total = len(sizes) * len(names) * wish.batches * wish.draws
     with advance(f"{model} on {wish.data}", total, "draws") as done:
@@ -259,7 +264,8 @@ def measure_corpus(
             variance(
                 network, sequences["x_0"], name, block_size=size, batch_size=wish.batch_size,
                 draws=wish.draws, gradient=wish.gradient, seed=wish.seed,
-                documents=sequences.get("documents"), progress=done,
+                documents=sequences.get("documents"),
+                maskable=sequences.get("maskable"), progress=done,
             )
             for size in sizes
             for name in names

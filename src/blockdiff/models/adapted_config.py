@@ -14,6 +14,11 @@ from blockdiff.layout import Clean, Inside, Prediction
 from blockdiff.models.config import BlockConfig
 
 PromptGrid = Literal["absolute", "prompt_end"]
+RECORDED = (
+    *("block_size", "block_sizes", "length", "mask_token_id", "bos_token_id", "eos_token_id"),
+    *("prediction", "clean_stream", "inside_block", "prompt_grid", "keep_first"),
+    *("objective", "clip"),
+)
 
 
 class AdaptedConfig(BlockConfig, PreTrainedConfig):
@@ -84,8 +89,4 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
 
     def record(self) -> dict[str, Any]:
         """The fields that the base model's configuration does not have."""
-        names = (
-            "block_size block_sizes length mask_token_id prediction clean_stream inside_block "
-            "prompt_grid keep_first objective clip bos_token_id eos_token_id"
-        )
-        return {name: getattr(self, name) for name in names.split()}
+        return {name: getattr(self, name) for name in RECORDED}

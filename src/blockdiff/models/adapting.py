@@ -21,7 +21,8 @@ from blockdiff.checks import whole_number, whole_numbers
 from blockdiff.data.tokenizers import MASK_TOKEN
 from blockdiff.errors import InputError, first_line
 from blockdiff.models.adapted import RECORD, Adapted
-from blockdiff.models.adapted_config import AdaptedConfig
+from blockdiff.models.adapted_config import RECORDED, AdaptedConfig
+from blockdiff.models.passes import Unsuitable
 from blockdiff.models.probe import probe, require_interface
 
 # A base model that does not say how many positions it knows.
@@ -158,7 +159,11 @@ def _table(lm: PreTrainedModel) -> Tensor:
 
 
 def open_adapted(
-    folder: Path, raw: Mapping[str, Any], *, dtype: torch.dtype | Literal["auto"] = torch.float32
+    folder: Path,
+    raw: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    device_map: Any = None,
 ) -> Adapted:
     """The model in a folder of transformers: under its record, or without one as AR.
 
@@ -166,17 +171,18 @@ def open_adapted(
     """
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-            output_loading_info=True,
+            folder, dtype=dtype, device_map=device_map, trust_remote_code=False,
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:
         raise InputError(f"{folder} cannot be opened: {first_line(error)}") from None
     lm: PreTrainedModel = opened[0]
-    if missing := sorted(opened[1]["missing_keys"]):
-        raise InputError(
-            f"{folder}: the weights do not fit config.json: {missing[0]} is missing "
-            f"({len(missing)} such names in all)"
-        )
+    for what, key in (("is missing", "missing_keys"), ("has another shape", "mismatched_keys")):
+        if names := sorted(str(name) for name in opened[1][key]):
+            raise InputError(
+                f"{folder}: the weights do not fit config.json: {names[0]} {what} "
+                f"({len(names)} such names in all)"
+            )
     for name, tensor in lm.named_parameters():
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{folder}: {name} holds numbers that are not finite")
@@ -185,12 +191,16 @@ def open_adapted(
         return as_autoregressive(lm)
     lm.config.__dict__.pop(RECORD, None)
     try:
+        if unknown := sorted(record.keys() - set(RECORDED)):
+            raise InputError(f"nobody knows {unknown[0]!r}")
         return wrap(lm, **record)
-    except TypeError:
-        what = f"{RECORD} holds fields that nobody knows"
-        raise InputError(f"{folder}/config.json: {what}") from None
+    except Unsuitable:
+        raise
+    except (InputError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}/config.json: {RECORD}: {first_line(error)}") from None
 
 
 def is_causal_lm(raw: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a causal language model of transformers."""
-    return raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind = raw.get("model_type")
+    return isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

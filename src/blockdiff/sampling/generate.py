@@ -60,8 +60,8 @@ def _row_numbers(rows: Sequence[int], wanted: int) -> list[int]:
 class Generation:
     """Finished rows.
 
-    `tokens`: new ids of each row, EOS included. `finish`: "eos", "length", or "low_entropy" for a
-    text that the rule of that name gave up.
+    `tokens`: new ids of each row, EOS included. `finish`: "eos", "length", "low_entropy" for a text
+    that the rule of that name gave up, or "stop" where another rule ended it.
     """
 
     tokens: list[list[int]]
@@ -93,19 +93,29 @@ def generate_tokens(
     """The last item of `stream_tokens`, with its cost."""
     begin = time.perf_counter()
     *_, step = stream_tokens(model, prompts, options, rows)
-    return collect(step, prompts, model.config.eos_token_id, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return collect(step, prompts, model.config.eos_token_id, options.max_new_tokens, seconds)
 
 
 def collect(
-    step: Step, prompts: Sequence[Sequence[int]], eos_token_id: int | None, seconds: float
+    step: Step,
+    prompts: Sequence[Sequence[int]],
+    eos_token_id: int | None,
+    max_new_tokens: int,
+    seconds: float,
 ) -> Generation:
     """The `Generation` a last step describes."""
     tokens = [
         step.tokens[row, len(prompt) : int(step.lengths[row])].tolist()
         for row, prompt in enumerate(prompts)
     ]
-    finish = [
-        "low_entropy" if given_up else "eos" if new and new[-1] == eos_token_id else "length"
-        for new, given_up in zip(tokens, step.rejected.tolist(), strict=True)
-    ]
+
+    def ended(new: list[int], given_up: bool) -> str:
+        if given_up:
+            return "low_entropy"
+        if new and new[-1] == eos_token_id:
+            return "eos"
+        return "stop" if len(new) < max_new_tokens else "length"
+
+    finish = [ended(*row) for row in zip(tokens, step.rejected.tolist(), strict=True)]
     return Generation(tokens, step.nfe.tolist(), finish, seconds)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from blockdiff import checks
 from blockdiff.errors import InputError
 from blockdiff.registry import ORDERS, STOPPING_RULES, OrderName, ScheduleName, name_of
+
+if TYPE_CHECKING:
+    from blockdiff.sampling.stopping import StoppingRule
+
+    Stop: TypeAlias = str | StoppingRule | Iterable[str | StoppingRule]
+else:
+    Stop = str  # what the command line takes
 
 TopPRule = Literal["nucleus", "paper"]
 
@@ -32,7 +40,8 @@ class SamplingOptions:
         seed: Seed of every random number; the same seed gives the same text.
         stop: What ends a row before max_new_tokens: eos, second_eos (of prompt and text together),
             low_entropy (the last 256 tokens under 4 nats; such a row counts as rejected), several
-            of them with commas, paper (second_eos,low_entropy), or none.
+            of them with commas, paper (second_eos,low_entropy), or none. From Python also a
+            StoppingRule, or a list of rules and names.
         block_size: Block size L' to sample with; the model's own when left out.
 
     Example:
@@ -50,14 +59,16 @@ class SamplingOptions:
     top_p: float | None = None
     top_p_rule: TopPRule = "nucleus"
     seed: int = 0
-    stop: str = "eos"
+    stop: Stop = "eos"
     block_size: int | None = None
 
     def __post_init__(self) -> None:
         """Raises `InputError` for numbers and names that cannot be meant."""
-        checks.options(self, WHOLE_NUMBERS, {})
+        checks.options(self, WHOLE_NUMBERS, {}, own=["stop"])
         check_sampler(self.sampler, self.steps)
         stopping_rules(self.stop)
+        if not isinstance(self.stop, str):
+            object.__setattr__(self, "stop", stop_parts(self.stop))
 
 
 class SamplingKeywords(TypedDict, total=False):
@@ -72,7 +83,7 @@ class SamplingKeywords(TypedDict, total=False):
     top_p: float | None
     top_p_rule: TopPRule
     seed: int
-    stop: str
+    stop: Stop
     block_size: int | None
 
 
@@ -91,17 +102,32 @@ def check_sampler(sampler: str, steps: int | None) -> None:
         checks.whole_number("steps", steps)
 
 
-def stopping_rules(stop: str) -> frozenset[str]:
-    """The rules a text names; raises `InputError` for one there is not."""
-    names = {"none": "", "paper": "second_eos,low_entropy"}.get(stop, stop)
-    rules = frozenset(name for name in names.split(",") if name)
+def stop_parts(stop: Stop) -> tuple[str | StoppingRule, ...]:
+    """The names and objects in `stop`; raises `InputError` for what is neither."""
+    listed: Any = stop
+    if isinstance(stop, str) or STOPPING_RULES.is_object(stop):
+        listed = [stop]
+    elif not isinstance(stop, Iterable):
+        listed = [None]
+    parts = tuple(listed)
+    if not all(isinstance(one, str) or STOPPING_RULES.is_object(one) for one in parts):
+        raise InputError(f"`stop` is {stop!r}; it must be names, StoppingRules, or a list")
+    if not parts or "" in parts:
+        raise InputError(
+            f"`stop` is empty; choose among {', '.join(STOPPING_RULES)}, or paper, or none"
+        )
+    return parts
+
+
+def stopping_rules(stop: Stop) -> frozenset[str]:
+    """The rules that are named; raises `InputError` for one there is not, and for other things."""
+    names = [one for one in stop_parts(stop) if isinstance(one, str)]
+    known = {"none": "", "paper": "second_eos,low_entropy"}
+    listed = ",".join(known.get(one, one) for one in names)
+    rules = frozenset(name for name in listed.split(",") if name)
     for name in sorted(rules - STOPPING_RULES.keys()):
         raise InputError(
             f"`stop`: no rule {name!r}; choose among {', '.join(STOPPING_RULES)}, or paper, or none"
-        )
-    if not stop:
-        raise InputError(
-            f"`stop` is empty; choose among {', '.join(STOPPING_RULES)}, or paper, or none"
         )
     if {"eos", "second_eos"} <= rules:
         raise InputError("`stop`: rules eos and second_eos exclude each other; choose one")

@@ -3,25 +3,27 @@
 eos          at the first end-of-text token
 second_eos   at the second, the prompt's included (the paper's texts begin with one)
 low_entropy  when the last 256 tokens have less than 4 nats: the row is given up
+
+From Python also `StopAtTokens(ids)` and `StopAtText(texts, decode)`, in the place of a name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from blockdiff.categorical import Array
 from blockdiff.registry import STOPPING_RULES, register_stopping_rule
-from blockdiff.sampling.options import stopping_rules
+from blockdiff.sampling.options import Stop, stop_parts, stopping_rules
 
 # The paper's rule: entropy in nats, over so many tokens.
 DULL_NATS, DULL_TOKENS = 4.0, 256
 
 
 class StoppingRule:
-    """A rule has a `name` and `length`, and is registered.
+    """A rule has a `name` and `length`; one that is registered may be asked for by its name.
 
     `rejects`: whether a row it ends counts as rejected.
     """
@@ -65,16 +67,62 @@ class LowEntropy(StoppingRule):
         return len(tokens)
 
 
+@dataclass(frozen=True)
+class StopAtTokens(StoppingRule):
+    """Ends with the first new token that is one of `ids`: a chat's end of a turn, say.
+
+    Example:
+        >>> import blockdiff
+        >>> from blockdiff.sampling.stopping import StopAtTokens
+        >>> model, tokenizer = blockdiff.load("starter")
+        >>> period = StopAtTokens(frozenset(tokenizer.encode(".")))
+        >>> done = blockdiff.generate(model, "The", tokenizer=tokenizer, stop=["eos", period])
+        >>> done.texts[0].count("."), done.finish
+        (1, ['stop'])
+    """
+
+    ids: frozenset[int]
+    name: str = "stop_at_tokens"
+
+    def length(self, tokens: Array, known: int, start: int, eos_token_id: int | None) -> int | None:
+        begin = max(known, start)
+        found = np.isin(tokens[begin:], list(self.ids)).nonzero()[0]
+        return begin + int(found[0]) + 1 if len(found) else None
+
+
+@dataclass(frozen=True)
+class StopAtText(StoppingRule):
+    """Ends with the token that completes one of `texts` in what is new.
+
+    `decode`: ids of new tokens → their text.
+    """
+
+    texts: tuple[str, ...]
+    decode: Callable[[list[int]], str] = field(compare=False)
+    name: str = "stop_at_text"
+
+    def length(self, tokens: Array, known: int, start: int, eos_token_id: int | None) -> int | None:
+        new = tokens[start:].tolist()
+        if not self._complete(new):
+            return None
+        ends = range(max(known - start, 0) + 1, len(new) + 1)
+        return start + next(end for end in ends if self._complete(new[:end]))
+
+    def _complete(self, new: list[int]) -> bool:
+        text = self.decode(new)
+        return any(one in text for one in self.texts)
+
+
 def token_entropy(tokens: Array | Sequence[int]) -> float:
     """Entropy in nats of how often each different token occurs among `tokens` [T]; 0 for none."""
     share = np.unique(tokens, return_counts=True)[1] / len(tokens)
     return float(-(share * np.log(share)).sum())
 
 
-def rules_of(stop: str) -> list[StoppingRule]:
-    """The rules that `stop` names, those that do not reject first."""
-    rules = [STOPPING_RULES.find(name) for name in sorted(stopping_rules(stop))]
-    return sorted(rules, key=lambda rule: rule.rejects)
+def rules_of(stop: Stop) -> list[StoppingRule]:
+    """The rules of `stop`."""
+    named = [STOPPING_RULES.find(name) for name in sorted(stopping_rules(stop))]
+    return named + [one for one in stop_parts(stop) if not isinstance(one, str)]
 
 
 for _rule in (EndOfText(), EndOfText("second_eos", 2), LowEntropy()):

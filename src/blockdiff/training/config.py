@@ -332,13 +332,6 @@ class TrainConfig:
         for name in ("streaming", "detokenizer", "window_marks", "across_documents", "eos", "bos"):
             if getattr(self, name) != getattr(TrainConfig, name):
                 raise InputError(f"`{name}` is for `format` text; leave it out with {self.format}")
-        if self.format == "chat" and not (
-            self.chat_template or self.tokenizer or self.init_from or self.resume
-        ):
-            raise InputError(
-                "`format` chat needs a chat template, and a tokenizer that is trained here has "
-                "none; give `chat_template`, or a `tokenizer` that has one"
-            )
 
     @property
     def searches_clip(self) -> bool:

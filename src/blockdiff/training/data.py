@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from blockdiff.data.chat_templates import read_template
 from blockdiff.data.conversations import Conversations, pack_conversations, words_of
 from blockdiff.data.corpora import Corpus, load_corpus, split_documents
 from blockdiff.data.detokenizers import detokenized
@@ -20,10 +21,9 @@ from blockdiff.data.mixture import MixedStream, MixedWindows, chained
 from blockdiff.data.packing import StreamedWindows, Windows, pack, require_cache
 from blockdiff.data.tokenizers import load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
-from blockdiff.errors import InputError, first_line
+from blockdiff.errors import InputError
 from blockdiff.models.hub import resolve
-from blockdiff.models.loading import require_own
-from blockdiff.outputs import local_path
+from blockdiff.models.loading import load_tokenizer_of, require_own
 from blockdiff.training.config import TrainConfig
 
 # In the place of a fingerprint: a stream is never read to its end.
@@ -118,7 +118,7 @@ def _tell(config: TrainConfig, found: dict[str, int]) -> None:
     names = config.data if isinstance(config.data, str) else ", ".join(config.data)
     print(
         f"blockdiff: {names}: {found['responses']} responses in {found['conversations']} "
-        f"conversations; {found['cut']} of them cut at `length` {config.length}, "
+        f"conversations; {found['cut']} of them cut at {config.length} tokens, "
         f"{found['left_out']} left out because their prompts fill it; {found['empty']} "
         "conversations without a response",
         file=sys.stderr,
@@ -169,11 +169,7 @@ def _template(config: TrainConfig) -> str | None:
     """
     if config.chat_template is None or _has_tokenizer(config):
         return None
-    path = local_path("chat_template", config.chat_template)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"`chat_template` {path}: {first_line(error)}") from None
+    return read_template(config.chat_template)
 
 
 def _has_tokenizer(config: TrainConfig) -> bool:
@@ -190,8 +186,14 @@ def _known_tokenizer(config: TrainConfig, template: str | None) -> PreTrainedTok
         return load_tokenizer(Path(config.out))
     source = config.tokenizer or config.init_from
     if source is None:
+        if config.format == "chat" and template is None:
+            raise InputError(
+                "`format` chat needs a chat template, and a tokenizer that is trained here has "
+                "none; give `chat_template`, or a `tokenizer` that has one"
+            )
         return None
-    tokenizer = load_tokenizer(source, config.mask_token)
+    load = load_tokenizer_of if config.tokenizer is None else load_tokenizer
+    tokenizer = load(source, config.mask_token)
     if config.tokenizer is not None and config.init_from is not None:
         folder = resolve(config.init_from)
         if (folder / "tokenizer_config.json").is_file():

@@ -276,8 +276,8 @@ def _start(source: str | None, checkpoint: Path | None) -> tuple[Any, Any, int]:
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: Any) -> Any:
     """The network to train, new or continued, as the configuration would have it."""
     if isinstance(start, Adapted):
-        check_tokenizer(start, tokenizer)
         model: Any = rewrapped(start, config)
+        check_tokenizer(start, tokenizer)
     else:
         model = _build_dit(config, tokenizer, start)
         if config.compile:
