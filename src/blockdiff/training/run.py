@@ -282,8 +282,8 @@ def _start(source: str | None, checkpoint: Path | None) -> tuple[Any, Any, int]:
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: Any) -> Any:
     """The network to train, new or continued, as the configuration would have it."""
     if isinstance(start, Adapted):
-        check_tokenizer(start, tokenizer)
         model: Any = rewrapped(start, config)
+        check_tokenizer(start, tokenizer)
     elif config.lora is not None:
         raise InputError("`lora` is for adapted models: name one as `init_from`")
     else:
@@ -303,14 +303,21 @@ def rewrapped(start: Adapted, config: TrainConfig) -> Adapted:
             f"{config.init_from} is a plain causal model; make it a block diffusion model first: "
             f"blockdiff adapt {config.init_from} OUT"
         )
-    if config.compile:
-        raise InputError("`compile` is for the package's own networks; leave it out")
+    objective = OBJECTIVES.find(config.objective)
+    own = [name for name in ("compile", "time_conditioning") if getattr(config, name)]
+    if own or objective.network or not objective.noised:
+        option = own[0] if own else f"objective {objective.name}"
+        raise InputError(f"`{option}` is for the package's own networks; leave it out")
     if config.length > start.config.length:
         raise InputError(
             f"`length` is {config.length}, but the model's context is {start.config.length} tokens"
         )
-    start.config.block_size = config.effective_block_size
-    start.config.block_sizes = config.trained_sizes
+    if objective.blocks == "whole":
+        start.config.length = config.length
+    start.config.use_blocks(config.trained_sizes)
+    start.config.objective = objective.name
+    clip = config.clip_range()
+    start.config.clip = None if clip is None else list(clip)
     if config.lora is not None:
         source = Path(str(config.init_from)).expanduser()
         base = str(source.resolve()) if source.is_dir() else str(source)
