@@ -165,11 +165,12 @@ def test_shards_and_number_formats(tmp_path):
     adapt_folder(source, tmp_path / "float32", dtype="float32")
     assert {tensor.dtype for tensor in weights(tmp_path / "float32").values()} == {torch.float32}
     adapt_folder(tmp_path / "lm", tmp_path / "narrow", dtype="bf16")
+    opened = {}
     for name in ("bf16", "float32", "narrow"):
         model, tokenizer = blockdiff.load(tmp_path / name)
         assert model.dtype == torch.float32
-        expected = model if name == "bf16" else expected
-        for own, other in zip(model.parameters(), expected.parameters(), strict=True):
+        opened[name] = model
+        for own, other in zip(model.parameters(), opened["bf16"].parameters(), strict=True):
             torch.testing.assert_close(own, other, rtol=1e-2, atol=1e-3)
     half = blockdiff.load_model(tmp_path / "bf16", dtype=torch.bfloat16)
     found = blockdiff.generate(half, "w0 w1", tokenizer=tokenizer, max_new_tokens=8)
