@@ -3,6 +3,7 @@
 Only their size is cut down; every command, option and call stands as written.
 """
 
+import io
 import re
 import shlex
 from dataclasses import replace
@@ -41,6 +42,7 @@ SMALLER = {
     "variance": ["--draws", "2", "--batches", "2", "--batch-size", "1", "--estimators", "paired"],
     "evaluate-samples": ["--words", "20"],
     "generate": ["--max-new-tokens", "4"],
+    "chat": ["--max-new-tokens", "4"],
     "tokenizer": [],
     "benchmark": ["--preset", "nano", "--batch-size", "1", "--repeats", "1"],
     "demo": ["--minutes", "0.05"],
@@ -94,6 +96,7 @@ def test_readme_runs(
         words, to = (words[:-2], words[-1]) if words[-2] == ">" else (words, None)
         # The hub's texts cannot be had everywhere; tests/test_zero_shot.py has the names.
         words = [word.replace("wikitext103,lambada,", "") for word in words]
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))  # of a chat
         cli.main([*words, *SMALLER[words[0]]])
         out = capsys.readouterr().out
         assert out, words
