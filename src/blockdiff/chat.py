@@ -66,7 +66,7 @@ def chat(source: str, wish: Any, options: SamplingOptions, device: str | None = 
         config = model.config
         face.note(
             f"{source}: {config.kind}, block size {config.choose_block_size(options.block_size)}, "
-            f"context {config.length} tokens. /help tells what else can be typed, Ctrl-D ends."
+            f"context of {config.length} tokens; /help tells what else can be typed"
         )
     face.run()
 
@@ -88,7 +88,7 @@ class _Face:
 
     def note(self, text: str) -> None:
         """Tells what is no part of the conversation."""
-        self.err.print(printable(text), style="dim", soft_wrap=True)
+        self.err.print(printable(text), style="dim", soft_wrap=not self.err.is_terminal)
 
     def run(self) -> None:
         """Until the input ends, or somebody types /exit."""
