@@ -67,6 +67,7 @@ def watch(
     block_size: int,
     console: Console | None = None,
     delay: float = 0.0,
+    reply: bool = False,
 ) -> Step:
     """Runs the steps to their end, showing them in the terminal, and returns the last one.
 
@@ -75,17 +76,19 @@ def watch(
     the final texts are printed, prompts included.
 
     `prompt_lengths`: positions of each row's prompt; `block_size`: the L' sampled with; `delay`:
-    seconds to wait after each step, not counted in the speed shown. Raises `InputError` when there
+    seconds to wait after each step, not counted in the speed shown; `reply`: prompts are not drawn,
+    and nothing is left at the end: the caller prints the text. Raises `InputError` when there
     are no steps.
     """
     checks.numbers(delay=delay)
     console = plain_console() if console is None else console
     steps = steps if isinstance(steps, Timed) else Timed(steps)
-    view = _View(tokenizer, prompt_lengths, mask_token_id, block_size, console, steps)
+    view = _View(tokenizer, prompt_lengths, mask_token_id, block_size, console, steps, reply)
     if not console.is_terminal or console.is_dumb_terminal:
         for step in steps:
             view.see(step)
-        view.print_texts()
+        if not reply:
+            view.print_texts()
         return view.last
     drawn = -_FRAME_SECONDS
     # The frames vanish and the whole of the final one is printed, however tall it is.
@@ -100,7 +103,7 @@ def watch(
                     drawn = now
                 time.sleep(delay)
     finally:  # stopped before the end, too
-        if steps.last is not None:
+        if steps.last is not None and not reply:
             view.drawn()
             console.print(view.frame())
     return view.last
@@ -125,10 +128,11 @@ class _View:
         block_size: int,
         console: Console,
         timed: Timed,
+        reply: bool,
     ) -> None:
         self.tokenizer, self.prompt_lengths = tokenizer, prompt_lengths
         self.mask_token_id, self.block_size = mask_token_id, block_size
-        self.console, self.timed = console, timed
+        self.console, self.timed, self.reply = console, timed, reply
         self.special_ids = set(tokenizer.all_special_ids)
         self._last: Step | None = None
         self._fresh: torch.Tensor | None = None  # positions fixed since the last frame
@@ -220,7 +224,7 @@ class _View:
     def _kinds(self, row: int, ids: list[int]) -> list[str]:
         """What each drawn position is: a key of `_STYLES`, or "unshown"."""
         start, length = self.prompt_lengths[row], int(self.last.lengths[row])
-        kinds = ["prompt"] * start + ["fixed"] * (len(ids) - start)
+        kinds = ["unshown" if self.reply else "prompt"] * start + ["fixed"] * (len(ids) - start)
         if self._fresh is not None:
             for i in self._fresh[row].nonzero().squeeze(-1).tolist():
                 kinds[i] = "fresh"

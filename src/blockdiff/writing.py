@@ -204,7 +204,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None = None) -> list[str
     if prompt_file is not None:
         path = local_path("prompt_file", prompt_file)
         try:
-            text = _decoded(path.read_bytes(), str(path))
+            text = decoded(path.read_bytes(), str(path))
         except OSError as error:
             raise InputError(f"cannot read the prompts in {path}: {first_line(error)}") from None
         lines = [line.removesuffix("\r") for line in text.split("\n")]
@@ -215,15 +215,15 @@ def read_prompts(prompt: str | None, prompt_file: str | None = None) -> list[str
     if prompt == "-":
         if sys.stdin is None or sys.stdin.closed:
             raise InputError("`prompt` is -, but there is no standard input to read")
-        text = _decoded(sys.stdin.buffer.read(), "standard input")
+        text = decoded(sys.stdin.buffer.read(), "standard input")
         return [text.removesuffix("\n").removesuffix("\r")]
     return ["" if prompt is None else prompt]
 
 
-def _decoded(content: bytes, place: str) -> str:
-    """UTF-8, a byte order mark dropped."""
+def decoded(content: bytes, place: str, first_line: int = 1) -> str:
+    """UTF-8, a byte order mark dropped; raises `InputError` with the line of what is none."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + first_line
         raise InputError(f"{place}, line {line}: not valid UTF-8; save it as UTF-8") from None

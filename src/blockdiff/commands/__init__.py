@@ -3,6 +3,7 @@
 from blockdiff.commands import (
     adapt,
     benchmark,
+    chat,
     demo,
     evaluate,
     evaluate_samples,
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate-samples": evaluate_samples.COMMAND,
     "export": export.COMMAND,
     "generate": generate.COMMAND,
+    "chat": chat.COMMAND,
     "tokenizer": tokenizer.COMMAND,
     "benchmark": benchmark.COMMAND,
     "reproduce": reproduce.COMMAND,

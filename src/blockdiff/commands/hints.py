@@ -62,6 +62,8 @@ _OPTIONS = {
     "reference": "data dataset references corpus real-text",
     "prompt": "p text input query question message instruction",
     "prompt-file": "prompts prompts-file prompt-path input-file file f",
+    "system": "system-prompt system-message sys instructions",
+    "show-denoising": "watch live denoising visualize animate",
     "temperature": "t temp",
     "top-k": "k",
     "top-p": "p nucleus nucleus-p typical-p",
@@ -122,11 +124,12 @@ _OPTIONS = {
     "smoke": "quick fast test dry-run small",
 }
 _COMMANDS = {
-    "generate": "sample gen infer inference predict write complete completion chat run text prompt",
+    "generate": "sample gen infer inference predict write complete completion run text prompt",
     "evaluate": (
         "eval evaluation perplexity ppl likelihood loglikelihood score test measure validate "
         "val bpb"
     ),
+    "chat": "talk converse conversation dialog dialogue interactive repl ask assistant",
     "train": "fit pretrain pre-train finetune fine-tune training learn sft",
     "zero-shot": "zeroshot zero",
     "evaluate-samples": "eval-samples judge mauve genppl gen-ppl quality sample-eval score-samples",

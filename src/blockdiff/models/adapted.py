@@ -67,6 +67,7 @@ class Adapted(DenoiserModel):
         for module in lm.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear  # the same map, which `convert` may store otherwise
+        self.adapter: Any = None  # peft's configuration, where LoRA is trained
         self.shapes: list[LayerShape] = []  # of each layer's keys and values; the probe finds them
 
     # transformers' interface

@@ -106,6 +106,16 @@ def load_tokenizer_of(source: str | Path, mask_token: str = MASK_TOKEN) -> PreTr
     return mark_mask(read_tokenizer(source), stored_mask(resolve(source)), mask_token)
 
 
+def end_ids(model: Any) -> frozenset[int]:
+    """The ids that end a text by a model's own configurations, those for generating included."""
+    found: set[int] = set()
+    for part in (model, getattr(model, "lm", None)):  # an adapted one's base model has its own
+        for config in (getattr(part, "config", None), getattr(part, "generation_config", None)):
+            ends = getattr(config, "eos_token_id", None)
+            found |= {ends} if isinstance(ends, int) else set(ends or ())
+    return frozenset(found)
+
+
 def settle_mask(model: DiT, tokenizer: PreTrainedTokenizerBase) -> None:
     """Gives a model whose config.json does not name its mask token the tokenizer's.
 

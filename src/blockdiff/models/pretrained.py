@@ -19,14 +19,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from blockdiff.errors import InputError
 from blockdiff.estimators import Estimator, make_estimator
@@ -251,6 +244,9 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
 
 def register(config_class: type, model_class: type[DenoiserModel]) -> None:
     """Makes transformers' Auto classes open a model type as ours."""
+    # Loading these registers a `DiT` (auto.py), which needs this module whole.
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
         auto.register(config_class, model_class, exist_ok=True)
 
