@@ -26,6 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from blockdiff.checks import whole_number
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError, first_line
+from blockdiff.models import lora
 from blockdiff.models.adapted import RECORD
 from blockdiff.models.adapting import is_causal_lm, open_adapted, wrap
 from blockdiff.models.card import write_card
@@ -82,6 +83,10 @@ def load_model(
     if block_size is not None:
         whole_number("block_size", block_size)
     folder = resolve(source)
+    if (folder / lora.CONFIG).is_file() and not (folder / "config.json").is_file():
+        base = lora.base_of(folder)
+        opened = load_model(base, dtype=dtype, block_size=block_size, device_map=device_map)
+        return lora.open_adapter(opened, folder).eval()
     found = Found(folder, _read_config(folder), find_tensors(folder), mask_token_id, block_size)
     kind = stored_dtype(found.files) if dtype == "auto" else dtype
     if found.raw.get("model_type") == DiTConfig.model_type:
