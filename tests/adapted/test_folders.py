@@ -165,12 +165,12 @@ def test_shards_and_number_formats(tmp_path):
     adapt_folder(source, tmp_path / "float32", dtype="float32")
     assert {tensor.dtype for tensor in weights(tmp_path / "float32").values()} == {torch.float32}
     adapt_folder(tmp_path / "lm", tmp_path / "narrow", dtype="bf16")
-    for name in ("bf16", "float32", "narrow"):
-        model, tokenizer = blockdiff.load(tmp_path / name)
-        assert model.dtype == torch.float32
-        expected = model if name == "bf16" else expected
-        for own, other in zip(model.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(own, other, rtol=1e-2, atol=1e-3)
+    model, tokenizer = blockdiff.load(tmp_path / "bf16")
+    for name in ("float32", "narrow"):
+        other = blockdiff.load_model(tmp_path / name)
+        assert model.dtype == other.dtype == torch.float32
+        for own, same in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(own, same, rtol=1e-2, atol=1e-3)
     half = blockdiff.load_model(tmp_path / "bf16", dtype=torch.bfloat16)
     found = blockdiff.generate(half, "w0 w1", tokenizer=tokenizer, max_new_tokens=8)
     assert found.tokens
@@ -199,8 +199,8 @@ def spoilt(folder, **fields):
 @pytest.mark.parametrize(
     "fields, reason",
     [
-        ({"block_size": "a"}, "block-size"),
-        ({"block_size": 0}, "block-size is 0"),
+        ({"block_size": "a"}, "--block-size is 'a'"),
+        ({"block_size": 0}, "--block-size is 0"),
         ({"block_sizes": "many"}, "block_diffusion"),
         ({"mask_token_id": 99}, "mask token id 99 is outside the vocabulary"),
         ({"prediction": "next"}, "prediction 'next' is unknown"),
@@ -212,9 +212,7 @@ def test_a_record_that_is_no_record(tmp_path, fields, reason, capsys):
     adapt_folder(plain(tmp_path / "lm"), tmp_path / "out", block_size=4)
     spoilt(tmp_path / "out", **fields)
     line = refused(capsys, "generate", tmp_path / "out", "w0")
-    assert "out/config.json: block_diffusion: " in line and reason.replace("_", "-") in (
-        line.replace("_", "-")
-    )
+    assert "out/config.json: block_diffusion" in line and reason in line
 
 
 def test_adapted_again_in_its_place(tmp_path, capsys):
