@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import blockdiff
+from blockdiff import cli
 from blockdiff.errors import InputError
 from blockdiff.models import tensors
-from helpers import read_golden
+from helpers import read_golden, tiny_model
 
 FAMILIES = ["sdar_block4", "a2d_qwen3_block4", "fast_dllm_v2_block8", "llada2_moe_block4",
             "setdlms_bd3lm_s4", "setdlms_mdlm", "blockgen_absorb_single4", "wedlm_qwen2_block4",
@@ -474,11 +475,29 @@ def test_dtype_of_the_files_not_the_word_in_their_config(tmp_path):
         blockdiff.load_model(folder, dtype="float32")
 
 
+def test_devices_are_named_as_transformers_names_them(tmp_path):
+    _, folder = make_variant(tmp_path / "model", "sdar tied")
+    x = torch.arange(8)[None]
+    whole = blockdiff.load_model(folder, mask_token_id=60)
+    for places in ("cpu", "auto", {"model": "cpu", "lm_head": "cpu"}, {"": torch.device("cpu")}):
+        model = blockdiff.load_model(folder, mask_token_id=60, device_map=places)
+        with torch.no_grad():
+            assert torch.equal(model(x).logits, whole(x).logits)
+    for places, match in (("abacus", "cannot be used here"), ({"model": "cpu"}, "no device for lm"),
+                          ({"": "disk"}, "on disk")):  # fmt: skip
+        _, other = make_variant(tmp_path / "other", "fast untied")
+        with pytest.raises(InputError, match=match):
+            blockdiff.load_model(other, mask_token_id=60, device_map=places)
+    with pytest.raises(InputError, match="only name one device"):
+        blockdiff.load_model("starter", device_map="auto")
+    assert blockdiff.load("starter", device_map="cpu")[0].device.type == "cpu"
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells no peak of memory")
 def test_weights_are_never_held_twice(tmp_path):
     """Opening takes what the model takes, and a part of one file."""
     config = blockdiff.DiTConfig(
-        50_000, 64, 4, hidden_size=448, num_hidden_layers=2, num_attention_heads=4, adaln=False
+        25_000, 64, 4, hidden_size=448, num_hidden_layers=2, num_attention_heads=4, adaln=False
     )
     with torch.device("meta"):
         shapes = blockdiff.DiT(config).state_dict()
@@ -487,7 +506,8 @@ def test_weights_are_never_held_twice(tmp_path):
     code = (
         "import re, sys, blockdiff; peak = lambda: "
         "int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]); "
-        "blockdiff.load_model('starter'); before = peak(); "
+        "blockdiff.load_model('starter'); blockdiff.models.tensors._MAPPED = 2**24; "
+        "before = peak(); "
         "model = blockdiff.load_model(sys.argv[1]); "
         "print((peak() - before) * 1024 / sum(4 * p.numel() for p in model.parameters()))"
     )
@@ -500,10 +520,10 @@ def test_a_model_too_large_is_refused_with_the_dtype_that_fits(tmp_path, monkeyp
     numbers = sum(p.numel() for p in blockdiff.load_model(folder, mask_token_id=60).parameters())
     read = []
     monkeypatch.setattr(tensors.Reader, "__call__", lambda *given: read.append(given))
-    monkeypatch.setattr(tensors, "free_memory", lambda: 3 * numbers)
+    monkeypatch.setattr(tensors, "free_memory", lambda devices: 3 * numbers)
     with pytest.raises(InputError, match=r"free; .*give `dtype` bf16"):
         blockdiff.load_model(folder, mask_token_id=60)
-    monkeypatch.setattr(tensors, "free_memory", lambda: numbers)
+    monkeypatch.setattr(tensors, "free_memory", lambda devices: numbers)
     with pytest.raises(InputError, match="a smaller model"):
         blockdiff.load_model(folder, mask_token_id=60)
     assert not read
@@ -577,8 +597,81 @@ def test_shards_that_are_missing_and_experts_that_are(tmp_path):
 # the command line
 
 
-def run(*words):
-    done = subprocess.run(
-        [sys.executable, "-m", "blockdiff", *map(str, words)], capture_output=True, text=True
-    )
-    return done.returncode, done.stdout, done.stderr
+def run(capsys, *words):
+    """What a command prints, and how it ends."""
+    code = 0
+    try:
+        cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_commands_take_what_a_folder_does_not_store(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("BLOCKDIFF_CACHE", str(tmp_path / "cache"))
+    _, folder = make_variant(tmp_path / "model", "a2d qwen2")
+    small_tokenizer(folder, "<a>", "<b>")
+    text = tmp_path / "text.txt"
+    text.write_text("w2 w3 w4 w5 w6 w7 w8 w9 " * 20)
+    code, _, error = run(capsys, "generate", folder, "w2 w3", "--max-new-tokens", 3)
+    assert code == 2 and "give --mask-token-id" in error and error.count("\n") == 1
+    told = ("--mask-token-id", 59, "--block-size", 4, "--dtype", "auto")
+    words = (*told, "--precision", "float32", "--json")
+    code, out, _ = run(capsys, "generate", folder, "w2 w3", "--max-new-tokens", 3, *words)
+    assert code == 0 and json.loads(out)["texts"][0]
+    code, out, _ = run(capsys, "evaluate", folder, text, "--length", 16, *words)
+    assert code == 0 and json.loads(out)["block_size"] == 4
+    code, out, _ = run(capsys, "score", folder, "w2 w3", " w4 w5", *told, "--json")
+    assert code == 0 and json.loads(out)["tokens"] == 2
+    code, _, error = run(capsys, "score", folder, "w2", " w4", "--mask-token-id", -1)
+    assert code == 2 and "--mask-token-id is -1" in error
+
+
+# back into the paper's layout
+
+
+@pytest.mark.parametrize("name", ["bd3lm_block4", "mdlm", "ar", "sedd_backbone"])
+def test_exported_it_is_the_paper_s_own(name, tmp_path, capsys):
+    """Key by key and number by number what was published, and the same when opened again."""
+    config, weights, _ = read_golden(name)
+    config |= {"parameterization": "sedd"} if name == "sedd_backbone" else {}
+    if name == "bd3lm_block4":
+        weights["backbone.sampling_eps_min"] = torch.tensor(0.25)
+        weights["backbone.sampling_eps_max"] = torch.tensor(0.75)
+    model = blockdiff.load_model(write(tmp_path / "released", config, weights))
+    blockdiff.save_model(model, tmp_path / "ours")
+    code, out, _ = run(capsys, "export", tmp_path / "ours", tmp_path / "out", "--layout", "bd3lm")
+    assert code == 0 and "bd3lm layout" in out
+    exported = tensors.find_tensors(tmp_path / "out")
+    read = tensors.Reader(exported)
+    assert exported.keys() == weights.keys()
+    for name_of, tensor in weights.items():
+        assert torch.equal(read(name_of), tensor), name_of
+    read.close()
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["model_type"] == "bd3lm"
+    for key in config.keys() - {"attn_backend", "var_min"}:
+        assert written[key] == config[key], key
+    again = blockdiff.load_model(tmp_path / "out")
+    saved = ("dtype", "architectures", "auto_map")  # what `save_model` notes
+    ours, theirs = (m.config.to_dict() | dict.fromkeys(saved) for m in (model, again))
+    assert ours == theirs
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))  # noqa: B905
+
+
+def test_what_the_layout_cannot_hold_is_refused_before_anything_is_written(tmp_path, capsys):
+    _, adapted = make_variant(tmp_path / "sdar", "sdar tied")
+    changes = [{"clean_stream": "causal"}, {"keep_first": False}]
+    for number, change in enumerate(changes):
+        blockdiff.save_model(tiny_model(**change), tmp_path / str(number))
+    config = json.loads((adapted / "config.json").read_text()) | {"mask_token_id": 60}
+    write(adapted, config, None)
+    for source, match in (("0", "clean_stream 'causal'"), ("1", "keep_first False"),
+                          ("sdar", "adapted")):  # fmt: skip
+        code, _, error = run(capsys, "export", tmp_path / source, tmp_path / "out")
+        assert code == 2 and match in error and not (tmp_path / "out").exists()
+    code, _, _ = run(capsys, "export", "starter", tmp_path / "out")
+    assert code == 0 and blockdiff.load(tmp_path / "out")[0].config.block_size == 4
+    code, _, error = run(capsys, "export", "starter", tmp_path / "out")
+    assert code == 2 and "--overwrite" in error

@@ -117,8 +117,7 @@ def load_judge(source: str | Path, window: int | None = None, device: str | None
     record = getattr(config, RECORD, None)
     if record is not None and record.get("prediction") != "shift":
         raise InputError(
-            f"{source} predicts masked tokens only (prediction same); a judge must be "
-            "autoregressive"
+            f"{source} predicts masked tokens only (prediction same); a judge is autoregressive"
         )
     try:
         network: Any = AutoModelForCausalLM.from_pretrained(str(source), use_safetensors=True)

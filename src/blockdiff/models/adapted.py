@@ -72,10 +72,11 @@ class Adapted(DenoiserModel):
         super().__init__(config)
         self.lm = lm
         lm.set_attn_implementation(INTERFACE)
+        self.generation_config = lm.generation_config
         for module in lm.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear  # the same map, which `convert` may store otherwise
-        self.adapter: Any = None  # peft's configuration, where LoRA is trained
+        self.adapter: Any = None  # where LoRA is trained: see lora.py
         self.shapes: list[LayerShape] = []  # of each layer's keys and values; the probe finds them
 
     # transformers' interface
@@ -106,6 +107,11 @@ class Adapted(DenoiserModel):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
         """Writes the base model's own folder, with a `block_diffusion` record in config.json."""
         state = options.pop("state_dict", None)
+        if self.adapter is not None and state is None:
+            state = self.adapter.merged_state(self)
+        elif self.adapter is not None:  # a checkpoint: the base model has the rest
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            state = {name: x for name, x in state.items() if name in trained}
         if state is not None:
             options["state_dict"] = {k.removeprefix("lm."): v for k, v in state.items()}
         with _recorded(self.lm, self.config):
@@ -116,7 +122,10 @@ class Adapted(DenoiserModel):
         named = {k if k.startswith("lm.") else f"lm.{k}": v for k, v in state_dict.items()}
         return super().load_state_dict(named, *given, **options)
 
-    # the network
+    def _resize_token_embeddings(self, *given: Any, **options: Any) -> nn.Module:
+        return self.lm.resize_token_embeddings(*given, **options)
+
+    # the network; `forward` is `DenoiserModel`'s
 
     def denoise(
         self,
@@ -268,7 +277,7 @@ class Adapted(DenoiserModel):
         scale = getattr(base, "logit_scale", None) or 1.0
         scale /= getattr(base, "logits_scaling", None) or 1.0
         softcap = getattr(base, "final_logit_softcapping", None)
-        h = h if scale == 1 else h * scale
+        h = (h if scale == 1 else h * scale).to(head.weight.device)
         if targets is not None:
             weight = head.dense() if isinstance(head, Linear) else head.weight
             mask = self.config.mask_token_id

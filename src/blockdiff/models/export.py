@@ -100,7 +100,7 @@ def released_layout(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         value = getattr(config, lost[0], None)
         raise InputError(f"the bd3lm layout cannot hold {lost[0]} {value!r} of this model")
     width = config.hidden_size // config.num_attention_heads
-    table = 10000.0 ** (-torch.arange(0, width, 2).float() / width)
+    table = 1.0 / (10000 ** (torch.arange(0, width, 2).float() / width))
     weights = {_released_name(name): tensor for name, tensor in model.state_dict().items()}
     weights["backbone.rotary_emb.inv_freq"] = table
     return raw, {name: x.contiguous() for name, x in (weights | buffers).items()}

@@ -26,6 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from blockdiff.checks import whole_number
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError, first_line
+from blockdiff.models import lora
 from blockdiff.models.adapted import RECORD
 from blockdiff.models.adapting import is_causal_lm, open_adapted, wrap
 from blockdiff.models.card import write_card
@@ -82,6 +83,10 @@ def load_model(
     if block_size is not None:
         whole_number("block_size", block_size)
     folder = resolve(source)
+    if (folder / lora.CONFIG).is_file() and not (folder / "config.json").is_file():
+        base = lora.base_of(folder)
+        opened = load_model(base, dtype=dtype, block_size=block_size, device_map=device_map)
+        return lora.open_adapter(opened, folder).eval()
     found = Found(folder, _read_config(folder), find_tensors(folder), mask_token_id, block_size)
     kind = stored_dtype(found.files) if dtype == "auto" else dtype
     if found.raw.get("model_type") == DiTConfig.model_type:
@@ -144,18 +149,20 @@ def _described(make: Callable[[Any], Any], raw: Any, where: str) -> Any:
         raise InputError(f"{where}: config.json does not describe a model: {reason}") from None
 
 
-def _empty(make: Callable[[], Any], layers: int, tensors: int) -> Any:
-    """A network without the memory of its weights."""
+def _without_memory(config: PreTrainedConfig, tensors: int) -> PreTrainedModel:
+    """The network of a configuration, without the memory of its weights."""
     # Each layer has more tensors than one: a configuration of more layers than there are tensors
     # is refused before as many objects are made.
-    if layers > tensors:
-        raise InputError(f"num_hidden_layers is {layers} but there are {tensors} weights")
-    return make()
-
-
-def _on_meta(config: DiTConfig) -> DiT:
-    with torch.device("meta"):
-        return DiT(config)
+    if config.num_hidden_layers > tensors:
+        raise InputError(
+            f"num_hidden_layers is {config.num_hidden_layers} but there are {tensors} weights"
+        )
+    if isinstance(config, DiTConfig):
+        with torch.device("meta"):
+            return DiT(config)
+    with init_empty_weights(include_buffers=False):  # some buffers are computed, not stored
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return made
 
 
 def _open_dit(
@@ -170,14 +177,11 @@ def _open_dit(
     if not isinstance(device_map, str | None) or device_map == "auto":
         raise InputError("`device_map` of this model can only name one device; give cpu or cuda")
     device = choose_device(device_map or "cpu")
-    layers = config.num_hidden_layers
     where = f"{folder}/config.json does not describe a model"
-    model: Any = _described(
-        lambda it: _empty(lambda: _on_meta(it), layers, len(pieces)), config, where
-    )
+    model: Any = _described(lambda it: _without_memory(it, len(pieces)), config, where)
     expected = model.state_dict()
     check_pieces(expected, pieces, found.files, folder)
-    require_memory(sum(tensor.numel() for tensor in expected.values()), dtype, folder)
+    require_memory(sum(tensor.numel() for tensor in expected.values()), dtype, folder, [device])
     fill(model, pieces, found.files, dtype, folder, lambda name: device)
     # Else the tokenizer says which id it is (`models.loading.settle_mask`).
     model.names_mask = recipe.names_mask
@@ -193,32 +197,34 @@ def _open_released(
 ) -> Any:
     """A published model whose layers are those of a class of `transformers`."""
     folder, pieces = found.folder, recipe.pieces(found.files)
-    with init_empty_weights(include_buffers=False):
-        lm: PreTrainedModel = _described(
-            lambda it: _empty(
-                lambda: AutoModelForCausalLM.from_config(it),
-                it.num_hidden_layers,
-                len(found.files),
-            ),
-            config,
-            f"{folder}",
-        )
+    lm: Any = _described(lambda it: _without_memory(it, len(found.files)), config, f"{folder}")
     expected = lm.state_dict()
     if config.tie_word_embeddings:
         del expected["lm_head.weight"]
     check_pieces(expected, pieces, found.files, folder)
-    require_memory(sum(tensor.numel() for tensor in expected.values()), dtype, folder)
-    if device_map is None or (isinstance(device_map, str) and device_map != "auto"):
-        places: dict[str, Any] = {"": choose_device(device_map or "cpu")}
-    elif device_map == "auto":
-        classes = list(lm._no_split_modules or [])
-        places = dict(infer_auto_device_map(lm, no_split_module_classes=classes, dtype=dtype))
-    else:
-        places = cast("dict[str, Any]", device_map)
+    places = _places(lm, device_map, dtype)
+    devices = list(dict.fromkeys(places.values()))
+    require_memory(sum(tensor.numel() for tensor in expected.values()), dtype, folder, devices)
     fill(lm, pieces, found.files, dtype, folder, lambda name: _place_of(name, places))
     lm.tie_weights()
-    lm = lm.to(places[""]) if set(places) == {""} else dispatch_model(lm, places)
+    lm = lm.to(devices[0]) if len(devices) == 1 else dispatch_model(lm, places)
     return _described(lambda it: wrap(lm, **it), recipe.conventions, f"{folder}")
+
+
+def _places(lm: PreTrainedModel, device_map: DeviceMap, dtype: torch.dtype) -> dict[str, Any]:
+    """Module → device; "auto" is what accelerate makes of the devices there are."""
+    if device_map == "auto":
+        classes = list(lm._no_split_modules or [])
+        found = dict(infer_auto_device_map(lm, no_split_module_classes=classes, dtype=dtype))
+    else:
+        found = device_map if isinstance(device_map, dict) else {"": device_map or "cpu"}
+    if "disk" in found.values():
+        raise InputError("the devices have no room for the model, and none is kept on disk")
+    return {name: choose_device(_device(place)) for name, place in found.items()}
+
+
+def _device(place: Any) -> str:
+    return f"cuda:{place}" if isinstance(place, int) else str(place)
 
 
 def _place_of(name: str, places: dict[str, Any]) -> Any:

@@ -1,16 +1,17 @@
 """LoRA (Hu et al. 2021) on an adapted model, by peft: W + (α/r)·B·A, of which A and B are trained.
 
-The base model's weights stay as they are; trained are the low-rank pairs, and the mask token's row of
-the embedding table, which the base model has never seen. At the start B = 0: the model is the one it
-was.
+The base model's weights stay as they are; trained are the low-rank pairs, and the mask token's row
+of the embedding table, which the base model has never seen. At the start B = 0: the model is the
+one it was.
 
     add_lora(model, rank=16)      the pairs, into the model's layers
-    merged_state(model)           the weights of an ordinary folder, the pairs added in
-    save_adapter / open_adapter   a folder of peft's own layout, some megabytes
+    model.adapter.merged_state    the weights of an ordinary folder, the pairs added in
+    model.adapter.save            a folder of peft's own layout, some megabytes; `open_adapter`
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from blockdiff.errors import InputError, first_line
 from blockdiff.models.adapted import Adapted
+from blockdiff.outputs import staging
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROW = "mask_row.safetensors"  # no part of peft's layout
@@ -64,8 +66,9 @@ def add_lora(
 def _inject(model: Adapted, config: Any) -> None:
     device, dtype = model.device, model.dtype
     _peft().inject_adapter_in_model(config, model.lm)
-    model.lm.to(device=device, dtype=dtype)
-    model.adapter = config
+    lm: nn.Module = model.lm
+    lm.to(device=device, dtype=dtype)
+    model.adapter = Adapter(config)
     table: Any = model.get_input_embeddings()
     table.mask_token_id = model.config.mask_token_id
     table.mask_row = nn.Parameter(table.weight[table.mask_token_id].detach().clone())
@@ -83,11 +86,6 @@ def _with_mask_row(table: Any, given: tuple[Tensor], embedded: Tensor) -> Tensor
     )
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that are trained, by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
 @contextmanager
 def _merged(model: Adapted) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -102,35 +100,60 @@ def _merged(model: Adapted) -> Iterator[None]:
             layer.unmerge()
 
 
-def merged_state(model: Adapted) -> dict[str, Tensor]:
-    """The weights of the base model's folder with the pairs added in, by its own names."""
-    with _merged(model):
+class Adapter:
+    """What a model with pairs in its layers is asked for; `config` is peft's."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def merged_state(self, model: Adapted) -> dict[str, Tensor]:
+        """The weights of the base model's folder with the pairs added in, by its own names."""
+        with _merged(model):
+            table: Any = model.get_input_embeddings()
+            own = table.weight.detach().clone()
+            own[table.mask_token_id] = table.mask_row.detach()
+            state, address = {}, table.weight.data_ptr()
+            for name, tensor in model.lm.state_dict().items():
+                if "lora_" not in name and not name.endswith("mask_row"):
+                    name = name.replace(".base_layer.", ".")
+                    state[name] = own if tensor.data_ptr() == address else tensor.clone()
+        return state
+
+    def save(self, model: Adapted, folder: str | Path) -> None:
+        """Writes the pairs in peft's layout, and the mask token's row beside them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with staging(folder) as temporary:
+            self._write(model, temporary)
+
+    def _write(self, model: Adapted, folder: Path) -> None:
+        state = _peft().get_peft_model_state_dict(model.lm, save_embedding_layers=False)
+        named = {f"{_PREFIX}{name}": x.contiguous() for name, x in state.items()}
+        save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
         table: Any = model.get_input_embeddings()
-        own = table.weight.detach().clone()
-        own[table.mask_token_id] = table.mask_row.detach()
-        state, address = {}, table.weight.data_ptr()
-        for name, tensor in model.lm.state_dict().items():
-            if "lora_" not in name and not name.endswith("mask_row"):
-                name = name.replace(".base_layer.", ".")
-                state[name] = own if tensor.data_ptr() == address else tensor.clone()
-    return state
+        save_file({"mask_row": table.mask_row.detach()}, folder / ROW)
+        self.config.save_pretrained(folder)
 
 
-def save_adapter(model: Adapted, folder: str | Path) -> None:
-    """Writes the pairs and the mask token's row in peft's layout."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = _peft().get_peft_model_state_dict(model.lm, save_embedding_layers=False)
-    named = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
-    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
-    table: Any = model.get_input_embeddings()
-    save_file({"mask_row": table.mask_row.detach()}, folder / ROW)
-    model.adapter.save_pretrained(folder)
+def base_of(folder: Path) -> str:
+    """Where the base model of an adapter is; raises `InputError` where it cannot be found."""
+    try:
+        named = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        base = named["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str):
+        raise InputError(f"{folder / CONFIG} does not say what its base model is")
+    if not Path(base).is_dir() and (base.startswith((".", "/", "~")) or base.count("/") != 1):
+        raise InputError(f"the base model of the adapter in {folder} is missing: no folder {base}")
+    return base
 
 
 def open_adapter(model: Adapted, folder: Path) -> Adapted:
     """The model with the adapter in `folder`; raises `InputError` where they do not fit."""
     peft = _peft()
+    if not isinstance(model, Adapted):
+        raise InputError(f"the base model of the adapter in {folder} is no adapted model")
     try:
         _inject(model, peft.LoraConfig.from_pretrained(folder))
         state = {

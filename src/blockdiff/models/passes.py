@@ -104,7 +104,7 @@ class Streams:
     context: Context | None = None
     noised: str = "noised"
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    masks: dict[tuple[str, int | None], Mask] = field(default_factory=dict)
+    masks: dict[tuple[str, int | None, torch.device], Mask] = field(default_factory=dict)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sliding: int | None, **score: Any
@@ -132,12 +132,13 @@ class Streams:
         """The mask of the layers with one sliding window, made once a pass."""
         if sliding is not None and sliding >= self.layout.length:
             sliding = None
-        if (kind, sliding) not in self.masks:
+        key = kind, sliding, q.device  # layers may be on several devices
+        if key not in self.masks:
             layout = replace(self.layout, sliding=sliding)
             rows, width = len(q), q.shape[-1]
             made = make_mask(layout, kind, self.backend, q.device, rows=rows, head_dim=width)
-            self.masks[kind, sliding] = made
-        return self.masks[kind, sliding]
+            self.masks[key] = made
+        return self.masks[key]
 
 
 @dataclass
@@ -152,11 +153,11 @@ class Cached:
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sliding: int | None, **score: Any
     ) -> Tensor:
-        k, v = self.cache.stage(layer, k, v)
+        k, v = (x.to(q.device) for x in self.cache.stage(layer, k, v))
         seen = self.seen if sliding is None else self._within(sliding)
         if seen is None:
-            seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
-        return attend(q, k, v, Mask("dense", seen), **score)
+            seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool)
+        return attend(q, k, v, Mask("dense", seen.to(q.device)), **score)
 
     def _within(self, sliding: int) -> Tensor:
         """`seen` without what is a sliding window or more before the query."""

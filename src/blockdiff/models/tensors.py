@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 # A file is mapped into memory, and what was read of it stays there until it is closed.
-_MAPPED = 2**26
+_MAPPED = 2**27
 
 
 class Stored(NamedTuple):
@@ -63,8 +63,9 @@ class Reader:
         self._read = 0
 
     def __call__(self, name: str, rows: slice = slice(None)) -> Tensor:
-        path = self.files[name].path
-        if self._open is not None and (self._open[0] != path or self._read > _MAPPED):
+        path, shape, _ = self.files[name]
+        size = 4 * torch.Size(shape).numel()
+        if self._open is not None and (self._open[0] != path or self._read + size > _MAPPED):
             self.close()
         if self._open is None:
             context = opened(path)
@@ -72,7 +73,7 @@ class Reader:
         file = self._open[2]
         whole = rows == slice(None)
         tensor: Tensor = file.get_tensor(name) if whole else file.get_slice(name)[rows]
-        self._read += tensor.numel() * tensor.element_size()
+        self._read += size
         return tensor
 
     def close(self) -> None:
@@ -153,14 +154,24 @@ def stored_dtype(files: Mapping[str, Stored]) -> torch.dtype:
     return _DTYPES[known[0]] if known else torch.float32
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take."""
-    return int(psutil.virtual_memory().available)
+def free_memory(devices: Sequence[torch.device]) -> int:
+    """Bytes that are free on devices, together."""
+    return sum(
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else int(psutil.virtual_memory().available)
+        for device in devices
+    )
 
 
-def require_memory(numbers: int, dtype: torch.dtype, folder: Path) -> None:
+def require_memory(
+    numbers: int,
+    dtype: torch.dtype,
+    folder: Path,
+    devices: Sequence[torch.device] = (torch.device("cpu"),),
+) -> None:
     """Raises `InputError` where so many numbers of a model do not fit into free memory."""
-    free = free_memory()
+    free = free_memory(devices)
     if numbers * dtype.itemsize <= free:
         return
     size = {kind: numbers * kind.itemsize / 1e9 for kind in (dtype, torch.bfloat16)}
@@ -211,7 +222,7 @@ def fill(
     files: Mapping[str, Stored],
     dtype: torch.dtype,
     folder: Path,
-    device_of: Callable[[str], torch.device | str | int] = lambda name: "cpu",
+    device_of: Callable[[str], torch.device],
 ) -> None:
     """Gives a network that was made without memory its tensors, one after the other.
 

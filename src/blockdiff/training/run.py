@@ -29,6 +29,7 @@ from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import WEIGHTS, load_model, save_model
 from blockdiff.models.loading import check_tokenizer, settle_mask
+from blockdiff.models.lora import add_lora
 from blockdiff.models.weights import resolve_precision
 from blockdiff.noising import stratified_noise
 from blockdiff.registry import OBJECTIVES
@@ -176,7 +177,9 @@ def _train(
             remove_unfinished(out)
         processes.wait_for_everyone()
         checkpoint = newest_checkpoint(out, say=processes.is_main_process)
-    start, average, updates = _start(config.init_from, checkpoint)
+    # The checkpoints of a LoRA run hold what is trained, and go on top of where it began.
+    begun = checkpoint if config.lora is None else None
+    start, average, updates = _start(config.init_from, begun)
     with processes.main_process_first():  # the others find the corpus packed
         place = processes.process_index, processes.num_processes
         data = prepare_data(config, place, start.config.prompt_grid if start else "absolute")
@@ -225,7 +228,10 @@ def _train(
 def _save(trainer: BlockDiffusionTrainer, out: Path) -> None:
     with gathered(trainer.averaged_model):
         if trainer.is_world_process_zero():
-            save_model(trainer.averaged_model, out)
+            model: Any = trainer.averaged_model
+            save_model(model, out)
+            if trainer.run.lora is not None:
+                model.adapter.save(model, out / "adapter")
 
 
 def _try_estimator(config: TrainConfig) -> None:
@@ -278,6 +284,8 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: 
     if isinstance(start, Adapted):
         model: Any = rewrapped(start, config)
         check_tokenizer(start, tokenizer)
+    elif config.lora is not None:
+        raise InputError("`lora` is for adapted models: name one as `init_from`")
     else:
         model = _build_dit(config, tokenizer, start)
         if config.compile:
@@ -310,6 +318,10 @@ def rewrapped(start: Adapted, config: TrainConfig) -> Adapted:
     start.config.objective = objective.name
     clip = config.clip_range()
     start.config.clip = None if clip is None else list(clip)
+    if config.lora is not None:
+        source = Path(str(config.init_from)).expanduser()
+        base = str(source.resolve()) if source.is_dir() else str(source)
+        add_lora(start, config.lora, config.lora_targets, base)
     return start
 
 
