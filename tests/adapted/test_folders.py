@@ -200,8 +200,8 @@ def spoilt(folder, **fields):
 @pytest.mark.parametrize(
     "fields, reason",
     [
-        ({"block_size": "a"}, "block-size"),
-        ({"block_size": 0}, "block-size is 0"),
+        ({"block_size": "a"}, "--block-size is 'a'"),
+        ({"block_size": 0}, "--block-size is 0"),
         ({"block_sizes": "many"}, "block_diffusion"),
         ({"mask_token_id": 99}, "mask token id 99 is outside the vocabulary"),
         ({"prediction": "next"}, "prediction 'next' is unknown"),
@@ -213,9 +213,7 @@ def test_a_record_that_is_no_record(tmp_path, fields, reason, capsys):
     adapt_folder(plain(tmp_path / "lm"), tmp_path / "out", block_size=4)
     spoilt(tmp_path / "out", **fields)
     line = refused(capsys, "generate", tmp_path / "out", "w0")
-    assert "out/config.json: block_diffusion: " in line and reason.replace("_", "-") in (
-        line.replace("_", "-")
-    )
+    assert "out/config.json: block_diffusion" in line and reason in line
 
 
 def test_adapted_again_in_its_place(tmp_path, capsys):

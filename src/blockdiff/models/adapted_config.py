@@ -81,7 +81,7 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
 
         Raises `InputError` for sizes that it has no room for.
         """
-        sizes = whole_numbers("block_size", sorted(set(block_sizes)))
+        sizes = tuple(sorted(whole_numbers("block_size", list(dict.fromkeys(block_sizes)))))
         common, known = math.lcm(*sizes), self.length
         self.block_size, self.block_sizes = sizes[-1], sizes
         self.length -= self.length % common
