@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,3 +141,23 @@ def test_bad_input(base: Path, tmp_path: Path, changes: dict, message: str) -> N
     with pytest.raises(blockdiff.InputError, match=message):
         blockdiff.train(blockdiff.TrainConfig(**(options | changes)), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("prediction", ["same", "shift"])
+def test_a_folder_that_is_no_ar_model_says_so_in_transformers(
+    base: Path, tmp_path: Path, prediction: str
+) -> None:
+    lm = AutoModelForCausalLM.from_pretrained(base)
+    model = blockdiff.adapt(lm, mask_token_id=model_mask(base), prediction=prediction)
+    blockdiff.save_model(model, tmp_path / "model")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        by_transformers = [str(w.message) for w in said if "prediction same" in str(w.message)]
+        blockdiff.load_model(tmp_path / "model")
+    assert len(by_transformers) == (prediction == "same")
+    assert sum("prediction same" in str(w.message) for w in said) == len(by_transformers)
+
+
+def model_mask(folder: Path) -> int:
+    return blockdiff.load_model(folder).config.mask_token_id

@@ -41,10 +41,9 @@ from blockdiff.models.passes import (
     repeat,
     running,
 )
+from blockdiff.models.pretrained import RECORD as RECORD
 from blockdiff.models.pretrained import DenoiserModel
 from blockdiff.models.weights import Linear
-
-RECORD = "block_diffusion"  # where config.json of an adapted folder keeps our conventions
 
 
 class Adapted(DenoiserModel):

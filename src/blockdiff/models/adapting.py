@@ -8,6 +8,8 @@ open_adapted(folder, …)               what `load_model` does with a folder tha
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,6 +25,7 @@ from blockdiff.errors import InputError, first_line
 from blockdiff.models.adapted import RECORD, Adapted
 from blockdiff.models.adapted_config import RECORDED, AdaptedConfig
 from blockdiff.models.passes import Unsuitable
+from blockdiff.models.pretrained import SAME
 from blockdiff.models.probe import probe, require_interface
 
 # A base model that does not say how many positions it knows.
@@ -170,10 +173,12 @@ def open_adapted(
     `raw`: its config.json. Weights are read by transformers, which never runs code of the folder.
     """
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device_map, trust_remote_code=False,
-            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=re.escape(SAME))
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, device_map=device_map, trust_remote_code=False,
+                use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:
         raise InputError(f"{folder} cannot be opened: {first_line(error)}") from None
     lm: PreTrainedModel = opened[0]
