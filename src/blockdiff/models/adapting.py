@@ -8,7 +8,8 @@ open_adapted(folder, …)               what `load_model` does with a folder tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from blockdiff.data.tokenizers import MASK_TOKEN
 from blockdiff.errors import InputError, first_line
@@ -153,24 +155,49 @@ def open_adapted(
     `raw`: its config.json. Weights are read by transformers, which never runs code of the folder.
     """
     try:
-        lm = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            device_map=device_map,
-        )
+        with _quietly():
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
+                device_map=device_map, output_loading_info=True,
+            )  # fmt: skip
+        lm, found = opened
     except Exception as error:
         raise InputError(f"{folder} cannot be opened: {first_line(error)}") from None
-    record = raw.get(RECORD)
+    if found["missing_keys"]:  # which transformers makes up
+        what = sorted(found["missing_keys"])[0]
+        raise InputError(f"{folder}: the weights do not fit config.json: {what} is missing")
+    lm.config.__dict__.pop(RECORD, None)
+    try:
+        return with_record(lm, raw.get(RECORD))
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bar and its report of names, which are told in a line here."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def with_record(lm: PreTrainedModel, record: Mapping[str, Any] | None) -> Adapted:
+    """A model of transformers under a folder's record, or without one as AR.
+
+    Raises `InputError` for a record with fields that nobody knows.
+    """
     if record is None:
         return as_autoregressive(lm)
-    lm.config.__dict__.pop(RECORD, None)
     try:
         return wrap(lm, **record)
     except TypeError:
-        what = f"{RECORD} holds fields that nobody knows"
-        raise InputError(f"{folder}/config.json: {what}") from None
+        raise InputError(f"{RECORD} in config.json holds fields that nobody knows") from None
 
 
 def is_causal_lm(raw: Mapping[str, Any]) -> bool:
