@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from blockdiff.checks import whole_number, whole_numbers
 from blockdiff.data.tokenizers import MASK_TOKEN
@@ -173,8 +175,7 @@ def open_adapted(
     `raw`: its config.json. Weights are read by transformers, which never runs code of the folder.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=re.escape(SAME))
+        with _quietly():
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, device_map=device_map, trust_remote_code=False,
                 use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
@@ -191,18 +192,41 @@ def open_adapted(
     for name, tensor in lm.named_parameters():
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{folder}: {name} holds numbers that are not finite")
-    record = raw.get(RECORD)
-    if record is None:
-        return as_autoregressive(lm)
     lm.config.__dict__.pop(RECORD, None)
     try:
-        if unknown := sorted(record.keys() - set(RECORDED)):
-            raise InputError(f"nobody knows {unknown[0]!r}")
-        return wrap(lm, **record)
+        return with_record(lm, raw.get(RECORD))
     except Unsuitable:
         raise
     except (InputError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}/config.json: {RECORD}: {first_line(error)}") from None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' bar and its report of names, which are told in a line here."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=re.escape(SAME))
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def with_record(lm: PreTrainedModel, record: Mapping[str, Any] | None) -> Adapted:
+    """A model of transformers under a folder's record, or without one as AR.
+
+    Raises `InputError` for a record with fields that nobody knows.
+    """
+    if record is None:
+        return as_autoregressive(lm)
+    if unknown := sorted(record.keys() - set(RECORDED)):
+        raise InputError(f"nobody knows {unknown[0]!r}")
+    return wrap(lm, **record)
 
 
 def is_causal_lm(raw: Mapping[str, Any]) -> bool:

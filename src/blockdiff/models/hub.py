@@ -14,7 +14,9 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
@@ -28,16 +30,18 @@ from blockdiff.device import choose_device
 from blockdiff.errors import InputError, first_line
 from blockdiff.models import lora
 from blockdiff.models.adapted import RECORD
-from blockdiff.models.adapting import is_causal_lm, open_adapted, wrap
+from blockdiff.models.adapting import is_causal_lm, open_adapted, with_record
 from blockdiff.models.card import write_card
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.recipe import Found, Recipe, renamed
 from blockdiff.models.released import find_recipe
+from blockdiff.models.released_lm import placed
 from blockdiff.models.tensors import (
     WEIGHTS as WEIGHTS,
 )
 from blockdiff.models.tensors import (
+    Piece,
     check_pieces,
     fill,
     find_tensors,
@@ -93,10 +97,12 @@ def load_model(
         recipe: Recipe | None = _own(found)
     else:
         recipe = _described(find_recipe, found, f"{folder}")
+    if recipe is None and is_causal_lm(found.raw):
+        recipe = _plain(found, kind)
     if recipe is not None and isinstance(recipe.config, DiTConfig):
         model: Any = _open_dit(recipe, recipe.config, found, kind, device_map)
     elif recipe is not None:
-        model = _open_released(recipe, recipe.config, found, kind, device_map)
+        model = _open_lm(recipe, recipe.config, found, kind, device_map)
     elif is_causal_lm(found.raw):
         numbers = sum(torch.Size(tensor.shape).numel() for tensor in found.files.values())
         require_memory(numbers, kind, folder)
@@ -109,9 +115,11 @@ def load_model(
     _described(lambda it: _say(it, mask_token_id, block_size), model, f"{folder}")
     model.name_or_path = str(folder)
     generation = folder / GENERATION_CONFIG_NAME
-    if generation.is_file() and isinstance(model, DiT):
+    if generation.is_file():
         raw = read_json(generation)
-        model.generation_config = _described(GenerationConfig.from_dict, raw, f"{generation}")
+        own = _described(GenerationConfig.from_dict, raw, f"{generation}")
+        for network in (model, getattr(model, "lm", model)):
+            network.generation_config = own
     return model.eval()
 
 
@@ -188,19 +196,17 @@ def _open_dit(
     return model
 
 
-def _open_released(
+def _open_lm(
     recipe: Recipe,
     config: PreTrainedConfig,
     found: Found,
     dtype: torch.dtype,
     device_map: DeviceMap,
 ) -> Any:
-    """A published model whose layers are those of a class of `transformers`."""
-    folder, pieces = found.folder, recipe.pieces(found.files)
+    """A model whose layers are those of a class of `transformers`."""
+    folder = found.folder
     lm: Any = _described(lambda it: _without_memory(it, len(found.files)), config, f"{folder}")
-    expected = lm.state_dict()
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
+    expected, pieces = _untied(lm, recipe, found)
     check_pieces(expected, pieces, found.files, folder)
     places = _places(lm, device_map, dtype)
     devices = list(dict.fromkeys(places.values()))
@@ -208,7 +214,37 @@ def _open_released(
     fill(lm, pieces, found.files, dtype, folder, lambda name: _place_of(name, places))
     lm.tie_weights()
     lm = lm.to(devices[0]) if len(devices) == 1 else dispatch_model(lm, places)
-    return _described(lambda it: wrap(lm, **it), recipe.conventions, f"{folder}")
+    return _described(lambda it: with_record(lm, it), recipe.conventions, f"{folder}")
+
+
+def _untied(
+    lm: PreTrainedModel, recipe: Recipe, found: Found
+) -> tuple[dict[str, Tensor], dict[str, list[Piece]]]:
+    """The tensors a network has and the pieces a folder has, without those tied to another."""
+    tied = lm.all_tied_weights_keys
+    expected, pieces = lm.state_dict(), recipe.pieces(found.files)
+    return (
+        {name: tensor for name, tensor in expected.items() if name not in tied},
+        {name: own for name, own in pieces.items() if name not in tied},
+    )
+
+
+def _plain(found: Found, dtype: torch.dtype) -> Recipe | None:
+    """A folder of `transformers` whose tensors have their class's names.
+
+    None where `transformers` has to convert them, or keeps some in another number format.
+    """
+    config = _described(AutoConfig.from_pretrained, found.folder, f"{found.folder}")
+    config.__dict__.pop(RECORD, None)
+    recipe = Recipe(config, placed(config), found.raw.get(RECORD))
+    lm: Any = _described(
+        lambda it: _without_memory(it, len(found.files)), config, f"{found.folder}"
+    )
+    mixed = dtype != torch.float32 and (
+        lm._keep_in_fp32_modules or getattr(lm, "_keep_in_fp32_modules_strict", None)
+    )
+    expected, pieces = _untied(lm, recipe, found)
+    return None if mixed or expected.keys() != pieces.keys() else recipe
 
 
 def _places(lm: PreTrainedModel, device_map: DeviceMap, dtype: torch.dtype) -> dict[str, Any]:

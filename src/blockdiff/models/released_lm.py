@@ -32,14 +32,12 @@ def _base(kind: str, found: Found, **fields: Any) -> PreTrainedConfig:
     return config
 
 
-def _placed(config: PreTrainedConfig, rules: Iterable[tuple[str, str]] = ()) -> Place:
+def placed(config: PreTrainedConfig, rules: Iterable[tuple[str, str]] = ()) -> Place:
     """Tensors of a causal model under its class's names, experts one beside the other."""
     rename = renamed(rules)
     width = getattr(config, "moe_intermediate_size", 0)
 
     def place(name: str) -> list[tuple[str, Piece]]:
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            return []
         found = []
         for target, piece in rename(name):
             expert = _EXPERT.fullmatch(target)
@@ -63,7 +61,7 @@ def sdar(found: Found) -> Recipe:
         "block_size": found.block("block_size", 4), "mask_token_id": found.mask(151669),
         "prediction": "same", "clean_stream": "block",
     }  # fmt: skip
-    return Recipe(config, _placed(config), conventions)
+    return Recipe(config, placed(config), conventions)
 
 
 def a2d(found: Found) -> Recipe:
@@ -72,7 +70,7 @@ def a2d(found: Found) -> Recipe:
         "block_size": found.block(None, 32), "mask_token_id": found.mask(),
         "prediction": "same", "clean_stream": "block", "prompt_grid": "prompt_end",
     }  # fmt: skip
-    return Recipe(config, _placed(config), conventions)
+    return Recipe(config, placed(config), conventions)
 
 
 def fast_dllm(found: Found) -> Recipe:
@@ -81,7 +79,7 @@ def fast_dllm(found: Found) -> Recipe:
         "block_size": found.block("bd_size", 32), "mask_token_id": found.mask(151665),
         "prediction": "shift", "clean_stream": "block",
     }  # fmt: skip
-    return Recipe(config, _placed(config), conventions)
+    return Recipe(config, placed(config), conventions)
 
 
 _LLADA2_NAMES = (
@@ -112,7 +110,7 @@ def llada2(found: Found) -> Recipe:
         n_shared_experts=raw.get("num_shared_experts") or 0,
         num_nextn_predict_layers=0,
     )
-    named = _placed(config, _LLADA2_NAMES)
+    named = placed(config, _LLADA2_NAMES)
     ends = [0, heads * width, (heads + groups) * width, (heads + 2 * groups) * width]
 
     def place(name: str) -> list[tuple[str, Piece]]:
@@ -175,7 +173,7 @@ def llada(found: Found) -> Recipe:
         "block_size": length, "mask_token_id": found.mask(126336),
         "prediction": "same", "clean_stream": "block",
     }  # fmt: skip
-    return Recipe(config, _placed(config, _LLADA_NAMES), conventions)
+    return Recipe(config, placed(config, _LLADA_NAMES), conventions)
 
 
 def dream(found: Found) -> Recipe:
@@ -184,7 +182,7 @@ def dream(found: Found) -> Recipe:
         "block_size": found.raw["max_position_embeddings"], "mask_token_id": found.mask(151666),
         "prediction": "shift", "clean_stream": "block",
     }  # fmt: skip
-    return Recipe(config, _placed(config), conventions)
+    return Recipe(config, placed(config), conventions)
 
 
 def wedlm(found: Found) -> Recipe:
@@ -198,4 +196,4 @@ def wedlm(found: Found) -> Recipe:
         "prediction": "same", "clean_stream": "causal", "inside_block": "causal",
         "prompt_grid": "prompt_end",
     }  # fmt: skip
-    return Recipe(config, _placed(config), conventions)
+    return Recipe(config, placed(config), conventions)
