@@ -21,7 +21,7 @@ import psutil
 import torch
 
 import blockdiff
-from blockdiff.evaluation.corpus import pack_corpus
+from blockdiff.evaluation.corpus import DEFAULTS, open_sequences
 from blockdiff.models.loading import adapt_folder
 
 RESULTS = Path(__file__).parent / "results" / "adaptation.json"
@@ -45,8 +45,9 @@ def kept(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def bounds(folder: Path, text: str, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:
     """Perplexity of held-out windows by block size, exact at L' = 1 under shift."""
     model, tokenizer = blockdiff.load(folder, device="cpu")
-    _, windows = pack_corpus(
-        model, tokenizer, text, part="validation", length=LENGTH, windows=WINDOWS
+    how = {name: value for name, value in DEFAULTS.items() if name != "part"}
+    _, windows = open_sequences(
+        model, tokenizer, text, part="validation", length=LENGTH, windows=WINDOWS, **how
     )
     found = {}
     for size in sizes if not model.config.causal else (1,):

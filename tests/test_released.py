@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import blockdiff
 from blockdiff import cli
+from blockdiff.data.tokenizers import read_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.models import tensors
 from helpers import read_golden, tiny_model
@@ -411,6 +412,36 @@ def test_a_tokenizer_without_a_mask_token_has_the_models(tmp_path):
     assert len(tokenizer) == 60 and model.config.mask_token_id == 59
     model, tokenizer = blockdiff.load(folder, mask_token_id=58)
     assert tokenizer.mask_token == "<other>" and model.config.mask_token_id == 58
+
+
+def test_a_tokenizer_class_of_the_folders_own_that_is_a_copy(tmp_path):
+    """Dream's is Qwen2's; its code is not run."""
+    words = {c: i for i, c in enumerate("abcdefgh")} | {"ab": 8, "<|endoftext|>": 9}
+    (tmp_path / "vocab.json").write_text(json.dumps(words))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    config = {
+        "tokenizer_class": "DreamTokenizer", "mask_token": "<|mask|>",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": {"10": {"content": "<|mask|>", "special": True}},
+    }  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer.encode("abc") == [8, 2] and tokenizer.mask_token_id == 10
+    config |= {"tokenizer_class": "OtherTokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="custom code"):
+        read_tokenizer(tmp_path)
+
+
+def test_each_writes_text_alone_as_in_a_batch(opened):
+    for name in FAMILIES:
+        prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]]
+        wish = {"max_new_tokens": 5, "seed": 3, "stop": "none"}
+        model, _ = opened(name)
+        both = blockdiff.generate(model, prompts, **wish)
+        for row, prompt in enumerate(prompts):
+            alone = blockdiff.generate(model, [prompt], rows=[row], **wish)
+            assert alone.tokens[0] == both.tokens[row], name
 
 
 def test_a_block_size_that_is_said_and_one_it_was_not_trained_for(tmp_path):

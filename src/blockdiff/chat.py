@@ -40,8 +40,10 @@ Ctrl-C stops an answer and keeps what is written of it."""
 _ALIASES = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/clear": "/reset", "/?": "/help"}
 
 
-def chat(source: str, wish: Any, options: SamplingOptions, device: str | None = None) -> None:
-    """Holds a conversation; `wish` is the command line's `ChatOptions`.
+def chat(
+    source: str, wish: Any, options: SamplingOptions, device: str | None = None, **opening: Any
+) -> None:
+    """Holds a conversation; `wish` is the command line's `ChatOptions`, `opening` goes to `load`.
 
     Where standard input and output are a terminal, messages are typed there; else each line of
     standard input is one. Raises `InputError` for what cannot be meant, and, outside a terminal,
@@ -51,7 +53,9 @@ def chat(source: str, wish: Any, options: SamplingOptions, device: str | None = 
     given = None if wish.chat_template is None else read_template(wish.chat_template)
     if sys.stdin is None or sys.stdin.closed:
         raise InputError("there is no standard input to read messages from")
-    model, tokenizer = load(source, tokenizer=wish.tokenizer, device=choose_device(device))
+    model, tokenizer = load(
+        source, tokenizer=wish.tokenizer, device=choose_device(device), **opening
+    )
     plain = given is None and tokenizer.chat_template is None
     template = ChatTemplate(tokenizer, PLAIN if plain else given)
     talk = Conversation(model, tokenizer, template, options, wish.system)
@@ -66,7 +70,7 @@ def chat(source: str, wish: Any, options: SamplingOptions, device: str | None = 
         config = model.config
         face.note(
             f"{source}: {config.kind}, block size {config.choose_block_size(options.block_size)}, "
-            f"context {config.length} tokens. /help tells what else can be typed, Ctrl-D ends."
+            f"context of {config.length} tokens; /help tells what else can be typed"
         )
     face.run()
 
@@ -88,7 +92,7 @@ class _Face:
 
     def note(self, text: str) -> None:
         """Tells what is no part of the conversation."""
-        self.err.print(printable(text), style="dim", soft_wrap=True)
+        self.err.print(printable(text), style="dim", soft_wrap=not self.err.is_terminal)
 
     def run(self) -> None:
         """Until the input ends, or somebody types /exit."""

@@ -216,6 +216,8 @@ class _View:
                     kind = "fresh without colour"
                 text.append(printable(piece), style=_STYLES[kind])
             start = stop
+        if self.reply:  # a blank before the first word belongs to the prompt
+            text = text[len(text.plain) - len(text.plain.lstrip()) :]
         if lines is None:
             return text
         inside = max(self.console.width - 4, 1)

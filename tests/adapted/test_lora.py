@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tie_word_embeddings=True,
         )
     )  # fmt: skip
-    model = blockdiff.adapt(lm, mask_token_id=tokenizer.mask_token_id, block_size=4)
+    model = blockdiff.adapt(lm, mask_token_id=tokenizer.mask_token_id, block_size=8)
     blockdiff.save_model(model, folder / "base", tokenizer)
     (folder / "text.txt").write_text(TEXT * 300)
     return folder / "base"
@@ -50,7 +50,7 @@ def logits(model: blockdiff.Adapted, x_0: Tensor) -> Tensor:
 def stepped(base: Path, targets: str = "all-linear") -> tuple[blockdiff.Adapted, Tensor, Tensor]:
     """A model with pairs after three steps, x_0, and the logits before them."""
     model = blockdiff.load_model(base)
-    x_0 = torch.randint(200, (2, 12), generator=torch.Generator().manual_seed(1))
+    x_0 = torch.randint(200, (2, 16), generator=torch.Generator().manual_seed(1))
     before = logits(model, x_0)
     add_lora(model, 4, targets, str(base))
     assert torch.equal(logits(model, x_0), before)  # equal at the start
@@ -105,7 +105,7 @@ def test_only_the_pairs_and_the_mask_row_are_trained(base: Path) -> None:
 def test_a_run_is_the_same_resumed(base: Path, tmp_path: Path) -> None:
     config = blockdiff.TrainConfig(
         data=str(base.parent / "text.txt"), out=str(tmp_path / "whole"), init_from=str(base),
-        lora=4, length=16, block_size=4, steps=4, batch_size=2, lr=1e-2, ema=0.5, save_every=2,
+        lora=4, length=16, steps=4, batch_size=2, lr=1e-2, ema=0.5, save_every=2,
         eval_windows=2, report_to="none", precision="float32",
     )  # fmt: skip
     whole = blockdiff.train(config, progress=False)
@@ -121,6 +121,7 @@ def test_a_run_is_the_same_resumed(base: Path, tmp_path: Path) -> None:
     kept = load_file(tmp_path / "whole" / "checkpoints" / "checkpoint-4" / "model.safetensors")
     assert all("lora_" in name or name.endswith("mask_row") for name in kept)
     assert whole.metrics["eval_nats_per_token"] > 0
+    assert blockdiff.load_model(tmp_path / "whole").config.block_size == 8  # as the base's
 
 
 @pytest.mark.parametrize(

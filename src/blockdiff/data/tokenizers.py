@@ -5,13 +5,19 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
 
 from blockdiff import checks, folders
 from blockdiff.data.corpora import load_corpus, looks_like_path
@@ -135,7 +141,7 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     if is_path and not folder.is_dir():
         raise InputError(f"no tokenizer in {source}: there is no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = _class_of(folder).from_pretrained(
             str(folder) if folder.is_dir() else source, trust_remote_code=False
         )
     # Beside OSError, the hub's clients and the many file formats raise errors of their own.
@@ -146,6 +152,19 @@ def read_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
         ) from error
     tokenizer.model_max_length = _NO_LIMIT
     return tokenizer
+
+
+# A class of a published folder's own → the one of transformers that it is a copy of.
+_COPIES = {"DreamTokenizer": Qwen2Tokenizer}
+
+
+def _class_of(folder: Path) -> Any:
+    """What opens the tokenizer in a folder."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return _COPIES.get(config["tokenizer_class"], AutoTokenizer)
+    except (OSError, ValueError, TypeError, KeyError):
+        return AutoTokenizer
 
 
 def add_mask_token(

@@ -66,7 +66,6 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         self.causal, self.score, self.time_conditioning = causal, False, False
         self.length = whole_number("length", length)
         self.use_blocks((1,) if causal else (block_size, *(block_sizes or ())))
-        self.mask_token_id = mask_token_id
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
         self.prediction, self.clean_stream = prediction, clean_stream
         self.keep_first = keep_first or prediction == "shift"  # which predicts no token 0
@@ -74,6 +73,8 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         self.clip = None if clip is None else list(clip)
         self.objective = objective or self.kind
         super().__init__(**kwargs)
+        # Last: transformers warns of an id behind the vocabulary's end, which AR has for no token.
+        self.mask_token_id = mask_token_id
 
     def use_blocks(self, block_sizes: Sequence[int]) -> None:
         """Makes these the block sizes; the context becomes a multiple of each.

@@ -113,7 +113,7 @@ def set_diffusion(found: Found) -> Recipe:
         causal=bool(net.get("causal_attention", kind == "ar")),
         adaln=False,
         keep_first=raw.get("keep_clean_bos") is not False,
-        mask_token_id=words["mask_token_id"],
+        mask_token_id=words.get("mask_token_id") if kind == "ar" else words["mask_token_id"],
         bos_token_id=words.get("bos_token_id"),
         eos_token_id=words.get("eos_token_id"),
     )

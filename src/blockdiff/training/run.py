@@ -40,7 +40,7 @@ from blockdiff.training.checkpoints import (
     newest_checkpoint,
     remove_unfinished,
 )
-from blockdiff.training.config import Precision, TrainConfig
+from blockdiff.training.config import BLOCK_SIZE, Precision, TrainConfig
 from blockdiff.training.data import check_data, prepare_data
 from blockdiff.training.parallel import gathered, recompute_activations
 from blockdiff.training.record import begin
@@ -180,6 +180,9 @@ def _train(
     # The checkpoints of a LoRA run hold what is trained, and go on top of where it began.
     begun = checkpoint if config.lora is None else None
     start, average, updates = _start(config.init_from, begun)
+    if config.block_size is None:
+        known = start.config.block_sizes if isinstance(start, Adapted) else (BLOCK_SIZE,)
+        config = replace(config, block_size=",".join(map(str, known)))
     with processes.main_process_first():  # the others find the corpus packed
         place = processes.process_index, processes.num_processes
         data = prepare_data(config, place, start.config.prompt_grid if start else "absolute")
