@@ -359,7 +359,7 @@ def test_a_plain_model_judges(folder, tmp_path):
     for source in (folder, tmp_path / "shift"):
         expected = own_nats(source, x_0).sum().item()
         assert load_judge(str(source)).nats([text])[0].item() == pytest.approx(expected, abs=1e-3)
-    with pytest.raises(InputError, match="a judge must be autoregressive"):
+    with pytest.raises(InputError, match="a judge is autoregressive"):
         load_judge(str(tmp_path / "same"))
 
 

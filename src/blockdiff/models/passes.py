@@ -70,7 +70,10 @@ def _attention(
     blockdiff_pass: Pass | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: q [b, H, T, D], k and v [b, H_kv, T, D] → [b, T, H, D]."""
+    """transformers' attention interface: q [b, H, T, D], k and v [b, H_kv, T, D] → [b, T, H, D].
+
+    Without dropout of attention weights, whatever the model's configuration says.
+    """
     # A few families drop keywords they do not know.
     current = blockdiff_pass or _CURRENT.get()
     if current is None:

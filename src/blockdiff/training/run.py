@@ -315,6 +315,11 @@ def rewrapped(start: Adapted, config: TrainConfig) -> Adapted:
         raise InputError(
             f"`length` is {config.length}, but the model's context is {start.config.length} tokens"
         )
+    # What a text does not reach, such as a part that sees images, would wait for gradients in DDP.
+    text = nn.ModuleList([start.lm.get_decoder(), start.get_output_embeddings()])
+    reached = {id(parameter) for parameter in text.parameters()}
+    for parameter in start.parameters():
+        parameter.requires_grad_(id(parameter) in reached)
     if objective.blocks == "whole":
         start.config.length = config.length
     start.config.use_blocks(config.trained_sizes)
