@@ -57,8 +57,8 @@ if "--into" in sys.argv:  # the parent needs none of it, and starts at once
     from blockdiff.layout import BlockLayout
     from blockdiff.models.config import PRESETS
     from blockdiff.models.dit import DiT
-    from blockdiff.models.hub import released_config, released_weights
     from blockdiff.models.loss import slices, subs_nll
+    from blockdiff.models.released_dit import released_config, released_weights
     from blockdiff.models.weights import Linear, convert
     from blockdiff.noising import stratified_noise
     from blockdiff.sampling.engine import Engine

@@ -87,9 +87,9 @@ def test_options_are_few_and_known() -> None:
     """A new option is a decision: it changes this test."""
     counts = {name: len(command.options) for name, command in COMMANDS.items()}
     assert counts == {
-        "train": 64, "evaluate": 26, "score": 14, "zero-shot": 14, "variance": 26,
-        "evaluate-samples": 13, "generate": 23, "chat": 20, "tokenizer": 5, "benchmark": 16,
-        "reproduce": 6, "demo": 5, "adapt": 8,
+        "train": 66, "evaluate": 28, "score": 17, "zero-shot": 17, "variance": 29,
+        "evaluate-samples": 13, "generate": 25, "chat": 22, "tokenizer": 5, "benchmark": 16,
+        "reproduce": 6, "demo": 5, "adapt": 8, "export": 4,
     }  # fmt: skip
 
 
@@ -148,7 +148,8 @@ def test_every_option_has_its_help_and_every_example_is_good(
     assert next(iter(COMMANDS[command].options)) in COMMANDS[command].sections
     for option in COMMANDS[command].options.values():
         assert option.help and not option.help.startswith("["), option.name
-    assert "device" in COMMANDS[command].options or command in ("tokenizer", "reproduce", "adapt")
+    anywhere = ("tokenizer", "reproduce", "adapt", "export")
+    assert "device" in COMMANDS[command].options or command in anywhere
     assert COMMANDS[command].examples
     for example in COMMANDS[command].examples:
         words = shlex.split(example.split("|")[-1].split(">")[0])
@@ -408,15 +409,15 @@ def test_a_full_disk_while_saving_is_one_line(
     """The earlier checkpoint stays whole and the run goes on from it."""
     from blockdiff.training import base
 
-    real = base.save_model
+    real = base.save_file
 
-    def full(tensors: object, path: str, **more: object) -> None:
-        if Path(path).parent.name == "checkpoint-2":
-            Path(path).write_bytes(b"half")
+    def full(tensors: object, path: Path, **more: object) -> None:
+        if path.parent.name == "checkpoint-2":
+            path.write_bytes(b"half")
             raise OSError(28, "No space left on device")
         real(tensors, path, **more)
 
-    monkeypatch.setattr(base, "save_model", full)
+    monkeypatch.setattr(base, "save_file", full)
     run = ["train", "--out", tmp_path / "run"]
     options = ["--data", corpus, "--vocab-size", 270, "--length", 16, "--steps", 3, "--ema", 0.9,
                "--batch-size", 2, "--save-every", 1, "--report-to", "none"]  # fmt: skip
@@ -425,7 +426,7 @@ def test_a_full_disk_while_saving_is_one_line(
     assert stop.value.code == 2
     assert "the disk is full" in capsys.readouterr().err
     assert newest_checkpoint(tmp_path / "run").name == "checkpoint-1"
-    monkeypatch.setattr(base, "save_model", real)
+    monkeypatch.setattr(base, "save_file", real)
     cli.main([str(word) for word in [*run, "--resume"]])
     assert (tmp_path / "run" / "model.safetensors").exists()
 

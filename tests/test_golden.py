@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 import blockdiff
 from blockdiff.layout import BlockLayout
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import released_config, released_weights
 from blockdiff.models.loss import score_entropy_from_logits, subs_nll_from_logits
+from blockdiff.models.released_dit import released_config, released_weights
 from blockdiff.schedules import get_schedule
 from helpers import GOLDEN, read_golden
 

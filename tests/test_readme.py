@@ -46,6 +46,7 @@ SMALLER = {
     "tokenizer": [],
     "benchmark": ["--preset", "nano", "--batch-size", "1", "--repeats", "1"],
     "demo": ["--minutes", "0.05"],
+    "export": [],
 }
 
 

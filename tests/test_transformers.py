@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -20,6 +22,8 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     TextIteratorStreamer,
     TextStreamer,
     Trainer,
@@ -36,6 +40,7 @@ from blockdiff.estimators import ESTIMATORS, Estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.layout import BlockLayout
 from blockdiff.models import card
+from blockdiff.models.adapted import Adapted
 from blockdiff.models.dit import DiT
 from blockdiff.noising import stratified_noise
 from blockdiff.objectives import objective_of
@@ -193,6 +198,21 @@ def test_a_clip_is_trained_with_and_never_measured_with(model):
     assert torch.equal(model(x_0, labels=x_0).loss, model(x_0, labels=x_0).loss)
 
 
+def test_several_block_sizes_are_trained_in_turn_and_measured_in_the_largest():
+    model = network(block_sizes=(1, 2, 4))
+    x_0, model.estimator = random_tokens(model, 2, 12), "enumerate"
+    sizes = {likelihood(model, x_0, "enumerate", block_size=size).nats_per_token: size
+             for size in (1, 2, 4)}  # fmt: skip
+
+    def size() -> int:
+        loss = model(x_0, labels=x_0).loss.item()
+        return next(size for nats, size in sizes.items() if nats == pytest.approx(loss, rel=1e-5))
+
+    assert {size() for _ in range(5)} == {4}
+    model.train()
+    assert {size() for _ in range(30)} == {1, 2, 4}
+
+
 def test_what_is_no_label_is_one_line(model):
     x_0 = random_tokens(model, 2, 12)
     for labels, words in (
@@ -324,6 +344,12 @@ def test_the_tokens_are_those_of_blockdiff(starter):
     width = prompts["input_ids"].shape[1]
     assert torch.equal(ids[:, :width], prompts["input_ids"])
     assert ids[:, width:].tolist() == expected.tokens
+    # a text ends with the token that completes one of these
+    stopped = model.generate(**prompts, **wish, stop_strings=[" of"], tokenizer=tokenizer)
+    for row, tokens in zip(stopped[:, width:].tolist(), expected.tokens, strict=True):
+        texts = [tokenizer.decode(tokens[: i + 1]) for i in range(len(tokens))]
+        end = next((i for i, text in enumerate(texts, 1) if " of" in text), len(tokens))
+        assert row[:end] == tokens[:end] and set(row[end:]) <= {0}
     # and under every option of the package's own
     own = {"sampler": "ancestral", "steps": 2, "block_size": 2, "stop": "none", "max_new_tokens": 5}
     with pytest.warns(UserWarning, match="trained with block size 4"):
@@ -404,6 +430,7 @@ def test_padding_on_the_left_is_cut_off(model):
         ({"temperature": -1}, "`temperature` is -1"),
         ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
         ({"num_return_sequences": 0}, "`num_return_sequences` is 0"),
+        ({"stop_strings": "."}, "`stop_strings` needs the `tokenizer`"),
         ({"sampler": "best"}, "`sampler` 'best' is unknown"),
         ({"generation_config": {"top_k": 3}}, "`generation_config` is dict"),
         ({"inputs": torch.tensor([[1]])}, "are the same"),
@@ -596,6 +623,72 @@ def test_folders_of_before_open_unchanged(folder, tmp_path):
         assert opened.generate(x, max_new_tokens=2).shape == (1, 6)
 
 
+# adapted models have it from the same base class
+
+
+def adapted(**settings: object) -> Adapted:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 9, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = LlamaConfig(**sizes, **heads, max_position_embeddings=16, initializer_range=0.3)
+    return blockdiff.adapt(LlamaForCausalLM(config), mask_token_id=8, block_size=4, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"prediction": "same"}, {"clean": "block"}], ids=["shift", "same", "block"]
+)
+def test_an_adapted_model_is_at_home_too(settings, tmp_path, hub):
+    model = adapted(**settings)
+    x_0 = random_tokens(model, 2, 10)
+    model.estimator = "enumerate"
+    there = torch.ones(2, 12, dtype=torch.bool)
+    there[:, 10:] = False  # the last block is padded
+    found = likelihood(model, F.pad(x_0, (0, 2)), "enumerate",
+                       documents=there.long() - 1, maskable=there)  # fmt: skip
+    loss = model(x_0, labels=x_0).loss
+    assert loss.item() == pytest.approx(found.nats_per_token, rel=1e-4)
+    ids = model.generate(x_0[:, :5], max_new_tokens=6, seed=2, eos_token_id=7)
+    expected = blockdiff.generate(model, x_0[:, :5].tolist(), max_new_tokens=6, seed=2, stop="none")
+    for row, text in zip(ids[:, 5:].tolist(), expected.tokens, strict=True):
+        end = text.index(7) + 1 if 7 in text else 6
+        assert row[:end] == text[:end]
+    model.generation_config.max_new_tokens = 3
+    save_model(model, tmp_path)
+    opened = load_model(tmp_path)
+    assert opened.generate(x_0[:1, :5], do_sample=False).shape == (1, 8)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
+    assert "(BD3-LM)" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    opened.push_to_hub("me/adapted")
+    assert "400 steps" in hub["README.md"] and "model.safetensors" in hub
+    opened.resize_token_embeddings(12, mean_resizing=False)
+    assert (opened.config.vocab_size, opened.config.mask_token_id) == (12, 8)
+    assert opened(x_0, labels=x_0).loss.isfinite() and opened(x_0).logits.shape == (2, 10, 12)
+
+
+def test_a_plain_trainer_lowers_an_adapted_models_loss(tmp_path):
+    trainer = trained(adapted(), tmp_path)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    trainer.save_model(str(tmp_path / "saved"))
+    assert load_model(tmp_path / "saved").config.block_size == 4
+
+
+def test_a_plain_causal_model_has_no_mask_to_lose(tmp_path):
+    lm = adapted().lm
+    lm.set_attn_implementation("eager")
+    lm.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    x_0 = random_tokens(model, 2, 6)
+    own = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert model(x_0, labels=x_0).loss.item() == pytest.approx(own(x_0, labels=x_0).loss.item())
+    wish = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(x_0)}
+    best = own.generate(x_0, **wish, pad_token_id=0)
+    assert torch.equal(model.generate(x_0, **wish, pad_token_id=0), best)
+    model.resize_token_embeddings(12, mean_resizing=False)
+    assert model.config.mask_token_id == model.config.vocab_size == 12
+
+
 # resizing
 
 
@@ -628,11 +721,11 @@ def test_a_resized_vocabulary(kind, tmp_path):
 # the card
 
 
+METRICS = {"eval_perplexity": 20.0, "eval_stderr": 0.05}
 RUN = {
     "data": ["Salesforce/wikitext", "/home/somebody/private/notes.txt"], "batch_size": 8,
     "lr": 3e-4, "length": 12, "objective": "bd3lm", "estimator": "exact_k", "seed": 1,
-    "init_from": "runs/x/ar", "steps": 500, "run": {"finished": {"steps": 400, "metrics": {"eval_perplexity": 20.0,
-    "eval_stderr": 0.05}}},
+    "init_from": "runs/x/ar", "steps": 500, "run": {"finished": {"steps": 400, "metrics": METRICS}},
 }  # fmt: skip
 MEASURED = {
     "data": "pydoc", "kind": "bd3lm", "perplexity": 40.0, "stderr": 0.02, "part": "validation",
@@ -748,3 +841,15 @@ def test_training_and_its_card(tmp_path, starter):
         blockdiff.train(
             blockdiff.TrainConfig(**{**vars(config), "overwrite": True}), progress=False
         )
+
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    """docs/transformers.md, block by block, in one folder."""
+    page = Path(__file__).parents[1] / "docs" / "transformers.md"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(page), "exec"), names)
+    assert names["loss"].item() > 0
+    assert names["model"].generation_config.max_new_tokens == 16

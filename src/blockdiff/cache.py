@@ -217,7 +217,7 @@ class BlockCache:
                     self._of_layer, zip(keys, values, strict=True), strict=True
                 ):
                     for store, new in zip(stores, given, strict=True):
-                        store[into, :, at] = new[out_of, :, of].to(store.dtype)
+                        store[into, :, at] = new.to(self.device)[out_of, :, of].to(store.dtype)
         self.lengths[which] += counts
         self._count()
 

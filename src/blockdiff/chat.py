@@ -40,8 +40,10 @@ Ctrl-C stops an answer and keeps what is written of it."""
 _ALIASES = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/clear": "/reset", "/?": "/help"}
 
 
-def chat(source: str, wish: Any, options: SamplingOptions, device: str | None = None) -> None:
-    """Holds a conversation; `wish` is the command line's `ChatOptions`.
+def chat(
+    source: str, wish: Any, options: SamplingOptions, device: str | None = None, **opening: Any
+) -> None:
+    """Holds a conversation; `wish` is the command line's `ChatOptions`, `opening` how `load` opens.
 
     Where standard input and output are a terminal, messages are typed there; else each line of
     standard input is one. Raises `InputError` for what cannot be meant, and, outside a terminal,
@@ -51,7 +53,9 @@ def chat(source: str, wish: Any, options: SamplingOptions, device: str | None = 
     given = None if wish.chat_template is None else read_template(wish.chat_template)
     if sys.stdin is None or sys.stdin.closed:
         raise InputError("there is no standard input to read messages from")
-    model, tokenizer = load(source, tokenizer=wish.tokenizer, device=choose_device(device))
+    model, tokenizer = load(
+        source, tokenizer=wish.tokenizer, device=choose_device(device), **opening
+    )
     plain = given is None and tokenizer.chat_template is None
     template = ChatTemplate(tokenizer, PLAIN if plain else given)
     talk = Conversation(model, tokenizer, template, options, wish.system)

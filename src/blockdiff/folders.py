@@ -41,11 +41,14 @@ TOKENIZER: Tree = {
     r"vocab\.txt|merges\.txt|chat_template\.jinja": None,
     r"(spiece|tokenizer|sentencepiece\.bpe)\.model": None,
 }
-RUN: Tree = TOKENIZER | {
-    r"run\.json|(generation_)?config\.json|metrics\.jsonl|loss\.png": None,
-    r"modeling_blockdiff\.py": None,
-    r"README\.md": CARD_MARK,
+MODEL: Tree = TOKENIZER | {
+    r"(generation_)?config\.json|modeling_blockdiff\.py": None,
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
+    r"README\.md": CARD_MARK,
+}
+RUN: Tree = MODEL | {
+    r"run\.json|metrics\.jsonl|loss\.png": None,
+    r"adapter": {r"adapter_(config\.json|model\.safetensors)|mask_row\.safetensors": None},
     r"checkpoints": {r"checkpoint-\d+": ...},
     r"tensorboard": {r"events\.out\.tfevents\..*": None},
 }
@@ -62,10 +65,6 @@ REPRODUCTION: Tree = {
     r"report": {r"report\.md|results\.json|\w+\.png": None},
 }
 # The file that says which kind a folder is of; config.json and weights stand in any model's folder.
-MODEL: Tree = TOKENIZER | {
-    r"(config|generation_config)\.json|README\.md|modeling_blockdiff\.py": None,
-    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
-}
 KINDS: dict[str, tuple[str, Tree]] = {
     "run": ("run.json", RUN),
     "reproduction": ("plan.json", REPRODUCTION),

@@ -29,9 +29,10 @@ from blockdiff.watch import Timed, new_tokens, watch
 
 
 def write_texts(
-    source: str, wish: Any, options: SamplingOptions, device: str | None = None
+    source: str, wish: Any, options: SamplingOptions, device: str | None = None, **opening: Any
 ) -> None:
-    """Generates as asked and prints; `wish` is the command line's `GenerateOptions`.
+    """Generates as asked and prints; `wish` is the command line's `GenerateOptions`, `opening`
+    how `load` opens the model.
 
     A single text is printed while it is written where standard output is a terminal. Raises
     `RunStopped` on Ctrl-C or SIGTERM, with what was written until then printed.
@@ -40,7 +41,9 @@ def write_texts(
     prompts = read_prompts(wish.prompt, wish.prompt_file)
     if wish.page is not None:
         new_file("page", wish.page)
-    model, tokenizer = load(source, tokenizer=wish.tokenizer, device=choose_device(device))
+    model, tokenizer = load(
+        source, tokenizer=wish.tokenizer, device=choose_device(device), **opening
+    )
     # The compiler brings weights into order itself.
     precision = resolve_precision(wish.precision, model.device)
     convert(model, precision, model.device, few_tokens=not wish.compile)

@@ -16,7 +16,7 @@ from blockdiff.data.tokenizers import load_tokenizer, train_tokenizer
 from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import evaluate_corpus
 from blockdiff.evaluation.options import EvaluateOptions
-from blockdiff.models.adapting import adapt_folder
+from blockdiff.models.loading import adapt_folder
 from blockdiff.training.callbacks import read_metrics
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.data import prepare_data

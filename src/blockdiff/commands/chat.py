@@ -52,7 +52,7 @@ def _run(given: Given) -> None:
     from blockdiff.chat import chat
 
     model = given.make(ModelOptions)
-    chat(model.model, wish, options, device=model.device)
+    chat(model.model, wish, options, device=model.device, **model.opening)
 
 
 COMMAND = Command(

@@ -11,7 +11,9 @@ def _run(given: Given) -> None:
     from blockdiff.evaluation.corpus import evaluate_corpus, summary_table
 
     model = given.make(ModelOptions)
-    record = evaluate_corpus(model.model, given.make(EvaluateOptions), device=model.device)
+    record = evaluate_corpus(
+        model.model, given.make(EvaluateOptions), device=model.device, **model.opening
+    )
     print_record(given, record, summary_table)
 
 

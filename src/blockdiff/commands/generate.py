@@ -45,7 +45,7 @@ def _run(given: Given) -> None:
     from blockdiff.writing import write_texts
 
     model = given.make(ModelOptions)
-    write_texts(model.model, wish, options, device=model.device)
+    write_texts(model.model, wish, options, device=model.device, **model.opening)
 
 
 COMMAND = Command(

@@ -96,7 +96,10 @@ def _run(given: Given) -> None:
     check_estimator(options.estimator)
     place = given.make(ModelOptions)
     model, words = load(
-        place.model, tokenizer=options.tokenizer, device=choose_device(place.device)
+        place.model,
+        tokenizer=options.tokenizer,
+        device=choose_device(place.device),
+        **place.opening,
     )
     convert(model, resolve_precision(options.precision, model.device), model.device)
     with advance(f"{model.config.kind} on {options.file or 'a pair'}", len(pairs), "pairs") as done:

@@ -29,7 +29,7 @@ def _run(given: Given) -> None:
     from blockdiff.plots import variance_plot
 
     model, wish = given.make(ModelOptions), given.make(VarianceOptions)
-    found = measure_corpus(model.model, wish, device=model.device)
+    found = measure_corpus(model.model, wish, device=model.device, **model.opening)
     records = [one.record() for one in found]
     if path is not None:
         variance_plot(records, Path(path), title=f"{model.model} on {wish.data}")

@@ -17,7 +17,7 @@ def _run(given: Given) -> None:
     model, wish = given.make(ModelOptions), given.make(ZeroShotOptions)
     records: list[dict[str, Any]] = []
     try:
-        for record in measure_texts(model.model, wish, device=model.device):
+        for record in measure_texts(model.model, wish, device=model.device, **model.opening):
             records.append(record)
     finally:  # an interruption loses no text that was measured
         if any("error" not in record for record in records):

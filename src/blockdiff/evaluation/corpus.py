@@ -8,6 +8,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -198,16 +199,17 @@ def pack_documents(
 
 
 def evaluate_corpus(
-    model: str | Path, wish: EvaluateOptions, device: str | None = None
+    model: str | Path, wish: EvaluateOptions, device: str | None = None, **opening: Any
 ) -> dict[str, object]:
     """Measures a corpus under the model in a folder or hub repository.
 
     What is None is the run's own where `data` is what the model in that folder was trained on
-    (then `part` is what it held out), else as in `DEFAULTS`. Returns `measure_sequences`'s record.
+    (then `part` is what it held out), else as in `DEFAULTS`. `opening`: how `load` opens the model.
+    Returns `measure_sequences`'s record.
     Raises `InputError` on bad input.
     """
     source, corpus, measured = options_of_run(model, wish.data, text_options(wish))
-    network, words, precision = open_to_measure(model, wish, device)
+    network, words, precision = open_to_measure(model, wish, device, **opening)
     packed, sequences = open_sequences(
         network, words, source, length=wish.length, windows=wish.windows,
         block_sizes=[wish.block_size] if wish.block_size is not None else [], **corpus,
@@ -221,12 +223,14 @@ def evaluate_corpus(
 
 
 def open_to_measure(
-    model: str | Path, wish: Opening, device: str | None
+    model: str | Path, wish: Opening, device: str | None, **opening: Any
 ) -> tuple[Denoiser, PreTrainedTokenizerBase, str]:
     """(model, tokenizer, what `precision` became), its weights in that precision."""
-    network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device))
+    network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device), **opening)
     precision = resolve_precision(wish.precision, network.device)
     convert(network, precision, network.device)
+    if precision == "float32" and network.dtype == torch.bfloat16:
+        precision = "bf16"  # as its weights were read
     return network, words, precision
 
 
@@ -254,7 +258,7 @@ def measure_sequences(
     return {
         "model": model,
         "kind": network.config.kind,
-        "block_size": network.config.block_size if block_size is None else block_size,
+        "block_size": min(block_size or network.config.block_size, packed.length),
         "length": packed.length,
         "data": data,
         **result.record(),

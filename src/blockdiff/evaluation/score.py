@@ -92,10 +92,15 @@ def score_tokens(
     for i, (row, _) in enumerate(rows):
         # Few lengths, each a power of two of blocks, so that a short row is not padded to a long.
         blocks = 1 << (-(-len(row) // size) - 1).bit_length()
-        groups[min(blocks * size, length)].append(i)
+        # In a block that is as long as its text, padding would be read.
+        whole = model.config.kind == "mdlm" and not model.config.slides
+        groups[len(row) if whole else min(blocks * size, length)].append(i)
     measured: dict[int, tuple[float, float]] = {}
     for padded, members in groups.items():
-        x_0 = torch.full((len(members), padded), model.config.mask_token_id, device=model.device)
+        padding = min(
+            model.config.mask_token_id, model.config.vocab_size - 1
+        )  # AR may have no mask
+        x_0 = torch.full((len(members), padded), padding, device=model.device)
         maskable = torch.zeros_like(x_0, dtype=torch.bool)
         for place, i in enumerate(members):
             row, new = rows[i]

@@ -237,7 +237,7 @@ def _analysis(means: Tensor, squares: Tensor, draws: int) -> Spread:
 
 
 def measure_corpus(
-    model: str | Path, wish: VarianceOptions, device: str | None = None
+    model: str | Path, wish: VarianceOptions, device: str | None = None, **opening: Any
 ) -> list[EstimatorVariance]:
     """Measures every estimator at every block size on windows of a corpus.
 
@@ -251,7 +251,8 @@ def measure_corpus(
     for name in names:
         parse_estimator(name)
     source, options, _ = options_of_run(model, wish.data, text_options(wish))
-    network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device))
+    network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device), **opening)
+    network.float()
     sizes = (network.config.block_size,) if sizes is None else sizes
     wanted = wish.batches * wish.batch_size
     _, sequences = open_sequences(

@@ -111,7 +111,7 @@ def zero_shot(
 
 
 def measure_texts(
-    model: str | Path, wish: ZeroShotOptions, device: str | None = None
+    model: str | Path, wish: ZeroShotOptions, device: str | None = None, **opening: Any
 ) -> Iterator[dict[str, Any]]:
     """A record for each text, as soon as it is measured.
 
@@ -130,7 +130,7 @@ def measure_texts(
         for name, one in sets.items()
         if kind_of(one.data)[1] != "hub"
     }
-    network, words, precision = open_to_measure(model, wish, device)
+    network, words, precision = open_to_measure(model, wish, device, **opening)
     # What would stop every text, before the first is downloaded.
     network.config.choose_block_size(None, wish.length)
     encode_pieces([], words, bos=wish.bos, eos=wish.eos)

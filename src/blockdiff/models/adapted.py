@@ -32,7 +32,15 @@ from blockdiff.layout import BlockLayout
 from blockdiff.models.adapted_config import AdaptedConfig
 from blockdiff.models.denoiser import Context, DenoiserOutput
 from blockdiff.models.loss import subs_nll
-from blockdiff.models.passes import CURRENT, INTERFACE, Cached, Pass, Streams, repeat
+from blockdiff.models.passes import (
+    INTERFACE,
+    Cached,
+    Pass,
+    Streams,
+    recomputed,
+    repeat,
+    running,
+)
 from blockdiff.models.pretrained import DenoiserModel
 from blockdiff.models.weights import Linear
 
@@ -64,9 +72,11 @@ class Adapted(DenoiserModel):
         super().__init__(config)
         self.lm = lm
         lm.set_attn_implementation(INTERFACE)
+        self.generation_config = lm.generation_config
         for module in lm.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear  # the same map, which `convert` may store otherwise
+        self.adapter: Any = None  # where LoRA is trained: see lora.py
         self.shapes: list[LayerShape] = []  # of each layer's keys and values; the probe finds them
 
     # transformers' interface
@@ -83,8 +93,13 @@ class Adapted(DenoiserModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm.set_output_embeddings(value)
 
-    def gradient_checkpointing_enable(self, *given: Any, **options: Any) -> None:
-        self.lm.gradient_checkpointing_enable(*given, **options)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        given = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        if not given["use_reentrant"]:
+            given.setdefault("context_fn", recomputed)
+        self.lm.gradient_checkpointing_enable(given, **options)
 
     def gradient_checkpointing_disable(self) -> None:
         self.lm.gradient_checkpointing_disable()
@@ -92,6 +107,11 @@ class Adapted(DenoiserModel):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
         """Writes the base model's own folder, with a `block_diffusion` record in config.json."""
         state = options.pop("state_dict", None)
+        if self.adapter is not None and state is None:
+            state = self.adapter.merged_state(self)
+        elif self.adapter is not None:  # a checkpoint: the base model has the rest
+            trained = {name for name, p in self.named_parameters() if p.requires_grad}
+            state = {name: x for name, x in state.items() if name in trained}
         if state is not None:
             options["state_dict"] = {k.removeprefix("lm."): v for k, v in state.items()}
         with _recorded(self.lm, self.config):
@@ -102,7 +122,10 @@ class Adapted(DenoiserModel):
         named = {k if k.startswith("lm.") else f"lm.{k}": v for k, v in state_dict.items()}
         return super().load_state_dict(named, *given, **options)
 
-    # the network
+    def _resize_token_embeddings(self, *given: Any, **options: Any) -> nn.Module:
+        return self.lm.resize_token_embeddings(*given, **options)
+
+    # the network; `forward` is `DenoiserModel`'s
 
     def denoise(
         self,
@@ -178,6 +201,8 @@ class Adapted(DenoiserModel):
         sigma: Tensor | None = None,
     ) -> Tensor:
         """Logits [P, V] of x int64 [n, T] after the cached prefixes; see `Denoiser.decode`."""
+        # Columns that a shorter block leaves unused may lie past the context.
+        positions = positions.clamp(max=self.config.length - 1)
         order = self._known_first(x, x.shape[1], clean)
         if order is not None:
             x, positions = x.gather(1, order), positions.gather(1, order)
@@ -198,16 +223,13 @@ class Adapted(DenoiserModel):
     def _run(self, tokens: Tensor, positions: Tensor | None, attention: Pass) -> Tensor:
         """The last hidden states [b, T, E] of tokens [b, T] at `positions`, 0, 1, … by default."""
         positions = _positions(tokens) if positions is None else positions
-        token = CURRENT.set(attention)
-        try:
+        with running(attention):
             out = self.lm.get_decoder()(
                 input_ids=tokens,
                 position_ids=positions,
                 use_cache=False,
                 blockdiff_pass=attention,
             )
-        finally:
-            CURRENT.reset(token)
         hidden: Tensor = out.last_hidden_state
         return hidden
 
@@ -255,7 +277,7 @@ class Adapted(DenoiserModel):
         scale = getattr(base, "logit_scale", None) or 1.0
         scale /= getattr(base, "logits_scaling", None) or 1.0
         softcap = getattr(base, "final_logit_softcapping", None)
-        h = h if scale == 1 else h * scale
+        h = (h if scale == 1 else h * scale).to(head.weight.device)
         if targets is not None:
             weight = head.dense() if isinstance(head, Linear) else head.weight
             mask = self.config.mask_token_id

@@ -98,16 +98,18 @@ def card_to_push(model: Any, repo_id: str, found: str) -> str:
 
 
 def _has_weights_of(model: Any, folder: Path) -> bool:
-    """Whether a folder's weights are the model's own, as far as its files' precision goes."""
-    own, seen = model.state_dict(), set()
-    for path in folder.glob("model*.safetensors"):
+    """Whether a folder's weights are the model's own, as far as its files' precision goes.
+
+    An adapted model's are those of its base model, whose folder it is.
+    """
+    own = {name.removeprefix("lm."): weight for name, weight in model.state_dict().items()}
+    for path in (found := sorted(folder.glob("model*.safetensors"))):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(name)
                 if name not in own or not torch.equal(own[name].cpu().to(tensor.dtype), tensor):
                     return False
-                seen.add(name)
-    return seen == own.keys()
+    return bool(found)
 
 
 def _read(path: Path) -> Any:

@@ -1,215 +1,263 @@
-"""Opening and saving model folders: our own, and the paper's released checkpoints.
+"""Opening and saving model folders: our own, adapted ones, and published checkpoints.
 
-A released folder is recognised by its `config.json` and its weights are renamed; nothing after
-`load_model` knows where a model came from. Weights are safetensors, never pickles.
+A folder of a published family becomes what its `Recipe` says; nothing after `load_model` knows
+where a model came from. Weights are safetensors, never pickles.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from blockdiff.checks import whole_number
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError, first_line
-from blockdiff.models.adapting import is_causal_lm, open_adapted
+from blockdiff.models import lora
+from blockdiff.models.adapted import RECORD
+from blockdiff.models.adapting import is_causal_lm, open_adapted, wrap
 from blockdiff.models.card import write_card
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
+from blockdiff.models.recipe import Found, Recipe, renamed
+from blockdiff.models.released import find_recipe
+from blockdiff.models.tensors import (
+    WEIGHTS as WEIGHTS,
+)
+from blockdiff.models.tensors import (
+    check_pieces,
+    fill,
+    find_tensors,
+    read_json,
+    require_memory,
+    stored_dtype,
+)
 from blockdiff.outputs import staging
 from blockdiff.registry import OBJECTIVES
 from blockdiff.starter import packaged
 
-WEIGHTS = "model.safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-# Released name → ours; the rest of each name is kept.
-_RENAMES: tuple[tuple[str, str], ...] = (
-    (r"^backbone\.", ""),
-    (r"^vocab_embed\.embedding$", "embedding.weight"),
-    (r"^sigma_map\.mlp\.0\.", "sigma.inner."),
-    (r"^sigma_map\.mlp\.2\.", "sigma.outer."),
-    (r"^blocks\.", "layers."),
-    (r"\.norm1\.", ".norm_1."),
-    (r"\.norm2\.", ".norm_2."),
-    (r"\.attn_qkv\.", ".qkv."),
-    (r"\.attn_out\.", ".attention_out."),
-    (r"\.mlp\.0\.", ".mlp_in."),
-    (r"\.mlp\.2\.", ".mlp_out."),
-    (r"\.adaLN_modulation\.", ".modulation."),
-    (r"^output_layer\.norm_final\.", "output.norm."),
-    (r"^output_layer\.", "output."),
-)
-# Buffers that are no weights: RoPE's table is computed, the clip goes into the config.
-_CLIP = ("sampling_eps_min", "sampling_eps_max")
-_BUFFERS = ("rotary_emb.inv_freq", *_CLIP)
+Dtype = torch.dtype | Literal["auto"]
+DeviceMap = str | dict[str, Any] | None
 
 
-def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """The model in a folder or hub repository, in evaluation mode.
+def load_model(
+    source: str | Path,
+    *,
+    dtype: Dtype = torch.float32,
+    mask_token_id: int | None = None,
+    block_size: int | None = None,
+    device_map: DeviceMap = None,
+) -> Any:
+    """The model in a folder or hub repository, in evaluation mode; no tokenizer is needed.
 
-    Opens what `save_model` and `Trainer` wrote and the released BD3-LM layout (BD3-LM, MDLM,
-    SEDD-backbone and AR kinds). Raises `InputError` when there is no such folder, no weights, only
-    pickled weights, or weights that are truncated, not finite or do not fit the configuration.
+    Opens what `save_model` and `Trainer` wrote, causal language models of `transformers`, adapted
+    or as they are (AR), and the published families of `models.released`. `dtype`: torch.bfloat16,
+    or "auto" for the number format of the stored tensors. `mask_token_id` and `block_size`: where a
+    folder does not store them; else they come before what it stores. `device_map`: a device, or for
+    models of `transformers` also "auto" or a map from modules to devices, as there.
+
+    Raises `InputError` when there is no such folder, no weights, only pickled weights, weights that
+    are truncated, not finite, do not fit the configuration or would not fit into memory, or a model
+    that is not supported.
 
     Example:
         >>> import blockdiff
         >>> blockdiff.load_model("starter").config.block_size
         4
     """
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+        raise InputError(f"`dtype` is {dtype!r}; give a torch.dtype, or auto")
+    if block_size is not None:
+        whole_number("block_size", block_size)
     folder = resolve(source)
-    raw = _read_config(folder)
-    files = _weight_files(folder)
-    if raw.get("model_type") == DiTConfig.model_type:
-        config, rename = _described(DiTConfig.from_dict, raw, folder), {}
-    elif "hidden_dim" in raw and "n_blocks" in raw:
-        clips = _read_tensors(files, [name for name in files if name.endswith(_CLIP)])
-        config = _described(lambda it: released_config(it, clips), raw, folder)
-        rename = {name: released_name(name) for name in files}
-    elif is_causal_lm(raw):
-        return open_adapted(folder, raw, dtype=dtype)
+    if (folder / lora.CONFIG).is_file() and not (folder / "config.json").is_file():
+        base = lora.base_of(folder)
+        opened = load_model(base, dtype=dtype, block_size=block_size, device_map=device_map)
+        return lora.open_adapter(opened, folder).eval()
+    found = Found(folder, _read_config(folder), find_tensors(folder), mask_token_id, block_size)
+    kind = stored_dtype(found.files) if dtype == "auto" else dtype
+    if found.raw.get("model_type") == DiTConfig.model_type:
+        recipe: Recipe | None = _own(found)
+    else:
+        recipe = _described(find_recipe, found, f"{folder}")
+    if recipe is not None and isinstance(recipe.config, DiTConfig):
+        model: Any = _open_dit(recipe, recipe.config, found, kind, device_map)
+    elif recipe is not None:
+        model = _open_released(recipe, recipe.config, found, kind, device_map)
+    elif is_causal_lm(found.raw):
+        numbers = sum(torch.Size(tensor.shape).numel() for tensor in found.files.values())
+        require_memory(numbers, kind, folder)
+        model = open_adapted(folder, found.raw, dtype=kind, device_map=device_map)
     else:
         raise InputError(
-            f"{folder}: model_type {raw.get('model_type')!r} is neither blockdiff nor a released "
-            "BD3-LM, MDLM, SEDD or AR configuration"
+            f"{folder}: model_type {found.raw.get('model_type')!r} is neither one of blockdiff, "
+            "nor a causal language model of transformers, nor a published model that is known"
         )
-    if config.objective not in OBJECTIVES:
-        raise InputError(
-            f"{folder} was trained by the objective {config.objective!r}, which nothing has "
-            "registered; name the module or file that does as `plugin`"
-        )
-    names = {rename.get(name, name): name for name in files}
-    model = _described(lambda it: _empty(it, len(names)), config, folder)
-    own = {name: tensor for name, tensor in names.items() if name not in _BUFFERS}
-    _check_shapes(model, {name: files[own[name]] for name in own}, folder)
-    tensors = _read_tensors(files, own.values())
-    weights = {name: tensors[own[name]].to(dtype) for name in own}
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise InputError(
-                f"{folder}: {own[name]} holds numbers that are not finite: the training that made "
-                "it diverged; use an earlier checkpoint"
-            )
-    model.load_state_dict(weights, assign=True)
-    model.requires_grad_(True)
+    _described(lambda it: _say(it, mask_token_id, block_size), model, f"{folder}")
     model.name_or_path = str(folder)
     generation = folder / GENERATION_CONFIG_NAME
-    if generation.is_file():
-        raw = _read_json(generation)
-        model.generation_config = _described(GenerationConfig.from_dict, raw, generation)
-    # Else the tokenizer says which id it is (`models.loading.settle_mask`).
-    model.names_mask = any(raw.get(name) is not None for name in ("mask_token_id", "mask_index"))
+    if generation.is_file() and isinstance(model, DiT):
+        raw = read_json(generation)
+        model.generation_config = _described(GenerationConfig.from_dict, raw, f"{generation}")
     return model.eval()
 
 
-def _described(make: Callable[[Any], Any], raw: Any, source: Path) -> Any:
-    """`make(raw)`, every way in which a file can be no description as one line.
+def stored_mask(folder: Path) -> int | None:
+    """The id of the mask token that a folder, or its family, names; None where none does."""
+    raw = _read_config(folder)
+    record = raw.get(RECORD)
+    if isinstance(record, dict):
+        return cast("int | None", record.get("mask_token_id"))
+    if raw.get("model_type") == DiTConfig.model_type:
+        return cast("int | None", raw.get("mask_token_id"))
+    recipe = _described(find_recipe, Found(folder, raw, find_tensors(folder)), f"{folder}")
+    if recipe is None or not recipe.names_mask:
+        return None
+    known = recipe.conventions or {"mask_token_id": recipe.config.mask_token_id}
+    return cast(int, known["mask_token_id"])
 
-    `source`: the file, or the folder of a config.json.
-    """
-    file = source / "config.json" if source.is_dir() else source
+
+def _own(found: Found) -> Recipe:
+    config = _described(
+        DiTConfig.from_dict, found.raw, f"{found.folder}/config.json does not describe a model"
+    )
+    names_mask = found.raw.get("mask_token_id") is not None
+    return Recipe(config, renamed(()), names_mask=names_mask)
+
+
+def _described(make: Callable[[Any], Any], raw: Any, where: str) -> Any:
+    """`make(raw)`, every way in which a config.json can be no description as one line."""
     try:
         return make(raw)
     except InputError as error:
-        raise InputError(f"{file} does not describe a model: {error}") from None
+        raise InputError(f"{where}: {error}") from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        raise InputError(f"{file} does not describe a model: {reason}") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{where}: config.json does not describe a model: {reason}") from None
 
 
-def _empty(config: DiTConfig, tensors: int) -> DiT:
-    """The network a configuration describes, without its memory."""
+def _without_memory(config: PreTrainedConfig, tensors: int) -> PreTrainedModel:
+    """The network of a configuration, without the memory of its weights."""
     # Each layer has more tensors than one: a configuration of more layers than there are tensors
     # is refused before as many objects are made.
     if config.num_hidden_layers > tensors:
         raise InputError(
             f"num_hidden_layers is {config.num_hidden_layers} but there are {tensors} weights"
         )
-    with torch.device("meta"):
-        return DiT(config)
+    if isinstance(config, DiTConfig):
+        with torch.device("meta"):
+            return DiT(config)
+    with init_empty_weights(include_buffers=False):  # some buffers are computed, not stored
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return made
 
 
-def released_config(raw: dict[str, Any], weights: Mapping[str, Tensor]) -> DiTConfig:
-    """Our configuration for a released `config.json`; the clip is read from its buffers.
-
-    Raises `InputError` where it does not tell what the model is: a network that is fed the time
-    may be SEDD or MDLM, with the same weights' names.
-    """
-    clip = [
-        float(weights[name].flatten()[0])
-        for key in _CLIP
-        for name in (key, f"backbone.{key}")
-        if name in weights
-    ]
-    two_stream = raw.get("cross_attn", True) and "block_size" in raw
-    timed = raw.get("time_conditioning", False)
-    if timed and two_stream and raw["block_size"] != raw["model_length"]:
+def _open_dit(
+    recipe: Recipe, config: DiTConfig, found: Found, dtype: torch.dtype, device_map: DeviceMap
+) -> DiT:
+    folder, pieces = found.folder, recipe.pieces(found.files)
+    if config.objective not in OBJECTIVES:
         raise InputError(
-            "a time-conditioned model of several blocks feeds its clean stream the noise level of "
-            "the noised one, which this package does not: it would be another model"
+            f"{folder} was trained by the objective {config.objective!r}, which nothing has "
+            "registered; name the module or file that does as `plugin`"
         )
-    if timed and "parameterization" not in raw:
-        raise InputError(
-            "it is fed the time, as SEDD is and MDLM may be; say which by adding "
-            '"parameterization": "sedd" or "parameterization": "subs" to it'
-        )
-    return DiTConfig(
-        vocab_size=raw["vocab_size"],
-        length=raw["model_length"],
-        block_size=raw["block_size"] if two_stream else raw["model_length"],
-        hidden_size=raw["hidden_dim"],
-        num_hidden_layers=raw["n_blocks"],
-        num_attention_heads=raw["n_heads"],
-        cond_size=raw.get("cond_dim", 128),
-        dropout=raw.get("dropout", 0.1),
-        causal=raw.get("causal", False),
-        adaln=raw.get("adaln", True),
-        time_conditioning=timed,
-        score=timed and raw["parameterization"] == "sedd",
-        mask_token_id=raw.get("mask_token_id", raw.get("mask_index")),
-        clip=(clip[0], clip[1]) if len(clip) == 2 else None,
-    )
-
-
-def released_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under their released names → under ours, without the buffers."""
-    renamed = {released_name(name): tensor for name, tensor in weights.items()}
-    return {name: tensor for name, tensor in renamed.items() if name not in _BUFFERS}
-
-
-def released_name(name: str) -> str:
-    """Released name → ours."""
-    for pattern, replacement in _RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _check_shapes(model: DiT, files: Mapping[str, tuple[Path, list[int]]], folder: Path) -> None:
+    if not isinstance(device_map, str | None) or device_map == "auto":
+        raise InputError("`device_map` of this model can only name one device; give cpu or cuda")
+    device = choose_device(device_map or "cpu")
+    where = f"{folder}/config.json does not describe a model"
+    model: Any = _described(lambda it: _without_memory(it, len(pieces)), config, where)
     expected = model.state_dict()
-    missing = sorted(expected.keys() - files.keys())
-    unknown = sorted(files.keys() - expected.keys())
-    if missing or unknown:
-        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} belongs to no layer"
-        count = len(missing) + len(unknown)
-        raise InputError(
-            f"{folder}: the weights do not fit config.json: {what} ({count} such names in all)"
+    check_pieces(expected, pieces, found.files, folder)
+    require_memory(sum(tensor.numel() for tensor in expected.values()), dtype, folder, [device])
+    fill(model, pieces, found.files, dtype, folder, lambda name: device)
+    # Else the tokenizer says which id it is (`models.loading.settle_mask`).
+    model.names_mask = recipe.names_mask
+    return model
+
+
+def _open_released(
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    found: Found,
+    dtype: torch.dtype,
+    device_map: DeviceMap,
+) -> Any:
+    """A published model whose layers are those of a class of `transformers`."""
+    folder, pieces = found.folder, recipe.pieces(found.files)
+    lm: Any = _described(lambda it: _without_memory(it, len(found.files)), config, f"{folder}")
+    expected = lm.state_dict()
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    check_pieces(expected, pieces, found.files, folder)
+    places = _places(lm, device_map, dtype)
+    devices = list(dict.fromkeys(places.values()))
+    require_memory(sum(tensor.numel() for tensor in expected.values()), dtype, folder, devices)
+    fill(lm, pieces, found.files, dtype, folder, lambda name: _place_of(name, places))
+    lm.tie_weights()
+    lm = lm.to(devices[0]) if len(devices) == 1 else dispatch_model(lm, places)
+    return _described(lambda it: wrap(lm, **it), recipe.conventions, f"{folder}")
+
+
+def _places(lm: PreTrainedModel, device_map: DeviceMap, dtype: torch.dtype) -> dict[str, Any]:
+    """Module → device; "auto" is what accelerate makes of the devices there are."""
+    if device_map == "auto":
+        classes = list(lm._no_split_modules or [])
+        found = dict(infer_auto_device_map(lm, no_split_module_classes=classes, dtype=dtype))
+    else:
+        found = device_map if isinstance(device_map, dict) else {"": device_map or "cpu"}
+    if "disk" in found.values():
+        raise InputError("the devices have no room for the model, and none is kept on disk")
+    return {name: choose_device(_device(place)) for name, place in found.items()}
+
+
+def _device(place: Any) -> str:
+    return f"cuda:{place}" if isinstance(place, int) else str(place)
+
+
+def _place_of(name: str, places: dict[str, Any]) -> Any:
+    """The device of the longest module name that a tensor's name begins with."""
+    parts = name.split(".")
+    for count in range(len(parts), -1, -1):
+        if ".".join(parts[:count]) in places:
+            return places[".".join(parts[:count])]
+    raise InputError(f"`device_map` has no device for {name}")
+
+
+def _say(model: Any, mask_token_id: int | None, block_size: int | None) -> None:
+    """Gives a model's configuration the mask token and the block size that were said."""
+    config = model.config
+    if mask_token_id is not None and mask_token_id != config.mask_token_id:
+        if config.mask_token_id >= config.vocab_size:
+            raise InputError("a plain causal model has no mask token; adapt it first")
+        config.mask_token_id = whole_number(
+            "mask_token_id", mask_token_id, 0, config.vocab_size - 1
         )
-    for name, (_, shape) in files.items():
-        if shape != list(expected[name].shape):
-            raise InputError(
-                f"{folder}: {name} has shape {shape} but config.json asks for "
-                f"{list(expected[name].shape)}"
-            )
+    if mask_token_id is not None:
+        model.names_mask = True
+    if block_size is None or config.causal or block_size == config.block_size:
+        return
+    if config.score:
+        raise InputError("a SEDD model has one block: leave `block_size` out")
+    if not config.slides:
+        config.length -= config.length % block_size
+    if block_size > config.length or config.length % block_size:
+        raise InputError(
+            f"block size {block_size} does not divide the model's context of {config.length} tokens"
+        )
+    config.block_size = block_size
 
 
 def resolve(source: str | Path) -> Path:
@@ -241,84 +289,14 @@ def resolve(source: str | Path) -> Path:
         ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {first_line(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return found
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} has no config.json; is it a model folder?")
-    return _read_json(path)
-
-
-def _weight_files(folder: Path) -> dict[str, tuple[Path, list[int]]]:
-    """Where each tensor is, and its shape, read from the files' headers alone.
-
-    What is opened is model.safetensors, else the files model.safetensors.index.json names; others
-    that lie beside them are no part of the model.
-    """
-    index = folder / f"{WEIGHTS}.index.json"
-    if (folder / WEIGHTS).is_file():
-        names = {WEIGHTS}
-    elif index.is_file():
-        shards = _read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
-            raise InputError(f"{index} holds no weight_map from names to files")
-        names = set(shards.values())
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise InputError(f"{index} names {name!r}, which is not in {folder}")
-    else:
-        pickled = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
-        if pickled:
-            raise InputError(
-                f"{folder} has pickled weights only ({pickled[0]}), which can run code when "
-                "opened; convert them to model.safetensors"
-            )
-        raise InputError(f"{folder} has no {WEIGHTS}")
-    found: dict[str, tuple[Path, list[int]]] = {}
-    for name in sorted(names):
-        path = folder / name
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118
-                found[key] = path, list(file.get_slice(key).get_shape())
-    return found
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; what can be wrong with it in one line."""
-    try:
-        path.open("rb").close()  # safetensors calls every failure a missing file
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {first_line(error)}") from None
-    except SafetensorError as error:
-        raise InputError(
-            f"{path} is truncated or no safetensors file ({error}); fetch or save it again"
-        ) from None
-
-
-def _read_tensors(
-    files: Mapping[str, tuple[Path, list[int]]], names: Iterable[str]
-) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    wanted = set(names)
-    for path in {files[name][0] for name in wanted}:
-        with _opened(path) as file:
-            for name in wanted & set(file.keys()):
-                tensors[name] = file.get_tensor(name)
-    return tensors
+    raw = read_json(path)
+    if not isinstance(raw.get("model_type"), str | None):
+        raise InputError(f"{path}: model_type {raw['model_type']!r} is no name")
+    return raw
 
 
 def save_model(

@@ -26,22 +26,26 @@ from blockdiff.models.adapted import Adapted
 from blockdiff.models.adapting import adapt, give_mask
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.dit import DiT
-from blockdiff.models.hub import load_model, resolve, save_model
+from blockdiff.models.hub import DeviceMap, Dtype, load_model, resolve, save_model, stored_mask
 
 
 def load(
     source: str | Path,
     *,
     tokenizer: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtype = torch.float32,
     device: str | torch.device = "auto",
+    mask_token_id: int | None = None,
+    block_size: int | None = None,
+    device_map: DeviceMap = None,
 ) -> tuple[DiT, PreTrainedTokenizerBase]:
     """Model and tokenizer from a folder or hub id, or `starter`, which comes with the package.
 
-    `tokenizer` names another place for the tokenizer: released checkpoints come without one (the
-    OpenWebText models use GPT-2's). `device`: as on the command line, by default CUDA where there
-    is one, else MPS, else the CPU. Raises `InputError` when either is missing, they do not fit, or
-    the machine has no such device.
+    `tokenizer` names another place for the tokenizer: some released checkpoints come without one
+    (the OpenWebText models use GPT-2's). `device`: as on the command line, by default CUDA where
+    there is one, else MPS, else the CPU; left to `device_map` where that is given. The others are
+    those of `load_model`. Raises `InputError` when either is missing, they do not fit, or the
+    machine has no such device.
 
     Example:
         >>> import blockdiff
@@ -49,24 +53,57 @@ def load(
         >>> tokenizer.mask_token
         '<|mask|>'
     """
-    chosen = choose_device(device)
+    chosen = None if device_map is not None else choose_device(device)
     folder = resolve(source)
-    model = load_model(folder, dtype=dtype)
-    model.to(device=chosen)
+    model = load_model(
+        folder, dtype=dtype, mask_token_id=mask_token_id, block_size=block_size,
+        device_map=device_map,
+    )  # fmt: skip
+    if chosen is not None:
+        model.to(device=chosen)
     has_own = (folder / "tokenizer_config.json").is_file()
     if tokenizer is None and not has_own:
         raise InputError(f"{source} has no tokenizer; name one with `tokenizer`, for example gpt2")
     loaded = read_tokenizer(folder if tokenizer is None else tokenizer)
-    if model.config.mask_token_id < model.config.vocab_size:  # else it has none
-        add_mask_token(loaded)
     if has_own and tokenizer is not None:
-        require_own(loaded, folder)
+        require_own(add_mask_token(read_tokenizer(tokenizer)), folder)
+    mask = model.config.mask_token_id
+    if mask < model.config.vocab_size:  # else it has none
+        named = getattr(model, "names_mask", True)
+        mark_mask(loaded, mask if named else None, always=mask_token_id is not None)
     settle_mask(model, loaded)
     check_tokenizer(model, loaded)
     model.drawable = drawable(loaded, model.config.vocab_size)
     if model.config.eos_token_id is None:
         model.config.eos_token_id = loaded.eos_token_id
     return model, loaded
+
+
+def mark_mask(
+    tokenizer: PreTrainedTokenizerBase,
+    mask: int | None,
+    mask_token: str = MASK_TOKEN,
+    *,
+    always: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Gives a tokenizer without a mask token that with the id `mask`, or a new one; returns it.
+
+    Released tokenizers often have the token without saying that it is the mask. `always`: also
+    where the tokenizer has another.
+    """
+    if mask is not None and (tokenizer.mask_token is None or always):
+        token = tokenizer.convert_ids_to_tokens(mask) if mask < len(tokenizer) else None
+        if token is not None:
+            tokenizer.add_special_tokens({"mask_token": token})
+    return add_mask_token(tokenizer, mask_token)
+
+
+def load_tokenizer_of(source: str | Path, mask_token: str = MASK_TOKEN) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder or hub repository, with the model's mask token.
+
+    `mask_token`: what is added where neither model nor tokenizer has one.
+    """
+    return mark_mask(read_tokenizer(source), stored_mask(resolve(source)), mask_token)
 
 
 def end_ids(model: Any) -> frozenset[int]:
@@ -143,6 +180,8 @@ def adapt_folder(
     before `out` is touched.
     """
     folder = resolve(source)
+    if folder.resolve() == folders.local_path("out", out).resolve():
+        raise InputError("`out` is the folder of the model itself; choose another")
     with folders.claim(out, overwrite=overwrite, kinds=("model", "tokenizer")) as target:
         tokenizer = read_tokenizer(folder)
         kinds: dict[str, Any] = {"float32": torch.float32, "bf16": torch.bfloat16}

@@ -9,6 +9,8 @@ Shapes: b rows, T tokens, H heads, H_kv key/value heads, D head width, S cached 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -36,7 +38,22 @@ class Pass(Protocol):
     ) -> Tensor: ...
 
 
-CURRENT: ContextVar[Pass | None] = ContextVar("blockdiff_pass", default=None)
+_CURRENT: ContextVar[Pass | None] = ContextVar("blockdiff_pass", default=None)
+
+
+@contextmanager
+def running(current: Pass | None) -> Iterator[None]:
+    """While entered, this pass answers for attention that was not told which one is its own."""
+    token = _CURRENT.set(current)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of torch's `checkpoint`: a layer that runs again does so in its own pass."""
+    return nullcontext(), running(_CURRENT.get())
 
 
 def _attention(
@@ -54,9 +71,8 @@ def _attention(
     **other: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [b, H, T, D], k and v [b, H_kv, T, D] → [b, T, H, D]."""
-    # A few families drop keywords they do not know; activation checkpointing, which calls this
-    # again in the backward, has nothing but the keywords.
-    current = blockdiff_pass or CURRENT.get()
+    # A few families drop keywords they do not know.
+    current = blockdiff_pass or _CURRENT.get()
     if current is None:
         raise InputError("this model attends by blocks: call the adapted model, not its parts")
     if attention_mask is not None or other.get("position_bias") is not None:
@@ -88,7 +104,7 @@ class Streams:
     context: Context | None = None
     noised: str = "noised"
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    masks: dict[tuple[str, int | None], Mask] = field(default_factory=dict)
+    masks: dict[tuple[str, int | None, torch.device], Mask] = field(default_factory=dict)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sliding: int | None, **score: Any
@@ -116,12 +132,13 @@ class Streams:
         """The mask of the layers with one sliding window, made once a pass."""
         if sliding is not None and sliding >= self.layout.length:
             sliding = None
-        if (kind, sliding) not in self.masks:
+        key = kind, sliding, q.device  # layers may be on several devices
+        if key not in self.masks:
             layout = replace(self.layout, sliding=sliding)
             rows, width = len(q), q.shape[-1]
             made = make_mask(layout, kind, self.backend, q.device, rows=rows, head_dim=width)
-            self.masks[kind, sliding] = made
-        return self.masks[kind, sliding]
+            self.masks[key] = made
+        return self.masks[key]
 
 
 @dataclass
@@ -136,11 +153,11 @@ class Cached:
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sliding: int | None, **score: Any
     ) -> Tensor:
-        k, v = self.cache.stage(layer, k, v)
+        k, v = (x.to(q.device) for x in self.cache.stage(layer, k, v))
         seen = self.seen if sliding is None else self._within(sliding)
         if seen is None:
-            seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
-        return attend(q, k, v, Mask("dense", seen), **score)
+            seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool)
+        return attend(q, k, v, Mask("dense", seen.to(q.device)), **score)
 
     def _within(self, sliding: int) -> Tensor:
         """`seen` without what is a sliding window or more before the query."""

@@ -19,14 +19,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from blockdiff.errors import InputError
 from blockdiff.estimators import Estimator, make_estimator
@@ -100,7 +93,8 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         own place, or −100 where the token is given and does not count, such as a prompt's. The
         output has `loss` alone: the mean nats per counted token of the model's own objective, over
         masks drawn by `estimator` (AR: exact); `num_items_in_batch`, where it is given, divides in
-        the place of their number. Random numbers come from torch's global generator.
+        the place of their number. A model of several block sizes trains each call in one of them,
+        and is measured in the largest. Random numbers come from torch's global generator.
 
         `attention_mask` [B, L]: 0 at padding, which counts nowhere and which nothing attends to.
         `position_ids` [B, L]: where they do not go on from one token to the next another document
@@ -142,7 +136,9 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         config, (rows, length) = self.config, x_0.shape
         counted = _counted(x_0, labels, config.mask_token_id)
         objective = OBJECTIVES.find(config.objective)
-        size = objective.block_size(length, config.block_size)
+        sizes = config.block_sizes if self.training else (config.block_size,)
+        chosen = sizes[int(torch.randint(len(sizes), ()))] if len(sizes) > 1 else sizes[-1]
+        size = objective.block_size(length, chosen)
         if short := -length % size:  # the last block is padded
             if documents is None:
                 documents = torch.zeros_like(x_0)
@@ -156,8 +152,8 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
             noise = stratified_noise(rows, layout, torch.Generator(x_0.device).manual_seed(seed))
             clip = None if config.clip is None else tuple(config.clip)
             unbiased = clip is None or not self.training
-            chosen = self.estimator or ("exact_k" if unbiased else "clipped")
-            draw = make_estimator(chosen, clip=clip)
+            estimator = self.estimator or ("exact_k" if unbiased else "clipped")
+            draw = make_estimator(estimator, clip=clip)
             what = draw(x_0, layout, noise, what, config.mask_token_id)
         # Not the model itself: hooks on it, such as a sharded model's, run once a pass.
         network = self.denoise if backend is None else partial(self.denoise, backend=backend)
@@ -179,11 +175,12 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         `inputs` or `input_ids` int64 [B, P], padded on the left where `attention_mask` is 0;
         without them the text begins with the beginning-of-text token. `options`: those of a
         `GenerationConfig` that mean something here (`max_new_tokens` or `max_length`, `do_sample`,
-        `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `num_return_sequences`,
-        `return_dict_in_generate`), and all of `SamplingOptions` (`sampler`, `block_size`, `seed`,
-        …). What is not given is that of `generation_config`, else the model's own, else that of
-        `SamplingOptions`. With a `seed` the tokens are those of `blockdiff.generate`; without one
-        it is drawn from torch's global generator, and 0 where nothing is sampled.
+        `temperature`, `top_k`, `top_p`, `eos_token_id`, `pad_token_id`, `stop_strings` with the
+        `tokenizer`, `num_return_sequences`, `return_dict_in_generate`), and all of
+        `SamplingOptions` (`sampler`, `block_size`, `seed`, …). What is not given is that of
+        `generation_config`, else the model's own, else that of `SamplingOptions`. With a `seed` the
+        tokens are those of `blockdiff.generate`; without one it is drawn from torch's global
+        generator, and 0 where nothing is sampled.
 
         `streamer`: its `put` gets the prompt, then tokens [T] as they are final, in the order of
         the text; its `put_draft`, where it has one, the ids [T] behind them, masks included; last
@@ -251,6 +248,9 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
 
 def register(config_class: type, model_class: type[DenoiserModel]) -> None:
     """Makes transformers' Auto classes open a model type as ours."""
+    # Loading these registers a `DiT` (auto.py), which needs this module whole.
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
         auto.register(config_class, model_class, exist_ok=True)
 

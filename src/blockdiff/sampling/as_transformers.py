@@ -11,7 +11,7 @@ Shapes: B rows, P prompt, T prompt and text.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, cast
 
@@ -23,20 +23,21 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from blockdiff.checks import SEEDS, whole_number
 from blockdiff.errors import InputError
 from blockdiff.registry import GENERATION
-from blockdiff.sampling.engine import Engine
-from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.generate import stream_tokens
+from blockdiff.sampling.options import SamplingOptions, stop_parts
+from blockdiff.sampling.stopping import StopAtText, StopAtTokens
 
 _OURS = frozenset(field.name for field in fields(SamplingOptions))
 _THEIRS = {
     *("max_length", "do_sample", "eos_token_id", "pad_token_id", "bos_token_id"),
-    *("num_return_sequences", "return_dict_in_generate"),
+    *("num_return_sequences", "return_dict_in_generate", "stop_strings", "tokenizer"),
 }
 # How transformers computes, which is not how this package does: the text is the same.
 _UNREAD = {
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache"),
     *("disable_compile", "compile_config", "synced_gpus", "prefill_chunk_size", "low_memory"),
     *("renormalize_logits", "remove_invalid_values", "early_stopping", "length_penalty"),
-    *("transformers_version", "trust_remote_code", "tokenizer", "token_type_ids", "position_ids"),
+    *("transformers_version", "trust_remote_code", "token_type_ids", "position_ids"),
 }
 # Arguments of transformers' `generate` that are no settings.
 _ARGUMENTS = {
@@ -94,10 +95,8 @@ def _generate(
     prompts = [prompt for prompt in prompts for _ in range(copies)]
     if streamer is not None and len(prompts) > 1:
         raise InputError("a streamer shows one text: give one prompt and no copies of it")
-    options = _options(model, wish, input_ids.shape[1], ends)
-    # The stopping rule knows the model's own end; further ones are looked for here.
-    further = ends - {config.eos_token_id} if wish.get("stop", "eos") == "eos" else set()
-    texts = _write(model, prompts, options, further, streamer)
+    options = _options(wish, input_ids.shape[1], ends)
+    texts = _write(model, prompts, options, streamer)
     pad = next(token for token in (pad, config.eos_token_id, *ends, 0) if token is not None)
     longest = max(map(len, texts))
     new = torch.tensor([text + [pad] * (longest - len(text)) for text in texts])
@@ -181,9 +180,7 @@ def _prompts(
     return [[token for token, there in zip(*row, strict=True) if there] for row in rows]
 
 
-def _options(
-    model: Any, wish: Mapping[str, Any], prompt: int, ends: Iterable[int]
-) -> SamplingOptions:
+def _options(wish: Mapping[str, Any], prompt: int, ends: set[int]) -> SamplingOptions:
     """The package's own options of what was said in transformers' words."""
     own = {name: value for name, value in wish.items() if name in _OURS}
     if "max_length" in wish and "max_new_tokens" not in wish:
@@ -199,8 +196,14 @@ def _options(
         own = {name: value for name, value in own.items() if name not in ("top_k", "top_p")}
     if own.get("top_k") == 0:  # transformers' word for all of them
         del own["top_k"]
-    if own.get("stop", "eos") == "eos" and model.config.eos_token_id not in ends:
-        own["stop"] = "none"
+    if own.get("stop", "eos") == "eos":
+        own["stop"] = [StopAtTokens(frozenset(ends))] if ends else ["none"]
+    if texts := wish.get("stop_strings"):
+        tokenizer = wish.get("tokenizer")
+        if tokenizer is None:
+            raise InputError("`stop_strings` needs the `tokenizer` that decodes the text")
+        listed = (texts,) if isinstance(texts, str) else tuple(texts)
+        own["stop"] = [*stop_parts(own["stop"]), StopAtText(listed, tokenizer.decode)]
     if own.get("temperature") == 0:  # the same text every time: the order is drawn, too
         own.setdefault("seed", 0)
     elif "seed" not in own:
@@ -209,45 +212,22 @@ def _options(
 
 
 def _write(
-    model: Any, prompts: list[list[int]], options: SamplingOptions, ends: set[int], streamer: Any
+    model: Any, prompts: list[list[int]], options: SamplingOptions, streamer: Any
 ) -> list[list[int]]:
     """The new ids of each row; the streamer of the only one is told on the way."""
-    engine = Engine(model)
-    names = engine.admit_all(prompts, options)
-    texts: dict[int, list[int]] = {name: [] for name in names}
-    was_training = model.training
-    model.eval()
-    try:
+    steps, known, last = stream_tokens(model, prompts, options), len(prompts[0]), None
+    if streamer is not None:
+        streamer.put(torch.tensor(prompts))
+    for last in steps:
         if streamer is not None:
-            streamer.put(torch.tensor(prompts))
-        while engine.active:
-            for name, new, draft, done in _news(engine, prompts, texts, options):
-                known = len(texts[name])
-                texts[name] += new
-                cut = next((i for i, token in enumerate(new) if token in ends), None)
-                if cut is not None:
-                    del texts[name][known + cut + 1 :]
-                if streamer is not None:
-                    _show(streamer, texts[name][known:], [] if done or cut is not None else draft)
-                if cut is not None:
-                    engine.drop(name)
-    finally:
-        model.train(was_training)
-    return list(texts.values())
-
-
-def _news(
-    engine: Engine, prompts: list[list[int]], texts: dict[int, list[int]], options: SamplingOptions
-) -> Iterator[tuple[int, list[int], list[int], bool]]:
-    """After a step, of each row: its name, tokens now final, those behind, whether it is done."""
-    step = engine.step()
-    for place, name in enumerate(step.rows.tolist()):
-        length, start = int(step.lengths[place]), len(prompts[name])
-        done = length >= 0
-        text = step.tokens[place, start : length if done else start + options.max_new_tokens]
-        ids, known = text.tolist(), len(texts[name])
-        final = len(ids) if done else ids.index(engine.model.config.mask_token_id)
-        yield name, ids[known:final], ids[final:], done
+            length, end = int(last.lengths[0]), len(prompts[0]) + options.max_new_tokens
+            text = last.tokens[0, : end if length < 0 else length].tolist()
+            final = text.index(model.config.mask_token_id, known) if length < 0 else length
+            _show(streamer, text[known:final], text[final:])
+            known = final
+    assert last is not None
+    ends = zip(map(len, prompts), last.lengths.tolist(), strict=True)
+    return [last.tokens[row, start:end].tolist() for row, (start, end) in enumerate(ends)]
 
 
 def _show(streamer: Any, new: list[int], draft: list[int]) -> None:

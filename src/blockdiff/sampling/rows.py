@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,24 +73,26 @@ class Rows:
         names = self.admitted + np.arange(len(prompts))
         if numbers is not None:
             numbers = [whole_number("number", number, 0) for number in numbers]
-        size = check_options(config, options, order)
+        size: Any = check_options(config, options, order)
         for prompt in prompts:
             check_prompt(config, prompt, options)
         rows, places = np.zeros(len(prompts), _STATE), len(self.state) + np.arange(len(prompts))
         start = np.array([len(prompt) for prompt in prompts])
         end = start + options.max_new_tokens
         grid = start if config.prompt_grid == "prompt_end" else 0  # where a block begins
-        whole = end + (grid - end) % size
         cached = config.length > size
-        stride = size if cached else max(size // 2, 1)
+        if not (cached or config.slides):
+            grid, size = 0, end  # one block, as long as the text, which may not outgrow the context
+        whole = end + (grid - end) % size
+        stride = size if cached else np.maximum(size // 2, 1)
         first = grid + (start - grid) // stride * stride
         if not cached:
-            first = np.maximum(first + stride - size, 0)  # with as much before it as fits
+            first = np.maximum(first + stride - size, 0) * config.slides  # with what fits before
         rows["name"], rows["number"] = names, names if numbers is None else numbers
         rows["seed"], rows["group"] = signed(options.seed), self._group(options, order)
         rows["start"], rows["end"], rows["known"] = start, end, start
         rows["first"], rows["size"], rows["stride"] = first, size, stride
-        rows["capacity"] = np.minimum(config.length - size, whole)
+        rows["capacity"] = np.minimum(config.length - size, whole) * cached
         # Blocks are filled whole; a window only as far as text is wanted, by most orders.
         rows["limit"] = whole if cached or order.fills_block else end
         # Where logits are the next token's, the first token of a block is read off the block
@@ -102,7 +105,7 @@ class Rows:
         self.canvas = _grown(self.canvas, len(prompts), int(whole.max()), self.mask_token_id)
         for place, prompt in zip(places, prompts, strict=True):
             self.canvas[place, : len(prompt)] = prompt
-        self.u = _grown(self.u, len(prompts), size, 0.0)
+        self.u = _grown(self.u, len(prompts), int(rows["size"].max()), 0.0)
         self._number(places)
         return places
 
@@ -188,7 +191,7 @@ class Rows:
         for number in np.unique(group).tolist():
             place = live[group == number]
             row, (options, order, _) = rows[place], self.groups[number]
-            size = self.state["size"][row[0]]
+            size = self.state["size"][row].max()
             view = RowState(
                 masked=masked[place, :size],
                 u=self.u[row, :size],

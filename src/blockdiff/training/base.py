@@ -13,7 +13,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -163,7 +163,7 @@ class RunTrainer(Trainer):
                 self._require_finite(self.ema.module)
                 if self.args.should_save:
                     updates = {"updates_before": str(self.ema_updates)}
-                    save_model(self.ema.module, str(folder / EMA_WEIGHTS), metadata=updates)
+                    save_file(self.ema.trained, folder / EMA_WEIGHTS, metadata=updates)
         self.accelerator.wait_for_everyone()  # the folder is there for all
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # and holds every process's part
@@ -171,6 +171,12 @@ class RunTrainer(Trainer):
             seal(folder)
             run = self.run  # the older go only now: whatever happens, a whole one is there
             prune(folder, run.keep_last, run.keep_every, run.save_every)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.run.lora is not None and state_dict is None:
+            # Without one an adapted model would write its pairs added in, and not themselves.
+            state_dict = self.accelerator.unwrap_model(self.model).state_dict()
+        super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -180,6 +186,6 @@ class RunTrainer(Trainer):
             self.use_clip((beta, omega))
         if self.ema is not None:
             average = Path(resume_from_checkpoint) / EMA_WEIGHTS
-            load_model(self.ema.module, average)
+            self.ema.module.load_state_dict(load_file(average), strict=False)
             with safe_open(average, "pt") as file:
                 self.ema_updates = int((file.metadata() or {}).get("updates_before", 0))

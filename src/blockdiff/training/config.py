@@ -36,6 +36,7 @@ WHOLE_NUMBERS: dict[str, tuple[int, int]] = {
     "vocab_size": (1, checks.LARGEST_VOCABULARY),
     "length": (1, checks.LARGEST_SIZE),
     "block_size": (1, checks.LARGEST_SIZE),
+    "lora": (1, checks.LARGEST_SIZE),
     "timesteps": (1, checks.LARGEST_SIZE),
     "steps": (1, checks.LARGEST_SIZE),
     "batch_size": (1, checks.LARGEST_SIZE),
@@ -112,6 +113,9 @@ class TrainConfig:
         preset: Network size.
         init_from: Model folder, hub id or starter to start from, for example an AR model of this
             package; of a run's folder the weights and their average are both carried on.
+        lora: Train an adapted model (init_from) by low-rank pairs of this rank, and leave its own
+            weights as they are. The model in out has the pairs added in; out/adapter is peft's.
+        lora_targets: Linear maps that get a pair, for example q_proj,v_proj.
         adaln: Give the network adaptive layer norms, as the paper does.
         time_conditioning: Feed the network the noise level; sedd always does.
         initial_shift: Standard deviation of their shifts at initialisation.
@@ -188,6 +192,8 @@ class TrainConfig:
     clean: Clean = "block"
     preset: Preset = "nano"
     init_from: str | None = None
+    lora: int | None = None
+    lora_targets: str = "all-linear"
     adaln: bool = True
     time_conditioning: bool = False
     initial_shift: float = 0.0

@@ -23,7 +23,7 @@ from blockdiff.data.tokenizers import load_tokenizer, train_tokenizer
 from blockdiff.data.windows import stack
 from blockdiff.errors import InputError
 from blockdiff.models.hub import resolve
-from blockdiff.models.loading import require_own
+from blockdiff.models.loading import load_tokenizer_of, require_own
 from blockdiff.training.config import TrainConfig
 
 # In the place of a fingerprint: a stream is never read to its end.
@@ -192,7 +192,8 @@ def _known_tokenizer(config: TrainConfig, template: str | None) -> PreTrainedTok
                 "none; give `chat_template`, or a `tokenizer` that has one"
             )
         return None
-    tokenizer = load_tokenizer(source, config.mask_token)
+    load = load_tokenizer_of if config.tokenizer is None else load_tokenizer
+    tokenizer = load(source, config.mask_token)
     if config.tokenizer is not None and config.init_from is not None:
         folder = resolve(config.init_from)
         if (folder / "tokenizer_config.json").is_file():

@@ -26,17 +26,29 @@ class Average(AveragedModel):
         super().__init__(model)
         self.n_averaged = self.n_averaged.cpu()
         self.decay = decay
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:  # what is not trained is shared
+                path, _, leaf = name.rpartition(".")
+                self.module.get_submodule(path)._parameters[leaf] = parameter
         self.requires_grad_(False)
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The averaged weights by name; those that are not trained are no average."""
+        own = dict(self.module.named_parameters())
+        return {name: own[name].detach() for name in self.names}
 
     def update_parameters(self, model: nn.Module) -> None:
         """One update by the weights as they are now; the first takes them as they are."""
         n = int(self.n_averaged)
         d = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        torch._foreach_lerp_(_parts(self.module), _parts(model), 1 - d)
+        own, theirs = (self._parts(one) for one in (self.module, model))
+        torch._foreach_lerp_(own, theirs, 1 - d)
         self.n_averaged += 1
 
-
-def _parts(model: nn.Module) -> list[Tensor]:
-    """The parameters; of sharded ones, this process's shards."""
-    own = (p.detach() for p in model.parameters())
-    return [p.to_local() if isinstance(p, DTensor) else p for p in own]
+    def _parts(self, model: nn.Module) -> list[Tensor]:
+        """The trained parameters; of sharded ones, this process's shards."""
+        all_of_them = dict(model.named_parameters())
+        own = (all_of_them[name].detach() for name in self.names)
+        return [p.to_local() if isinstance(p, DTensor) else p for p in own]

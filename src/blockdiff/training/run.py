@@ -29,6 +29,7 @@ from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import WEIGHTS, load_model, save_model
 from blockdiff.models.loading import check_tokenizer, settle_mask
+from blockdiff.models.lora import add_lora
 from blockdiff.models.weights import resolve_precision
 from blockdiff.noising import stratified_noise
 from blockdiff.registry import OBJECTIVES
@@ -176,7 +177,9 @@ def _train(
             remove_unfinished(out)
         processes.wait_for_everyone()
         checkpoint = newest_checkpoint(out, say=processes.is_main_process)
-    start, average, updates = _start(config.init_from, checkpoint)
+    # The checkpoints of a LoRA run hold what is trained, and go on top of where it began.
+    begun = checkpoint if config.lora is None else None
+    start, average, updates = _start(config.init_from, begun)
     with processes.main_process_first():  # the others find the corpus packed
         place = processes.process_index, processes.num_processes
         data = prepare_data(config, place, start.config.prompt_grid if start else "absolute")
@@ -225,7 +228,10 @@ def _train(
 def _save(trainer: BlockDiffusionTrainer, out: Path) -> None:
     with gathered(trainer.averaged_model):
         if trainer.is_world_process_zero():
-            save_model(trainer.averaged_model, out)
+            model: Any = trainer.averaged_model
+            save_model(model, out)
+            if trainer.run.lora is not None:
+                model.adapter.save(model, out / "adapter")
 
 
 def _try_estimator(config: TrainConfig) -> None:
@@ -276,8 +282,10 @@ def _start(source: str | None, checkpoint: Path | None) -> tuple[Any, Any, int]:
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: Any) -> Any:
     """The network to train, new or continued, as the configuration would have it."""
     if isinstance(start, Adapted):
-        check_tokenizer(start, tokenizer)
         model: Any = rewrapped(start, config)
+        check_tokenizer(start, tokenizer)
+    elif config.lora is not None:
+        raise InputError("`lora` is for adapted models: name one as `init_from`")
     else:
         model = _build_dit(config, tokenizer, start)
         if config.compile:
@@ -295,14 +303,25 @@ def rewrapped(start: Adapted, config: TrainConfig) -> Adapted:
             f"{config.init_from} is a plain causal model; make it a block diffusion model first: "
             f"blockdiff adapt {config.init_from} OUT"
         )
-    if config.compile:
-        raise InputError("`compile` is for the package's own networks; leave it out")
+    objective = OBJECTIVES.find(config.objective)
+    own = [name for name in ("compile", "time_conditioning") if getattr(config, name)]
+    if own or objective.network or not objective.noised:
+        option = own[0] if own else f"objective {objective.name}"
+        raise InputError(f"`{option}` is for the package's own networks; leave it out")
     if config.length > start.config.length:
         raise InputError(
             f"`length` is {config.length}, but the model's context is {start.config.length} tokens"
         )
-    start.config.block_size = config.effective_block_size
-    start.config.block_sizes = config.trained_sizes
+    if objective.blocks == "whole":
+        start.config.length = config.length
+    start.config.use_blocks(config.trained_sizes)
+    start.config.objective = objective.name
+    clip = config.clip_range()
+    start.config.clip = None if clip is None else list(clip)
+    if config.lora is not None:
+        source = Path(str(config.init_from)).expanduser()
+        base = str(source.resolve()) if source.is_dir() else str(source)
+        add_lora(start, config.lora, config.lora_targets, base)
     return start
 
 
