@@ -158,6 +158,7 @@ class _Face:
             watch(
                 reply.steps, self.talk.tokenizer, [len(reply.prompt)], config.mask_token_id,
                 config.choose_block_size(options.block_size), delay=self.delay, reply=True,
+                prompt_grid=config.prompt_grid,
             )  # fmt: skip
         else:
             for _ in reply:

@@ -82,7 +82,7 @@ class BlockConfig:
             known = ", ".join(map(str, self.block_sizes))
             warnings.warn(
                 f"the model was trained with block size {known}, not {size}: expect it to be worse",
-                stacklevel=2,
+                stacklevel=1,
             )
         return 1 if self.causal else size
 
