@@ -3,6 +3,7 @@
 Only their size is cut down; every command, option and call stands as written.
 """
 
+import io
 import re
 import shlex
 from dataclasses import replace
@@ -10,12 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from blockdiff import cli, folders
 from blockdiff.apps import demo
 from blockdiff.apps.benchmark import compare
 from blockdiff.apps.demo import Pace, PacedTrainer
 from blockdiff.commands import COMMANDS
+from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.training.callbacks import read_metrics
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import train
@@ -41,10 +44,12 @@ SMALLER = {
     "variance": ["--draws", "2", "--batches", "2", "--batch-size", "1", "--estimators", "paired"],
     "evaluate-samples": ["--words", "20"],
     "generate": ["--max-new-tokens", "4"],
+    "chat": ["--max-new-tokens", "4"],
     "tokenizer": [],
     "benchmark": ["--preset", "nano", "--batch-size", "1", "--repeats", "1"],
     "demo": ["--minutes", "0.05"],
     "export": [],
+    "adapt": [],
 }
 
 
@@ -89,12 +94,19 @@ def test_readme_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BLOCKDIFF_CACHE", str(tmp_path / "cache"))
+    tokenizer = train_tokenizer(["What a causal language model reads."], 270)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    lm = LlamaForCausalLM(LlamaConfig(len(tokenizer), num_hidden_layers=1, **sizes))
+    lm.save_pretrained("causal")
+    tokenizer.save_pretrained("causal")
     for words in commands():
         if words[0] in ELSEWHERE:
             continue
         words, to = (words[:-2], words[-1]) if words[-2] == ">" else (words, None)
         # The hub's texts cannot be had everywhere; tests/test_zero_shot.py has the names.
         words = [word.replace("wikitext103,lambada,", "") for word in words]
+        words = ["causal" if word.startswith("HuggingFaceTB/") else word for word in words]
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))  # of a chat
         cli.main([*words, *SMALLER[words[0]]])
         out = capsys.readouterr().out
         assert out, words

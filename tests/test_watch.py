@@ -52,7 +52,9 @@ def a_step(tokenizer, text: str, masked: list[int], fresh: list[int], length: in
     return Step(ids, fixed, torch.tensor([7]), torch.tensor([length]), first > 0, first)
 
 
-def show(steps, tokenizer, prompt_lengths, *, terminal: bool, env=None, **size: int) -> str:
+def show(
+    steps, tokenizer, prompt_lengths, *, terminal: bool, env=None, drawn=None, **size: int
+) -> str:
     file = io.StringIO()
     size = {"width": 80, "height": 24} | size
     console = Console(
@@ -62,7 +64,9 @@ def show(steps, tokenizer, prompt_lengths, *, terminal: bool, env=None, **size: 
         _environ={"TERM": "xterm"} | (env or {}),
         **size,
     )
-    last = watch(steps, tokenizer, prompt_lengths, tokenizer.mask_token_id, BLOCK, console)
+    last = watch(
+        steps, tokenizer, prompt_lengths, tokenizer.mask_token_id, BLOCK, console, **(drawn or {})
+    )
     assert last is steps[-1]
     return file.getvalue()
 
@@ -149,6 +153,25 @@ def test_frames_fit_the_terminal(tokenizer, rows):
 def test_an_ar_prompt_may_hold_the_mask_s_id(tokenizer):
     step = a_step(tokenizer, "the cat sat", [0], [2], length=3)
     assert "░" not in show([step], tokenizer, [1], terminal=True)
+
+
+def test_a_reply_is_drawn_alone_and_leaves_nothing(tokenizer):
+    text = "the cat sat on the mat the dog sat"
+    steps = [a_step(tokenizer, text, [5, 6], [4]), a_step(tokenizer, text, [], [5], length=9)]
+    shown = show(steps, tokenizer, [3], terminal=True, drawn={"reply": True})
+    first, last = shown.split("evaluations")[0], shown.split("tokens per evaluation")[-1]
+    assert "the cat" not in shown and "│\x1b[0m on" in first and first.count("░") == 2
+    assert last.count("\x1b[1A\x1b[2K") == 4 and last.endswith("\x1b[2K"), "the frame is wiped"
+    assert show(steps, tokenizer, [3], terminal=False, drawn={"reply": True}) == ""
+
+
+@pytest.mark.parametrize(("grid", "boxes"), [("absolute", 3), ("prompt_end", 2)])
+def test_the_block_that_is_drawn_is_the_models(tokenizer, grid, boxes):
+    """Of the masked positions 5 to 8: to the end of block 4–7, or of 3–6 behind a prompt of 3."""
+    text = "the cat sat on the mat the dog sat"
+    steps = [a_step(tokenizer, text, [5, 6, 7, 8], [4]), a_step(tokenizer, text, [], [], length=9)]
+    shown = show(steps, tokenizer, [3], terminal=True, drawn={"prompt_grid": grid})
+    assert shown.split("evaluations")[0].count("░") == boxes
 
 
 def test_no_steps():

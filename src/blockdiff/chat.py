@@ -70,7 +70,7 @@ def chat(
         config = model.config
         face.note(
             f"{source}: {config.kind}, block size {config.choose_block_size(options.block_size)}, "
-            f"context {config.length} tokens. /help tells what else can be typed, Ctrl-D ends."
+            f"context of {config.length} tokens; /help tells what else can be typed"
         )
     face.run()
 
@@ -92,7 +92,7 @@ class _Face:
 
     def note(self, text: str) -> None:
         """Tells what is no part of the conversation."""
-        self.err.print(printable(text), style="dim", soft_wrap=True)
+        self.err.print(printable(text), style="dim", soft_wrap=not self.err.is_terminal)
 
     def run(self) -> None:
         """Until the input ends, or somebody types /exit."""
@@ -158,6 +158,7 @@ class _Face:
             watch(
                 reply.steps, self.talk.tokenizer, [len(reply.prompt)], config.mask_token_id,
                 config.choose_block_size(options.block_size), delay=self.delay, reply=True,
+                prompt_grid=config.prompt_grid,
             )  # fmt: skip
         else:
             for _ in reply:

@@ -68,6 +68,7 @@ def watch(
     console: Console | None = None,
     delay: float = 0.0,
     reply: bool = False,
+    prompt_grid: str = "absolute",
 ) -> Step:
     """Runs the steps to their end, showing them in the terminal, and returns the last one.
 
@@ -77,13 +78,14 @@ def watch(
 
     `prompt_lengths`: positions of each row's prompt; `block_size`: the L' sampled with; `delay`:
     seconds to wait after each step, not counted in the speed shown; `reply`: prompts are not drawn,
-    and nothing is left at the end: the caller prints the text. Raises `InputError` when there
-    are no steps.
+    and nothing is left at the end: the caller prints the text; `prompt_grid`: where blocks begin,
+    the model's convention. Raises `InputError` when there are no steps.
     """
     checks.numbers(delay=delay)
     console = plain_console() if console is None else console
     steps = steps if isinstance(steps, Timed) else Timed(steps)
     view = _View(tokenizer, prompt_lengths, mask_token_id, block_size, console, steps, reply)
+    view.at_prompt = prompt_grid == "prompt_end"
     if not console.is_terminal or console.is_dumb_terminal:
         for step in steps:
             view.see(step)
@@ -134,6 +136,7 @@ class _View:
         self.mask_token_id, self.block_size = mask_token_id, block_size
         self.console, self.timed, self.reply = console, timed, reply
         self.special_ids = set(tokenizer.all_special_ids)
+        self.at_prompt = False  # whether a row's blocks begin at the end of its prompt
         self._last: Step | None = None
         self._fresh: torch.Tensor | None = None  # positions fixed since the last frame
 
@@ -216,6 +219,8 @@ class _View:
                     kind = "fresh without colour"
                 text.append(printable(piece), style=_STYLES[kind])
             start = stop
+        if self.reply:  # a blank before the first word belongs to the prompt
+            text = text[len(text.plain) - len(text.plain.lstrip()) :]
         if lines is None:
             return text
         inside = max(self.console.width - 4, 1)
@@ -237,8 +242,9 @@ class _View:
                 kinds[i] = "masked"
         if length >= 0:
             return kinds[:length]
-        current = kinds.index("masked") // self.block_size
-        return kinds[: (current + 1) * self.block_size]
+        masked = kinds.index("masked")
+        inside = (masked - start * self.at_prompt) % self.block_size
+        return kinds[: masked - inside + self.block_size]
 
     def _decode(self, before: list[int], ids: list[int]) -> str:
         """The text of `ids` as it reads after the token before, which may be a mask.

@@ -64,9 +64,11 @@ def write_texts(
     try:
         with _Stopping():
             if wish.watch and not wish.json:
-                lengths = [len(row) for row in ids]
-                mask = model.config.mask_token_id
-                watch(steps, tokenizer, lengths, mask, block_size, delay=wish.delay)
+                lengths, config = [len(row) for row in ids], model.config
+                watch(
+                    steps, tokenizer, lengths, config.mask_token_id, block_size, delay=wish.delay,
+                    prompt_grid=config.prompt_grid,
+                )  # fmt: skip
             elif shown and console.is_terminal and len(ids) == 1:
                 for step in steps:
                     view.show(step)

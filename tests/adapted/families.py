@@ -1,10 +1,19 @@
 """Tiny causal language models of transformers with random weights, one of each family."""
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from blockdiff.models.adapted import Adapted
 from blockdiff.models.adapting import adapt
@@ -45,7 +54,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         set(),
     ),
     "gemma3": ("gemma3_text", {**_BOTH, "query_pre_attn_scalar": 11}, set()),
-    "gpt2": ("gpt2", {}, _PLAIN),
+    "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0}, _PLAIN),
     "gpt_neox": ("gpt_neox", {}, {"head_dim", "num_key_value_heads"}),
     "phi3": ("phi3", {"sliding_window": SLIDING}, {"head_dim"}),
     "olmo2": ("olmo2", {}, {"head_dim"}),
@@ -76,7 +85,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         },
         {"head_dim"},
     ),
-    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}, _PLAIN),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}, _PLAIN),
     "phi": ("phi", {}, {"head_dim"}),
     "starcoder2": ("starcoder2", {"sliding_window": SLIDING}, {"head_dim"}),
     "stablelm": ("stablelm", {"use_qkv_bias": True}, {"head_dim"}),
@@ -84,6 +93,84 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "olmo3": ("olmo3", dict(_BOTH), {"head_dim"}),
 }  # fmt: skip
 FAMILIES = list(_FAMILIES)
+_NO_HEADS = {"head_dim", "num_key_value_heads", "num_attention_heads", "max_position_embeddings"}
+_RENAMED = _NO_HEADS | {"hidden_size", "num_hidden_layers", "intermediate_size"}
+# What cannot be adapted → model_type, settings, sizes it does not know, and a part of the reason.
+UNSUITABLE: dict[str, tuple[str, dict[str, Any], set[str], str]] = {
+    "falcon": ("falcon", {"alibi": True}, _PLAIN, "does not reach it"),
+    "bloom": (
+        "bloom",
+        {"n_layer": 2, "n_head": 4},
+        _RENAMED - {"hidden_size"},
+        "does not reach it",
+    ),
+    "mpt": (
+        "mpt",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": CONTEXT},
+        _RENAMED,
+        "does not reach it",
+    ),
+    "mamba": ("mamba", {"state_size": 4}, _NO_HEADS | _PLAIN, "called 0 times in its 2 layers"),
+    "jamba": (
+        "jamba",
+        {
+            "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4,
+            "use_mamba_kernels": False,
+        },
+        {"head_dim"},
+        "called 1 times in its 2 layers",
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            "layer_types": ["linear_attention", "full_attention"], "num_experts": 2,
+            "num_experts_per_tok": 1, "moe_intermediate_size": 8, "linear_num_value_heads": 2,
+            "shared_expert_intermediate_size": 8, "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        },
+        set(),
+        "called 1 times in its 2 layers",
+    ),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {"attention_window_size": 8, "lru_width": 32, "num_hidden_layers": 3},
+        set(),
+        "called 1 times in its 3 layers",
+    ),
+    "lfm2": (
+        "lfm2",
+        {"layer_types": ["conv", "full_attention"]},
+        {"head_dim"},
+        "called 1 times in its 2 layers",
+    ),
+    "diffllama": ("diffllama", {}, set(), "called 4 times in its 2 layers"),
+    "rwkv": (
+        "rwkv",
+        {"attention_hidden_size": 32, "context_length": CONTEXT},
+        _NO_HEADS,
+        "does not reach it",
+    ),
+    "xlnet": (
+        "xlnet",
+        {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+        _RENAMED,
+        "does not reach it",
+    ),
+    "gptj": ("gptj", {"rotary_dim": 4}, _PLAIN, "does not reach it"),
+    "falcon_h1": (
+        "falcon_h1",
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4},
+        set(),
+        "layer 0 is of the kind 'hybrid'",
+    ),
+    # It masks its window itself and does not tell attention: seen however long the window is.
+    "phimoe": (
+        "phimoe",
+        {"sliding_window": 40, "num_local_experts": 2},
+        {"head_dim"},
+        "layer 0 has a sliding window of 40 tokens, and its attention is told None",
+    ),
+}  # fmt: skip
 # A few that differ in what matters to a cache: grouped heads, a window in every layer or in some
 # with a soft cap, learned positions and a tied head, keys and values of unequal widths, sinks.
 FEW = ["llama", "mistral", "gemma2", "gpt2", "deepseek_v3", "gpt_oss"]
@@ -98,12 +185,27 @@ def tiny(model_type: str, drop: set[str] = frozenset(), seed: int = 0, **own: An
     return lm
 
 
+def tiny_with_eyes(**own: Any) -> Any:
+    """Gemma 3 as it comes from the hub: the part that sees images is of no use to a text."""
+    text = {**_SIZES, **_BOTH, "model_type": "gemma3_text", "query_pre_attn_scalar": 11} | own
+    eyes = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "image_size": 28,
+        "num_attention_heads": 2, "patch_size": 14, "model_type": "siglip_vision_model",
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=eyes, mm_tokens_per_image=4
+    )
+    lm = AutoModelForCausalLM.from_config(config).eval()
+    randomise(lm)
+    return lm
+
+
 def randomise(lm: PreTrainedModel, seed: int = 0) -> None:
     """Maps at a scale at which attention is far from uniform; biases and norms moved a little."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, tensor in [*lm.named_parameters(), *lm.named_buffers()]:
-            if "inv_freq" in name or not tensor.is_floating_point():
+        for name, tensor in lm.state_dict(keep_vars=True).items():
+            if not tensor.is_floating_point():
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if tensor.dim() < 2:
@@ -132,6 +234,72 @@ def adapted(family: str, **conventions: Any) -> Adapted:
     return adapt(lm_of(family), mask_token_id=MASK, **{"block_size": 4} | conventions)
 
 
+class Slow:
+    """A block after its clean prefix, by transformers' own attention with a whole mask.
+
+    One row of prefix and block, nothing cached: what all that is faster has to equal.
+    """
+
+    def __init__(self, lm: Any, clean: str, prediction: str) -> None:
+        self.lm, self.clean, self.shift = lm, clean, prediction == "shift"
+        lm.set_attn_implementation("eager")
+
+    @torch.no_grad()
+    def logits(self, prefix: list[int], block: list[int]) -> torch.Tensor:
+        """[K, V] of the block's tokens; under "shift" of the first of a text nothing that counts"""
+        return self.of_states(prefix, [block])[0]
+
+    def of_states(self, prefix: list[int], states: list[list[int]]) -> torch.Tensor:
+        """[n, K, V] for n states of a block."""
+        size, before = len(states[0]), len(prefix)
+        place = torch.arange(before + size)
+        query, key = place[:, None], place[None, :]
+        same = query // size == key // size
+        seen = (key <= query) | (same & ((query >= before) | (self.clean == "block")))
+        masks = {kind: self._added(seen & near) for kind, near in self._near(query, key).items()}
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        if isinstance(mask, torch.Tensor):
+            mask = mask.expand(len(states), 1, -1, -1)
+        x = torch.tensor([prefix + state for state in states])
+        out = self.lm(input_ids=x, attention_mask=mask, use_cache=False).logits
+        first = max(before - 1, 0)
+        return out[:, [first, *range(before, before + size - 1)]] if self.shift else out[:, before:]
+
+    def _near(self, query: torch.Tensor, key: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of each kind of layer, which keys its window holds."""
+        config = self.lm.config
+        near = query - key < (getattr(config, "sliding_window", None) or 10**9)
+        if len(set(getattr(config, "layer_types", None) or [])) > 1:
+            return {"sliding_attention": near, "full_attention": near | True}
+        return {"": near}
+
+    @staticmethod
+    def _added(seen: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo().min)
+
+
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     """Ids without the mask token."""
     return torch.randint(MASK, shape, generator=torch.Generator().manual_seed(seed))
+
+
+WORDS = [f"w{i}" for i in range(12)]
+
+
+def words_tokenizer(*more: str, **special: str) -> PreTrainedTokenizerFast:
+    """<s>, </s>, <unk>, twelve words and `more`, ids in this order; `special`: roles of `more`."""
+    names = ["<s>", "</s>", "<unk>", *WORDS, *more]
+    model = WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **special
+    )
+
+
+def folder_of(lm: Any, folder: Path, tokenizer: Any = None, **options: Any) -> Path:
+    """The folder people have: a causal language model, saved by transformers."""
+    lm.save_pretrained(folder, **options)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder

@@ -1,17 +1,21 @@
 """What holds of every family: tiny random models, text longer than their sliding windows."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from families import CONTEXT, FAMILIES, MASK, adapted, lm_of, tokens
+from families import CONTEXT, FAMILIES, MASK, UNSUITABLE, adapted, lm_of, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 import blockdiff
+from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.models.adapting import adapt
 from blockdiff.models.loss import subs_nll_from_logits
+from blockdiff.models.passes import Unsuitable
+from blockdiff.training.parallel import recompute_activations
 from helpers import random_masks
 
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -120,6 +124,11 @@ def gradients(model, backend="auto", copies=2):
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def attention_of(model):
+    """The attention of the first layer."""
+    return [m for m in model.modules() if getattr(m, "layer_idx", None) == 0][-1]
+
+
 def same_gradients(found, expected):
     assert found.keys() == expected.keys() and len(found) > 5
     for name, own in expected.items():
@@ -137,13 +146,14 @@ def test_gradients(family):
     assert all(bool(own.abs().max() > 0) for own in expected.values())
     assert expected.keys() == dict(model.named_parameters()).keys()
     same_gradients(gradients(model, "blockwise"), expected)
-    calls = []
-    model.lm.get_decoder().layers if hasattr(model.lm.get_decoder(), "layers") else None
-    model.gradient_checkpointing_enable()
     model.train()
-    same_gradients(gradients(model), expected)
-    model.gradient_checkpointing_disable()
-    del calls
+    attended = []
+    attention_of(model).register_forward_pre_hook(lambda *given: attended.append(1))
+    for enable in (model.gradient_checkpointing_enable, partial(recompute_activations, model)):
+        enable()
+        same_gradients(gradients(model), expected)
+        model.gradient_checkpointing_disable()
+    assert len(attended) == 4  # in each forward and in each backward
 
 
 @EVERY_FAMILY
@@ -162,6 +172,74 @@ def test_saved_and_opened(family, tmp_path):
         base = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert type(base) is type(lm)
         close(base(input_ids=x_0).logits, own)
-    assert "blockdiff" not in json.dumps(json.loads((tmp_path / "config.json").read_text())[
-        "architectures"
-    ])  # fmt: skip
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["architectures"] == [type(lm).__name__]
+
+
+@pytest.mark.parametrize("family", list(UNSUITABLE))
+def test_what_cannot_be_adapted_is_refused_in_a_line(family):
+    model_type, own, drop, reason = UNSUITABLE[family]
+    with pytest.raises(Unsuitable, match=f"^{type(tiny(model_type, drop, **own)).__name__} cannot"):
+        adapt(tiny(model_type, drop, **own), mask_token_id=MASK, block_size=SIZE)
+    with pytest.raises(InputError, match=reason) as refusal:
+        adapt(tiny(model_type, drop, **own), mask_token_id=MASK, block_size=SIZE)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "family, rope",
+    [
+        ("llama", {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}),
+        (
+            "phi3",
+            {
+                "rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4,
+                "long_factor": [3.0] * 4, "original_max_position_embeddings": 24,
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_rotary_positions_that_change_with_the_length_bound_the_context(family, rope):
+    """Up to it logits are the model's own; a longer text would turn what is cached already."""
+    short = rope.get("original_max_position_embeddings", CONTEXT)
+    own = {"original_max_position_embeddings": short} if family == "phi3" else {}
+    model_type = family
+    lm = tiny(model_type, {"head_dim"}, rope_parameters=dict(rope), **own)
+    x_0 = tokens(2, short)
+    with torch.no_grad():
+        expected = lm(input_ids=x_0).logits
+        model = adapt(lm, mask_token_id=MASK, block_size=SIZE)
+        assert model.config.length == short
+        found = model(x_0, x_0, layout=model.config.layout_of(short, 1)).logits
+    close(found[:, 1:], expected[:, :-1])
+    with pytest.raises(InputError, match=f"context is {short} tokens"):
+        adapt(lm, mask_token_id=MASK, block_size=SIZE, length=short + SIZE)
+
+
+def test_what_adapt_refuses():
+    lm = lm_of("llama")
+    for wrong, message in (
+        ({"block_size": 0}, "`block_size` is 0"),
+        ({"block_size": "a"}, "`block_size` is 'a'"),
+        ({"block_size": (4, 4)}, "different numbers"),
+        ({"block_size": CONTEXT + 1}, "more than the context of 48"),
+        ({"block_size": (7, 8)}, "block size 56 is more than the context of 48"),
+        ({"mask_token_id": 17}, "outside the vocabulary"),
+        ({"mask_token_id": -1}, "`mask_token_id` is -1"),
+        ({"prediction": "next"}, "`prediction` 'next' is unknown"),
+        ({"clean": "noised"}, "`clean` 'noised' is unknown"),
+        ({"length": 0}, "`length` is 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            adapt(lm, **{"mask_token_id": MASK, "block_size": SIZE} | wrong)
+
+
+def test_the_context_is_a_multiple_of_every_block_size():
+    config = adapt(lm_of("llama"), mask_token_id=MASK, block_size=(4, 1, 5)).config
+    assert (config.block_size, config.block_sizes, config.length) == (5, (1, 4, 5), 40)
+
+
+def test_without_a_maximum_of_positions():
+    lm = lm_of("llama")
+    del lm.config.max_position_embeddings
+    assert adapt(lm, mask_token_id=MASK, block_size=SIZE).config.length == 2048

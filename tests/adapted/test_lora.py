@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
             tie_word_embeddings=True,
         )
     )  # fmt: skip
-    model = blockdiff.adapt(lm, mask_token_id=tokenizer.mask_token_id, block_size=4)
+    model = blockdiff.adapt(lm, mask_token_id=tokenizer.mask_token_id, block_size=8)
     blockdiff.save_model(model, folder / "base", tokenizer)
     (folder / "text.txt").write_text(TEXT * 300)
     return folder / "base"
@@ -50,7 +51,7 @@ def logits(model: blockdiff.Adapted, x_0: Tensor) -> Tensor:
 def stepped(base: Path, targets: str = "all-linear") -> tuple[blockdiff.Adapted, Tensor, Tensor]:
     """A model with pairs after three steps, x_0, and the logits before them."""
     model = blockdiff.load_model(base)
-    x_0 = torch.randint(200, (2, 12), generator=torch.Generator().manual_seed(1))
+    x_0 = torch.randint(200, (2, 16), generator=torch.Generator().manual_seed(1))
     before = logits(model, x_0)
     add_lora(model, 4, targets, str(base))
     assert torch.equal(logits(model, x_0), before)  # equal at the start
@@ -105,7 +106,7 @@ def test_only_the_pairs_and_the_mask_row_are_trained(base: Path) -> None:
 def test_a_run_is_the_same_resumed(base: Path, tmp_path: Path) -> None:
     config = blockdiff.TrainConfig(
         data=str(base.parent / "text.txt"), out=str(tmp_path / "whole"), init_from=str(base),
-        lora=4, length=16, block_size=4, steps=4, batch_size=2, lr=1e-2, ema=0.5, save_every=2,
+        lora=4, length=16, steps=4, batch_size=2, lr=1e-2, ema=0.5, save_every=2,
         eval_windows=2, report_to="none", precision="float32",
     )  # fmt: skip
     whole = blockdiff.train(config, progress=False)
@@ -121,6 +122,7 @@ def test_a_run_is_the_same_resumed(base: Path, tmp_path: Path) -> None:
     kept = load_file(tmp_path / "whole" / "checkpoints" / "checkpoint-4" / "model.safetensors")
     assert all("lora_" in name or name.endswith("mask_row") for name in kept)
     assert whole.metrics["eval_nats_per_token"] > 0
+    assert blockdiff.load_model(tmp_path / "whole").config.block_size == 8  # as the base's
 
 
 @pytest.mark.parametrize(
@@ -139,3 +141,23 @@ def test_bad_input(base: Path, tmp_path: Path, changes: dict, message: str) -> N
     with pytest.raises(blockdiff.InputError, match=message):
         blockdiff.train(blockdiff.TrainConfig(**(options | changes)), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("prediction", ["same", "shift"])
+def test_a_folder_that_is_no_ar_model_says_so_in_transformers(
+    base: Path, tmp_path: Path, prediction: str
+) -> None:
+    lm = AutoModelForCausalLM.from_pretrained(base)
+    model = blockdiff.adapt(lm, mask_token_id=model_mask(base), prediction=prediction)
+    blockdiff.save_model(model, tmp_path / "model")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        by_transformers = [str(w.message) for w in said if "prediction same" in str(w.message)]
+        blockdiff.load_model(tmp_path / "model")
+    assert len(by_transformers) == (prediction == "same")
+    assert sum("prediction same" in str(w.message) for w in said) == len(by_transformers)
+
+
+def model_mask(folder: Path) -> int:
+    return blockdiff.load_model(folder).config.mask_token_id

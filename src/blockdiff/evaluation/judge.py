@@ -22,6 +22,7 @@ from blockdiff.checks import numbers
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError, first_line
+from blockdiff.models.adapted import RECORD
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
@@ -113,6 +114,11 @@ def load_judge(source: str | Path, window: int | None = None, device: str | None
             raise InputError(f"{source} is {model.config.kind}; a judge must be autoregressive")
         size = min(reach, model.config.length)
         return Judge(str(source), tokenizer, _own_score(model), size)
+    record = getattr(config, RECORD, None)
+    if record is not None and record.get("prediction") != "shift":
+        raise InputError(
+            f"{source} predicts masked tokens only (prediction same); a judge is autoregressive"
+        )
     try:
         network: Any = AutoModelForCausalLM.from_pretrained(str(source), use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(str(source))

@@ -153,7 +153,7 @@ def likelihood(
     documents = None if documents is None else documents.to(model.device)
     length = x_0.shape[1]
     layout = model.config.layout_of(length, model.config.choose_block_size(block_size, length))
-    if keep_first is None:
+    if keep_first is None or layout.prediction == "shift":  # which predicts no token 0
         keep_first = model.config.keep_first
     objective = objective_of(model.config)
     counted = objective.counted(x_0, keep_first, documents)

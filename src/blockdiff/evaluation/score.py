@@ -97,7 +97,10 @@ def score_tokens(
         groups[len(row) if whole else min(blocks * size, length)].append(i)
     measured: dict[int, tuple[float, float]] = {}
     for padded, members in groups.items():
-        x_0 = torch.full((len(members), padded), model.config.mask_token_id, device=model.device)
+        padding = min(
+            model.config.mask_token_id, model.config.vocab_size - 1
+        )  # AR may have no mask
+        x_0 = torch.full((len(members), padded), padding, device=model.device)
         maskable = torch.zeros_like(x_0, dtype=torch.bool)
         for place, i in enumerate(members):
             row, new = rows[i]

@@ -32,11 +32,18 @@ from blockdiff.layout import BlockLayout
 from blockdiff.models.adapted_config import AdaptedConfig
 from blockdiff.models.denoiser import Context, DenoiserOutput
 from blockdiff.models.loss import subs_nll
-from blockdiff.models.passes import CURRENT, INTERFACE, Cached, Pass, Streams, repeat
+from blockdiff.models.passes import (
+    INTERFACE,
+    Cached,
+    Pass,
+    Streams,
+    recomputed,
+    repeat,
+    running,
+)
+from blockdiff.models.pretrained import RECORD as RECORD
 from blockdiff.models.pretrained import DenoiserModel
 from blockdiff.models.weights import Linear
-
-RECORD = "block_diffusion"  # where config.json of an adapted folder keeps our conventions
 
 
 class Adapted(DenoiserModel):
@@ -85,8 +92,13 @@ class Adapted(DenoiserModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm.set_output_embeddings(value)
 
-    def gradient_checkpointing_enable(self, *given: Any, **options: Any) -> None:
-        self.lm.gradient_checkpointing_enable(*given, **options)
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        given = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
+        if not given["use_reentrant"]:
+            given.setdefault("context_fn", recomputed)
+        self.lm.gradient_checkpointing_enable(given, **options)
 
     def gradient_checkpointing_disable(self) -> None:
         self.lm.gradient_checkpointing_disable()
@@ -188,6 +200,8 @@ class Adapted(DenoiserModel):
         sigma: Tensor | None = None,
     ) -> Tensor:
         """Logits [P, V] of x int64 [n, T] after the cached prefixes; see `Denoiser.decode`."""
+        # Columns that a shorter block leaves unused may lie past the context.
+        positions = positions.clamp(max=self.config.length - 1)
         order = self._known_first(x, x.shape[1], clean)
         if order is not None:
             x, positions = x.gather(1, order), positions.gather(1, order)
@@ -208,16 +222,13 @@ class Adapted(DenoiserModel):
     def _run(self, tokens: Tensor, positions: Tensor | None, attention: Pass) -> Tensor:
         """The last hidden states [b, T, E] of tokens [b, T] at `positions`, 0, 1, … by default."""
         positions = _positions(tokens) if positions is None else positions
-        token = CURRENT.set(attention)
-        try:
+        with running(attention):
             out = self.lm.get_decoder()(
                 input_ids=tokens,
                 position_ids=positions,
                 use_cache=False,
                 blockdiff_pass=attention,
             )
-        finally:
-            CURRENT.reset(token)
         hidden: Tensor = out.last_hidden_state
         return hidden
 

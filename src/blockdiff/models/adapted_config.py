@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
-from blockdiff.checks import one_of
+from blockdiff.checks import one_of, whole_number, whole_numbers
 from blockdiff.errors import InputError
+from blockdiff.layout import Clean, Inside, Prediction
 from blockdiff.models.config import BlockConfig
 
-PREDICTIONS = ("shift", "same")
-CLEAN_STREAMS = ("causal", "block")
+PromptGrid = Literal["absolute", "prompt_end"]
+RECORDED = (
+    *("block_size", "block_sizes", "length", "mask_token_id", "bos_token_id", "eos_token_id"),
+    *("prediction", "clean_stream", "inside_block", "prompt_grid", "keep_first"),
+    *("objective", "clip"),
+)
 
 
 class AdaptedConfig(BlockConfig, PreTrainedConfig):
@@ -32,47 +39,55 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         hidden_size: int = 1,
         num_hidden_layers: int = 1,
         block_size: int = 8,
-        block_sizes: tuple[int, ...] | None = None,
+        block_sizes: Sequence[int] | None = None,
         mask_token_id: int = 0,
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
         causal: bool = False,
         keep_first: bool = True,
-        prediction: Literal["same", "shift"] = "shift",
-        clean_stream: Literal["block", "causal"] = "causal",
-        inside_block: Literal["bidirectional", "causal"] = "bidirectional",
-        prompt_grid: Literal["absolute", "prompt_end"] = "absolute",
+        prediction: Prediction = "shift",
+        clean_stream: Clean = "causal",
+        inside_block: Inside = "bidirectional",
+        prompt_grid: PromptGrid = "absolute",
         objective: str | None = None,
         clip: tuple[float, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        one_of("prediction", prediction, PREDICTIONS)
-        one_of("clean", clean_stream, CLEAN_STREAMS)
-        if not causal and not 0 <= mask_token_id < vocab_size:
+        one_of("prediction", prediction, get_args(Prediction))
+        one_of("clean", clean_stream, get_args(Clean))
+        one_of("inside_block", inside_block, get_args(Inside))
+        one_of("prompt_grid", prompt_grid, get_args(PromptGrid))
+        if not causal and whole_number("mask_token_id", mask_token_id, 0) >= vocab_size:
             raise InputError(
                 f"mask token id {mask_token_id} is outside the vocabulary of {vocab_size}"
             )
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.causal, self.score, self.time_conditioning = causal, False, False
-        self.block_size = 1 if causal else block_size
-        self.block_sizes = (self.block_size,) if causal else tuple(block_sizes or (block_size,))
-        self.length = length - length % self.block_size
-        if self.length < 1:
-            raise InputError(f"block size {block_size} is more than the context of {length} tokens")
-        self.mask_token_id = mask_token_id
+        self.length = whole_number("length", length)
+        self.use_blocks((1,) if causal else (block_size, *(block_sizes or ())))
         self.bos_token_id, self.eos_token_id = bos_token_id, eos_token_id
-        self.keep_first = keep_first
         self.prediction, self.clean_stream = prediction, clean_stream
+        self.keep_first = keep_first or prediction == "shift"  # which predicts no token 0
         self.inside_block, self.prompt_grid = inside_block, prompt_grid
         self.clip = None if clip is None else list(clip)
         self.objective = objective or self.kind
         super().__init__(**kwargs)
+        # Last: transformers warns of an id behind the vocabulary's end, which AR has for no token.
+        self.mask_token_id = mask_token_id
+
+    def use_blocks(self, block_sizes: Sequence[int]) -> None:
+        """Makes these the block sizes; the context becomes a multiple of each.
+
+        Raises `InputError` for sizes that it has no room for.
+        """
+        sizes = tuple(sorted(whole_numbers("block_size", list(dict.fromkeys(block_sizes)))))
+        common, known = math.lcm(*sizes), self.length
+        self.block_size, self.block_sizes = sizes[-1], sizes
+        self.length -= self.length % common
+        if not self.length:
+            raise InputError(f"block size {common} is more than the context of {known} tokens")
 
     def record(self) -> dict[str, Any]:
         """The fields that the base model's configuration does not have."""
-        names = (
-            "block_size block_sizes length mask_token_id prediction clean_stream inside_block "
-            "prompt_grid keep_first objective clip"
-        )
-        return {name: getattr(self, name) for name in names.split()}
+        return {name: getattr(self, name) for name in RECORDED}

@@ -8,6 +8,8 @@ open_adapted(folder, …)               what `load_model` does with a folder tha
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +21,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from blockdiff.checks import whole_number, whole_numbers
 from blockdiff.data.tokenizers import MASK_TOKEN
 from blockdiff.errors import InputError, first_line
 from blockdiff.models.adapted import RECORD, Adapted
-from blockdiff.models.adapted_config import AdaptedConfig
+from blockdiff.models.adapted_config import RECORDED, AdaptedConfig
+from blockdiff.models.passes import Unsuitable
+from blockdiff.models.pretrained import SAME
 from blockdiff.models.probe import probe, require_interface
 
 # A base model that does not say how many positions it knows.
@@ -47,8 +52,8 @@ def adapt(
     the context, by default what the model's configuration says. The model's weights are used as
     they are, not copied; train it then.
 
-    Raises `InputError` for a model that cannot be adapted, with the reason, and for a mask token
-    outside its vocabulary.
+    Raises `InputError` for a model that cannot be adapted, with the reason, for a mask token
+    outside its vocabulary, and for a context or blocks longer than the model's own context.
 
     Example:
         >>> import torch, blockdiff
@@ -57,11 +62,14 @@ def adapt(
         >>> blockdiff.adapt(lm, mask_token_id=19, block_size=4).config.kind
         'bd3lm'
     """
-    sizes = (block_size,) if isinstance(block_size, int) else tuple(sorted(block_size))
+    sizes = whole_numbers("block_size", block_size)
+    known = context_of(lm.config.get_text_config())
+    if length is not None and whole_number("length", length) > known:
+        raise InputError(f"`length` is {length}, but the model's context is {known} tokens")
     return wrap(
         lm,
-        block_size=sizes[-1], block_sizes=sizes, mask_token_id=mask_token_id,
-        prediction=prediction, clean_stream=clean, length=length or context_of(lm.config),
+        block_size=max(sizes), block_sizes=sizes, mask_token_id=mask_token_id,
+        prediction=prediction, clean_stream=clean, length=length or known,
     )  # fmt: skip
 
 
@@ -93,10 +101,11 @@ def as_autoregressive(lm: PreTrainedModel) -> Adapted:
 def context_of(base: Any) -> int:
     """How many positions a base model knows."""
     length = getattr(base, "max_position_embeddings", None) or DEFAULT_LENGTH
-    scaling = getattr(base, "rope_parameters", None) or {}
-    if scaling.get("rope_type") in ("dynamic", "longrope"):
-        # These turn by other angles once the text is longer than this: what is cached would change.
-        length = min(length, scaling.get("original_max_position_embeddings") or length)
+    rope = getattr(base, "rope_parameters", None) or {}
+    for scaling in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
+        if isinstance(scaling, dict) and scaling.get("rope_type") in ("dynamic", "longrope"):
+            # These turn by other angles once text is longer than this: what is cached would change.
+            length = min(length, scaling.get("original_max_position_embeddings") or length)
     return int(length)
 
 
@@ -111,31 +120,42 @@ def give_mask(
     """The id of the mask token, with a row in the model's tables; the tokenizer has it as its mask.
 
     A new row is the mean of the input table, scaled to the length its rows have. Raises
-    `InputError` for a mask token that is an ordinary word of the vocabulary.
+    `InputError` for a mask token that text may hold, an ordinary word or one with another meaning,
+    and for a tokenizer that has ids the model does not know.
     """
     name = mask_token or tokenizer.mask_token or MASK_TOKEN
-    vocabulary = tokenizer.get_vocab()
+    vocabulary, rows = tokenizer.get_vocab(), len(_table(lm))
     known = name in vocabulary
-    if known and name != tokenizer.mask_token and vocabulary[name] not in tokenizer.all_special_ids:
-        added = tokenizer.added_tokens_decoder.get(vocabulary[name])
-        if added is None:
-            raise InputError(
-                f"{name!r} is an ordinary token of this tokenizer, which text may hold: choose "
-                "another as `mask_token`"
-            )
+    named = tokenizer.special_tokens_map.items()
+    roles = {token: role for role, token in named if isinstance(token, str)}
+    if roles.get(name, "mask_token") != "mask_token":
+        raise InputError(
+            f"{name!r} is this tokenizer's {roles[name]}: choose another as `mask_token`"
+        )
+    if known and name not in roles and vocabulary[name] not in tokenizer.added_tokens_decoder:
+        raise InputError(
+            f"{name!r} is an ordinary token of this tokenizer, which text may hold: choose "
+            "another as `mask_token`"
+        )
+    last = max((number for token, number in vocabulary.items() if token != name), default=-1)
+    if last >= rows:
+        raise InputError(
+            f"the tokenizer's ids run up to {last}, but the model's vocabulary is of {rows}: it is "
+            "not the model's tokenizer"
+        )
     tokenizer.add_special_tokens({"mask_token": name})
     mask = cast(int, tokenizer.convert_tokens_to_ids(name))
-    if mask < len(_table(lm)) and known:
+    if mask < rows and known:
         return mask
-    if mask >= len(_table(lm)):
+    if mask >= rows:
         lm.resize_token_embeddings(mask + 1, mean_resizing=False)
     head = cast(nn.Linear, lm.get_output_embeddings()).weight
     tied = head.data_ptr() == _table(lm).data_ptr()
-    for rows in [_table(lm)] if tied else [_table(lm), head]:
-        others = torch.cat([rows[:mask], rows[mask + 1 :]]).float()
+    for table in [_table(lm)] if tied else [_table(lm), head]:
+        others = torch.cat([table[:mask], table[mask + 1 :]]).float()
         mean = others.mean(0)
         scale = others.norm(dim=1).mean() / mean.norm().clamp(min=1e-9)
-        rows[mask] = (mean * scale).to(rows.dtype)
+        table[mask] = (mean * scale).to(table.dtype)
     return mask
 
 
@@ -157,20 +177,23 @@ def open_adapted(
     try:
         with _quietly():
             opened: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True,
-                device_map=device_map, output_loading_info=True,
+                folder, dtype=dtype, device_map=device_map, trust_remote_code=False,
+                use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
-        lm, found = opened
     except Exception as error:
         raise InputError(f"{folder} cannot be opened: {first_line(error)}") from None
-    if found["missing_keys"]:  # which transformers makes up
-        what = sorted(found["missing_keys"])[0]
-        raise InputError(f"{folder}: the weights do not fit config.json: {what} is missing")
+    lm: PreTrainedModel = opened[0]
+    for what, key in (("is missing", "missing_keys"), ("has another shape", "mismatched_keys")):
+        if names := sorted(str(name) for name in opened[1][key]):
+            raise InputError(
+                f"{folder}: the weights do not fit config.json: {names[0]} {what} "
+                f"({len(names)} such names in all)"
+            )
+    for name, tensor in lm.named_parameters():
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"{folder}: {name} holds numbers that are not finite")
     lm.config.__dict__.pop(RECORD, None)
-    try:
-        return with_record(lm, raw.get(RECORD))
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from None
+    return with_record(lm, raw.get(RECORD), folder / f"config.json: {RECORD}")
 
 
 @contextmanager
@@ -180,24 +203,27 @@ def _quietly() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=re.escape(SAME))
+            yield
     finally:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
 
 
-def with_record(lm: PreTrainedModel, record: Mapping[str, Any] | None) -> Adapted:
-    """A model of transformers under a folder's record, or without one as AR.
-
-    Raises `InputError` for a record with fields that nobody knows.
-    """
+def with_record(lm: PreTrainedModel, record: Mapping[str, Any] | None, where: Path) -> Adapted:
+    """A model of transformers under a record, or without one as AR; `where` the record stands."""
     if record is None:
         return as_autoregressive(lm)
     try:
+        if unknown := sorted(record.keys() - set(RECORDED)):
+            raise InputError(f"nobody knows {unknown[0]!r}")
         return wrap(lm, **record)
-    except TypeError:
-        raise InputError(f"{RECORD} in config.json holds fields that nobody knows") from None
+    except Unsuitable:
+        raise
+    except (InputError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: {first_line(error)}") from None
 
 
 def is_causal_lm(raw: Mapping[str, Any]) -> bool:

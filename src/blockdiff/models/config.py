@@ -70,14 +70,19 @@ class BlockConfig:
         that does not divide the length (the model's own when left out).
         """
         size = self.block_size if block_size is None else whole_number("block_size", block_size)
-        if length is not None and block_size is None and not self.slides:
-            size = min(size, length)  # a whole text may be one block
+        if length is not None and not self.slides:
+            if length > self.length:
+                raise InputError(
+                    f"the model's context is {self.length} tokens, and the text has {length}"
+                )
+            if block_size is None:
+                size = min(size, length)  # a whole text may be one block
         BlockLayout(self.length if length is None else length, size)
         if size not in self.block_sizes and not (block_size is None and self.kind == "mdlm"):
             known = ", ".join(map(str, self.block_sizes))
             warnings.warn(
                 f"the model was trained with block size {known}, not {size}: expect it to be worse",
-                stacklevel=2,
+                stacklevel=1,
             )
         return 1 if self.causal else size
 

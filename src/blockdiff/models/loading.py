@@ -180,6 +180,8 @@ def adapt_folder(
     before `out` is touched.
     """
     folder = resolve(source)
+    if folder.resolve() == folders.local_path("out", out).resolve():
+        raise InputError("`out` is the folder of the model itself; choose another")
     with folders.claim(out, overwrite=overwrite, kinds=("model", "tokenizer")) as target:
         tokenizer = read_tokenizer(folder)
         kinds: dict[str, Any] = {"float32": torch.float32, "bf16": torch.bfloat16}

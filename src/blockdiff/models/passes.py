@@ -9,6 +9,8 @@ Shapes: b rows, T tokens, H heads, H_kv key/value heads, D head width, S cached 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -36,7 +38,22 @@ class Pass(Protocol):
     ) -> Tensor: ...
 
 
-CURRENT: ContextVar[Pass | None] = ContextVar("blockdiff_pass", default=None)
+_CURRENT: ContextVar[Pass | None] = ContextVar("blockdiff_pass", default=None)
+
+
+@contextmanager
+def running(current: Pass | None) -> Iterator[None]:
+    """While entered, this pass answers for attention that was not told which one is its own."""
+    token = _CURRENT.set(current)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of torch's `checkpoint`: a layer that runs again does so in its own pass."""
+    return nullcontext(), running(_CURRENT.get())
 
 
 def _attention(
@@ -53,10 +70,12 @@ def _attention(
     blockdiff_pass: Pass | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: q [b, H, T, D], k and v [b, H_kv, T, D] → [b, T, H, D]."""
-    # A few families drop keywords they do not know; activation checkpointing, which calls this
-    # again in the backward, has nothing but the keywords.
-    current = blockdiff_pass or CURRENT.get()
+    """transformers' attention interface: q [b, H, T, D], k and v [b, H_kv, T, D] → [b, T, H, D].
+
+    Without dropout of attention weights, whatever the model's configuration says.
+    """
+    # A few families drop keywords they do not know.
+    current = blockdiff_pass or _CURRENT.get()
     if current is None:
         raise InputError("this model attends by blocks: call the adapted model, not its parts")
     if attention_mask is not None or other.get("position_bias") is not None:

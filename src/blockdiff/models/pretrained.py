@@ -10,6 +10,7 @@ The objective and the sampler are floors above: both are found in the registry, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -29,6 +30,11 @@ from blockdiff.models.denoiser import Context, DenoiserOutput
 from blockdiff.noising import stratified_noise
 from blockdiff.registry import GENERATION, OBJECTIVES
 
+RECORD = "block_diffusion"  # where config.json of an adapted folder keeps our conventions
+SAME = (
+    "this model was adapted to predict masked tokens (prediction same): as the causal model that "
+    "its folder opens as here it predicts badly; blockdiff.load_model opens it as what it is"
+)
 # The label of a token that does not count, as in all of transformers.
 NOT_COUNTED = -100
 # What transformers, peft and collators pass along, whatever its value, and no denoiser reads.
@@ -253,6 +259,22 @@ def register(config_class: type, model_class: type[DenoiserModel]) -> None:
 
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
         auto.register(config_class, model_class, exist_ok=True)
+    warn_of_same(AutoModelForCausalLM)
+
+
+def warn_of_same(auto: Any) -> None:
+    """Lets transformers' Auto class say when it opens an adapted folder that is no AR model."""
+    own = auto.from_pretrained.__func__
+
+    def from_pretrained(cls: Any, *given: Any, **options: Any) -> Any:
+        model = own(cls, *given, **options)
+        opened = model[0] if isinstance(model, tuple) else model
+        record = getattr(opened.config, RECORD, None)
+        if isinstance(record, dict) and record.get("prediction") == "same":
+            warnings.warn(SAME, stacklevel=2)
+        return model
+
+    auto.from_pretrained = classmethod(from_pretrained)
 
 
 def _require_unread(given: Mapping[str, Any]) -> None:

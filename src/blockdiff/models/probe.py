@@ -1,6 +1,7 @@
 """Whether a causal language model can be adapted, found out by what it does.
 
-    its attention is called once in every layer, without a mask or a bias of its own
+    its attention is called once in every layer, without a mask or a bias of its own, and is told
+    the sliding window that the configuration gives the layer
     at L' = 1 it gives the logits that the model itself gives
     a token of a later block changes nothing, and one of the same block does
     tokens after a cached prefix give what they give in one pass
@@ -30,15 +31,17 @@ BLOCK, BLOCKS = 4, 3
 
 @dataclass
 class _Recorder(Streams):
-    """Attends like `Streams`, and keeps which layers were called, and the shapes they have."""
+    """Attends like `Streams`, and keeps which layers were called, their shapes and windows."""
 
     calls: list[int] = field(default_factory=list)
     shapes: dict[int, LayerShape] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sliding: int | None, **score: Any
     ) -> Tensor:
         self.calls.append(layer)
+        self.windows[layer] = sliding
         self.shapes[layer] = LayerShape(k.shape[1], k.shape[-1], v.shape[-1])
         return super().__call__(layer, q, k, v, sliding, **score)
 
@@ -80,6 +83,8 @@ def _probe(model: Adapted) -> None:
     lm.set_attn_implementation("eager")
     try:
         own = lm(input_ids=tokens, use_cache=False).logits
+    except Exception as error:  # whatever a model's own code says
+        raise Unsuitable(f"it does not run on token ids alone: {first_line(error)}") from None
     finally:
         lm.set_attn_implementation(INTERFACE)
     recorder = _Recorder(single, len(tokens), "auto")
@@ -87,7 +92,7 @@ def _probe(model: Adapted) -> None:
         hidden = model._run(tokens, None, recorder)
     except Unsuitable:
         raise
-    except Exception as error:  # whatever a model's own code says
+    except Exception as error:
         raise Unsuitable(
             f"its layers do not run with another attention: {first_line(error)}"
         ) from None
@@ -97,6 +102,7 @@ def _probe(model: Adapted) -> None:
             f"attention is called {len(recorder.calls)} times in its {layers} layers, where each "
             "must call it once: some mix tokens in another way"
         )
+    _check_windows(lm.config.get_text_config(), recorder.windows, config.length)
     model.shapes = [recorder.shapes[layer] for layer in range(layers)]
     causal = model._read_out(hidden, None).logits
     assert causal is not None
@@ -118,6 +124,27 @@ def _probe(model: Adapted) -> None:
         raise Unsuitable("a token does not see the later ones of its block")
     if not _close(_after_cache(model, tokens), base[:, 2 * BLOCK :], model.dtype):
         raise Unsuitable("a block after cached ones is not what it is in one pass")
+
+
+def _check_windows(base: Any, found: dict[int, int | None], length: int) -> None:
+    """Raises `Unsuitable` where attention is not told the window that the configuration has.
+
+    The text of the probe is shorter than nearly all windows: its logits would not tell.
+    """
+    window = getattr(base, "sliding_window", None)
+    if getattr(base, "use_sliding_window", None) is False:
+        window = None
+    kinds = getattr(base, "layer_types", None)
+    for layer, told in found.items():
+        kind = kinds[layer] if kinds else None
+        if kind not in (None, "full_attention", "sliding_attention"):
+            raise Unsuitable(f"layer {layer} is of the kind {kind!r}, which is more than attention")
+        wanted = None if kind == "full_attention" else window
+        if min(told or length, length) != min(wanted or length, length):
+            raise Unsuitable(
+                f"layer {layer} has a sliding window of {wanted} tokens, and its attention is told "
+                f"{told}"
+            )
 
 
 def _after_cache(model: Adapted, tokens: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ Clean = Literal["block", "causal"]
 Format = Literal["text", "chat", "prompt"]
 Detokenizer = Literal["none", "wikitext", "ptb", "lm1b", "lambada", "scientific"]
 
+BLOCK_SIZE = 4  # where neither the options nor the model to start from say
 WHOLE = (0.0, 1.0)  # the clip that cuts nothing off
 REPORTERS = ("tensorboard", "wandb", "none")
 
@@ -99,7 +100,8 @@ class TrainConfig:
             end-of-text token, as the paper does for LM1B.
         objective: What is trained; mdlm and sedd have one block of the whole length.
         length: Length L of the context, in tokens.
-        block_size: Block size L' of bd3lm; or several, for example 1,4,8: each step trains one of
+        block_size: Block size L' of bd3lm, by default 4, or what an adapted model to start from is
+            for; or several, for example 1,4,8: each step trains one of
             them, drawn from seed and step. The largest is the model's own, for validation and
             sampling; the others may be chosen there.
         block_weights: Shares of the steps that each block size gets, one each, for example
@@ -186,7 +188,7 @@ class TrainConfig:
     window_marks: bool = False
     objective: ObjectiveName = "bd3lm"
     length: int = 128
-    block_size: int | str = 4
+    block_size: int | str | None = None
     block_weights: str | None = None
     grow: bool = False
     clean: Clean = "block"
@@ -245,9 +247,10 @@ class TrainConfig:
             extra = [f"{name}={as_typed(value)}" for name, value in extra.items()] or None
         extra = [extra] if isinstance(extra, str) else extra
         object.__setattr__(self, "trainer_args", extra)
-        sizes = checks.whole_numbers("block_size", self.block_size)
-        own = sizes[0] if len(sizes) == 1 else ",".join(map(str, sizes))
-        object.__setattr__(self, "block_size", own)
+        if self.block_size is not None:
+            sizes = checks.whole_numbers("block_size", self.block_size)
+            own = sizes[0] if len(sizes) == 1 else ",".join(map(str, sizes))
+            object.__setattr__(self, "block_size", own)
         checks.options(self, WHOLE_NUMBERS, REAL_NUMBERS, smallest=checks.SMALLEST)
         self.mixture()
         for reporter in self.report_to.split(","):
@@ -316,7 +319,8 @@ class TrainConfig:
 
     def _stages(self) -> list[tuple[int, float]]:
         """(block size, its share of the steps), ascending."""
-        sizes = checks.whole_numbers("block_size", self.block_size)
+        own = BLOCK_SIZE if self.block_size is None else self.block_size
+        sizes = checks.whole_numbers("block_size", own)
         if self.grow:
             smallest, largest = (min(sizes) if len(sizes) > 1 else 1), max(sizes)
             sizes = tuple(smallest << i for i in range((largest // smallest).bit_length()))

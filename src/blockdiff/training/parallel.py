@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from blockdiff.models.passes import recomputed
+
 # transformers' arguments: every weight gets a gradient in every step
 ARGUMENTS: dict[str, Any] = {"ddp_find_unused_parameters": False}
 
@@ -37,7 +39,9 @@ def recompute_activations(model: nn.Module) -> None:
         if hasattr(module, "gradient_checkpointing"):
             layer: Any = module
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = partial(
+                checkpoint, use_reentrant=False, context_fn=recomputed
+            )
 
 
 def allow_tf32(bf16: bool, device: torch.device) -> None:

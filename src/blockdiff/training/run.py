@@ -40,7 +40,7 @@ from blockdiff.training.checkpoints import (
     newest_checkpoint,
     remove_unfinished,
 )
-from blockdiff.training.config import Precision, TrainConfig
+from blockdiff.training.config import BLOCK_SIZE, Precision, TrainConfig
 from blockdiff.training.data import check_data, prepare_data
 from blockdiff.training.parallel import gathered, recompute_activations
 from blockdiff.training.record import begin
@@ -180,6 +180,9 @@ def _train(
     # The checkpoints of a LoRA run hold what is trained, and go on top of where it began.
     begun = checkpoint if config.lora is None else None
     start, average, updates = _start(config.init_from, begun)
+    if config.block_size is None:
+        known = start.config.block_sizes if isinstance(start, Adapted) else (BLOCK_SIZE,)
+        config = replace(config, block_size=",".join(map(str, known)))
     with processes.main_process_first():  # the others find the corpus packed
         place = processes.process_index, processes.num_processes
         data = prepare_data(config, place, start.config.prompt_grid if start else "absolute")
@@ -282,8 +285,8 @@ def _start(source: str | None, checkpoint: Path | None) -> tuple[Any, Any, int]:
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: Any) -> Any:
     """The network to train, new or continued, as the configuration would have it."""
     if isinstance(start, Adapted):
-        check_tokenizer(start, tokenizer)
         model: Any = rewrapped(start, config)
+        check_tokenizer(start, tokenizer)
     elif config.lora is not None:
         raise InputError("`lora` is for adapted models: name one as `init_from`")
     else:
@@ -303,14 +306,26 @@ def rewrapped(start: Adapted, config: TrainConfig) -> Adapted:
             f"{config.init_from} is a plain causal model; make it a block diffusion model first: "
             f"blockdiff adapt {config.init_from} OUT"
         )
-    if config.compile:
-        raise InputError("`compile` is for the package's own networks; leave it out")
+    objective = OBJECTIVES.find(config.objective)
+    own = [name for name in ("compile", "time_conditioning") if getattr(config, name)]
+    if own or objective.network or not objective.noised:
+        option = own[0] if own else f"objective {objective.name}"
+        raise InputError(f"`{option}` is for the package's own networks; leave it out")
     if config.length > start.config.length:
         raise InputError(
             f"`length` is {config.length}, but the model's context is {start.config.length} tokens"
         )
-    start.config.block_size = config.effective_block_size
-    start.config.block_sizes = config.trained_sizes
+    # What a text does not reach, such as a part that sees images, would wait for gradients in DDP.
+    text = nn.ModuleList([start.lm.get_decoder(), start.get_output_embeddings()])
+    reached = {id(parameter) for parameter in text.parameters()}
+    for parameter in start.parameters():
+        parameter.requires_grad_(id(parameter) in reached)
+    if objective.blocks == "whole":
+        start.config.length = config.length
+    start.config.use_blocks(config.trained_sizes)
+    start.config.objective = objective.name
+    clip = config.clip_range()
+    start.config.clip = None if clip is None else list(clip)
     if config.lora is not None:
         source = Path(str(config.init_from)).expanduser()
         base = str(source.resolve()) if source.is_dir() else str(source)
