@@ -96,7 +96,7 @@ def test_readme_runs(
     monkeypatch.setenv("BLOCKDIFF_CACHE", str(tmp_path / "cache"))
     tokenizer = train_tokenizer(["What a causal language model reads."], 270)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    lm = LlamaForCausalLM(LlamaConfig(len(tokenizer), num_hidden_layers=1, **sizes))
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes))
     lm.save_pretrained("causal")
     tokenizer.save_pretrained("causal")
     for words in commands():
