@@ -124,6 +124,16 @@ def plain_loss(model: Any, x_0: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(shifted.float(), targets)
 
 
+def low_rank(base: Path, given: argparse.Namespace) -> None:
+    """LoRA for as many steps as take the time that full training took."""
+    options: dict[str, Any] = {"lr": 1e-3, "lora": 16}
+    trial = given.work / "lora-trial"
+    lora = kept("lora trial", lambda: trained(base, trial, given.text, 6, **options))
+    full = json.loads(RESULTS.read_text(encoding="utf-8"))["full shift-causal"]
+    steps = round(full["seconds"] / lora["seconds"] * 6)
+    kept("lora", lambda: trained(base, given.work / "lora", given.text, steps, **options))
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("model", type=Path)
@@ -138,24 +148,22 @@ def main() -> None:
         bases[prediction, clean] = base = given.work / f"{prediction}-{clean}"
         if not (base / "config.json").is_file():
             adapt_folder(given.model, base, block_size=TRAINED, prediction=prediction, clean=clean)
+    best, first = bases[CONVENTIONS[0]], given.work / "full-shift-causal"
     if "speed" not in given.only:
         kept("ar", lambda: bounds(given.model, given.text))
         for name, base in bases.items():
             kept(f"before {'-'.join(name)}", lambda base=base: bounds(base, given.text))
-        for name, base in bases.items():
-            out = given.work / f"full-{'-'.join(name)}"
-            full = kept(
-                f"full {'-'.join(name)}",
+        # The defaults and the way furthest from them first, then LoRA, which is compared with them.
+        for name in (CONVENTIONS[0], CONVENTIONS[3], "lora", CONVENTIONS[1], CONVENTIONS[2]):
+            if name == "lora":
+                low_rank(best, given)
+                continue
+            base, word = bases[name], "-".join(name)
+            out = given.work / f"full-{word}"
+            kept(
+                f"full {word}",
                 lambda base=base, out=out: trained(base, out, given.text, given.steps, lr=2e-4),
             )
-        best, first = bases["shift", "causal"], given.work / "full-shift-causal"
-        # As many steps as full training takes the time of.
-        lora = kept("lora trial", lambda: trained(
-            best, given.work / "lora-trial", given.text, 6, lr=1e-3, lora=16))  # fmt: skip
-        full = json.loads(RESULTS.read_text(encoding="utf-8"))["full shift-causal"]
-        steps = round(full["seconds"] / lora["seconds"] * 6)
-        out = given.work / "lora"
-        kept("lora", lambda: trained(best, out, given.text, steps, lr=1e-3, lora=16))
         kept("samples", lambda: sample(first))
     if "speed" in given.only:
         for way in ("plain", "ours"):

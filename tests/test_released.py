@@ -601,6 +601,22 @@ def test_llada_of_another_kind_is_refused_by_its_field(field, tmp_path):
     bad(write(folder, config, None), f"{next(iter(field))} .* is not supported")
 
 
+def test_a_plain_folder_whose_weights_do_not_fit(tmp_path, capfd):
+    """transformers makes up what is missing, and reports it; here it is one line."""
+    lm, name = random_lm("qwen2"), "model.layers.1.mlp.up_proj.weight"
+    lm.save_pretrained(tmp_path / "model")
+    weights, config = dict(lm.state_dict()), lm.config.to_dict()
+    capfd.readouterr()
+    for change, match in (
+        ({name: None}, "is missing"),
+        ({name: weights[name][:10]}, r"has shape \[10, 32\]"),
+        ({name: weights[name] * torch.nan}, "not finite"),
+    ):
+        changed = {k: v for k, v in (weights | change).items() if v is not None}
+        bad(write(tmp_path / "model", config, changed), match)
+    assert capfd.readouterr().err == ""
+
+
 def test_shards_that_are_missing_and_experts_that_are(tmp_path):
     _, folder = make_variant(tmp_path / "model", "llada2")
     weights = tensors.find_tensors(folder)

@@ -136,8 +136,9 @@ class _Face:
     def _turn(self, message: str) -> None:
         reply = self.talk.ask(message)
         if reply.dropped:
-            what = "turn no longer fits" if reply.dropped == 1 else "turns no longer fit"
-            self.note(f"the oldest {reply.dropped} {what} the context: left out from now on")
+            one = reply.dropped == 1
+            oldest = "turn no longer fits" if one else f"{reply.dropped} turns no longer fit"
+            self.note(f"the oldest {oldest} the context: left out from now on")
         try:
             if self.typed:
                 self._show(reply)

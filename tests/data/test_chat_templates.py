@@ -59,6 +59,7 @@ def test_the_plain_template_begins_as_any_text_does(tokenizer):
          "<|endoftext|>", ""),
         (LOOP + "<|im_start|>{{ m['role'] }} {{ m['content'] }}{% endfor %}", "<|im_start|>", ""),
         (LOOP + "{{ m['content'] }}\n\n{% endfor %}", None, "\n\n"),
+        (CHATML.replace("|im_", "|"), None, "<|end|>"),  # no token of this tokenizer
         ("{{ messages[-1]['content'] }}", None, ""),
     ],
 )  # fmt: skip

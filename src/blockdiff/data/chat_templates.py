@@ -168,16 +168,17 @@ class ChatTemplate(Encoder):
     def turn_end(self) -> TurnEnd:
         """What the template puts between an answer and the message that follows it.
 
-        Its first special token; of a template that writes none, the words. Raises `InputError` for
-        a template that refuses a second message.
+        Its first special token; of a template that writes none, the words that end the answer or
+        else begin the next message. Raises `InputError` for a template that refuses a second one.
         """
         said = (("user", _HELLO), ("assistant", _ANSWER), ("user", _REPLY))
-        text = self.render([{"role": role, "content": content} for role, content in said])
-        between = text.partition(_ANSWER)[2].partition(_REPLY)[0]
+        messages = [{"role": role, "content": content} for role, content in said]
+        between = self.render(messages).partition(_ANSWER)[2].partition(_REPLY)[0]
         special = [token for token in self.encode(between) if token in self.special_ids]
         if special:
             return TurnEnd(frozenset(special[:1]), "")
-        return TurnEnd(frozenset(), between.rstrip(" "))
+        own = self.render(messages[:2]).partition(_ANSWER)[2].strip()
+        return TurnEnd(frozenset(), own or between.rstrip(" "))
 
 
 def read_template(path: str) -> str:

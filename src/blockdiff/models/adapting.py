@@ -193,12 +193,7 @@ def open_adapted(
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{folder}: {name} holds numbers that are not finite")
     lm.config.__dict__.pop(RECORD, None)
-    try:
-        return with_record(lm, raw.get(RECORD))
-    except Unsuitable:
-        raise
-    except (InputError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder}/config.json: {RECORD}: {first_line(error)}") from None
+    return with_record(lm, raw.get(RECORD), folder / f"config.json: {RECORD}")
 
 
 @contextmanager
@@ -217,16 +212,18 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def with_record(lm: PreTrainedModel, record: Mapping[str, Any] | None) -> Adapted:
-    """A model of transformers under a folder's record, or without one as AR.
-
-    Raises `InputError` for a record with fields that nobody knows.
-    """
+def with_record(lm: PreTrainedModel, record: Mapping[str, Any] | None, where: Path) -> Adapted:
+    """A model of transformers under a record, or without one as AR; `where` the record stands."""
     if record is None:
         return as_autoregressive(lm)
-    if unknown := sorted(record.keys() - set(RECORDED)):
-        raise InputError(f"nobody knows {unknown[0]!r}")
-    return wrap(lm, **record)
+    try:
+        if unknown := sorted(record.keys() - set(RECORDED)):
+            raise InputError(f"nobody knows {unknown[0]!r}")
+        return wrap(lm, **record)
+    except Unsuitable:
+        raise
+    except (InputError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: {first_line(error)}") from None
 
 
 def is_causal_lm(raw: Mapping[str, Any]) -> bool:

@@ -161,10 +161,9 @@ def _without_memory(config: PreTrainedConfig, tensors: int) -> PreTrainedModel:
     """The network of a configuration, without the memory of its weights."""
     # Each layer has more tensors than one: a configuration of more layers than there are tensors
     # is refused before as many objects are made.
-    if config.num_hidden_layers > tensors:
-        raise InputError(
-            f"num_hidden_layers is {config.num_hidden_layers} but there are {tensors} weights"
-        )
+    layers = config.get_text_config().num_hidden_layers
+    if layers > tensors:
+        raise InputError(f"num_hidden_layers is {layers} but there are {tensors} weights")
     if isinstance(config, DiTConfig):
         with torch.device("meta"):
             return DiT(config)
@@ -214,7 +213,8 @@ def _open_lm(
     fill(lm, pieces, found.files, dtype, folder, lambda name: _place_of(name, places))
     lm.tie_weights()
     lm = lm.to(devices[0]) if len(devices) == 1 else dispatch_model(lm, places)
-    return _described(lambda it: with_record(lm, it), recipe.conventions, f"{folder}")
+    name = f"config.json: {RECORD}" if RECORD in found.raw else "config.json"
+    return with_record(lm, recipe.conventions, folder / name)
 
 
 def _untied(
