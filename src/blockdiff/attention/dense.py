@@ -67,7 +67,7 @@ def needs_no_mask(layout: BlockLayout, kind: str) -> bool:
     """Whether a stream's attention is full (MDLM) or causal (AR, a causal clean stream)."""
     if kind not in ("alone", "clean") or layout.documents is not None:
         return False
-    near = (layout.window or layout.length) >= layout.length
+    near = layout.window is None or layout.window >= layout.length
     near &= (layout.sliding or layout.length) >= layout.length
     return near and (is_causal(layout, kind) or layout.blocks == 1)
 

@@ -64,6 +64,12 @@ class Encoder:
         text = text.replace(SEAM, "")
         return self._special.sub(lambda found: found[0][:1] + SEAM + found[0][1:], text)
 
+    @property
+    def beginning(self) -> list[int]:
+        """What a document begins with before its text, as a prompt that is sampled from does."""
+        first = bos_id(self.tokenizer)
+        return [] if first is None else [first]
+
     def encode(self, text: str, first: bool = False) -> Iterator[int]:
         """The ids of the beginning of a document, or of what follows it, encoded apart from it.
 
@@ -122,6 +128,11 @@ class ChatTemplate(Encoder):
                 "the chat template leaves out what a user says; name another one as `chat_template`"
             )
 
+    @property
+    def beginning(self) -> list[int]:
+        """Nothing where a template writes a beginning of its own."""
+        return super().beginning if self.template == PLAIN else []
+
     def render(self, messages: Sequence[Message], answer: bool = False) -> str:
         """The text of messages; with `answer`, up to where the model's answer begins.
 
@@ -142,9 +153,7 @@ class ChatTemplate(Encoder):
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of messages up to where the model's answer begins."""
-        first = bos_id(self.tokenizer) if self.template == PLAIN else None
-        text = self.render(messages, answer=True)
-        return [*([] if first is None else [first]), *self.encode(text, first=True)]
+        return [*self.beginning, *self.encode(self.render(messages, answer=True), first=True)]
 
     def fit(self, messages: Sequence[Message], room: int) -> tuple[list[Message], list[int]]:
         """Messages without the oldest turns, and their `prompt`, which takes at most `room` tokens.

@@ -87,7 +87,7 @@ class Conversations:
         """A conversation's documents, in the order of its responses."""
         found: list[Document] = []
         for prompt, response in self._turns(text):
-            before = [*self.encoder.encode(prompt, first=True)]
+            before = [*self.encoder.beginning, *self.encoder.encode(prompt, first=True)]
             answer = [*self.encoder.encode(response)]
             size = len(response.replace(SEAM, "").encode())
             if not answer or answer[-1] not in self.ends:

@@ -258,7 +258,9 @@ def measure_sequences(
     return {
         "model": model,
         "kind": network.config.kind,
-        "block_size": min(block_size or network.config.block_size, packed.length),
+        "block_size": min(
+            network.config.block_size if block_size is None else block_size, packed.length
+        ),
         "length": packed.length,
         "data": data,
         **result.record(),

@@ -44,7 +44,8 @@ class Found:
     def block(self, stored: str | None, default: int) -> int:
         """The block size trained for: stored in a field of config.json, said, or the usual."""
         known = None if stored is None else self.raw.get(stored)
-        return int(known or self.block_size or default)
+        found = (size for size in (known, self.block_size) if size is not None)
+        return int(next(found, default))
 
     @property
     def vocab_size(self) -> int:
