@@ -69,7 +69,7 @@ def adapt(
     return wrap(
         lm,
         block_size=max(sizes), block_sizes=sizes, mask_token_id=mask_token_id,
-        prediction=prediction, clean_stream=clean, length=length or known,
+        prediction=prediction, clean_stream=clean, length=known if length is None else length,
     )  # fmt: skip
 
 
@@ -100,12 +100,14 @@ def as_autoregressive(lm: PreTrainedModel) -> Adapted:
 
 def context_of(base: Any) -> int:
     """How many positions a base model knows."""
-    length = getattr(base, "max_position_embeddings", None) or DEFAULT_LENGTH
+    length = getattr(base, "max_position_embeddings", None)
+    length = DEFAULT_LENGTH if length is None else length
     rope = getattr(base, "rope_parameters", None) or {}
     for scaling in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
         if isinstance(scaling, dict) and scaling.get("rope_type") in ("dynamic", "longrope"):
             # These turn by other angles once text is longer than this: what is cached would change.
-            length = min(length, scaling.get("original_max_position_embeddings") or length)
+            before = scaling.get("original_max_position_embeddings")
+            length = length if before is None else min(length, before)
     return int(length)
 
 
