@@ -18,6 +18,11 @@ from blockdiff.models.tensors import Files, Piece
 Place = Callable[[str], list[tuple[str, Piece]]]
 
 
+def first(*values: Any) -> Any:
+    """The first that is not None; None where all are."""
+    return next((value for value in values if value is not None), None)
+
+
 @dataclass(frozen=True)
 class Found:
     """A released folder, and what the caller says of it."""
@@ -44,12 +49,11 @@ class Found:
     def block(self, stored: str | None, default: int) -> int:
         """The block size trained for: stored in a field of config.json, said, or the usual."""
         known = None if stored is None else self.raw.get(stored)
-        found = (size for size in (known, self.block_size) if size is not None)
-        return int(next(found, default))
+        return int(first(known, self.block_size, default))
 
     @property
     def vocab_size(self) -> int:
-        return int(self.raw.get("embedding_size") or self.raw["vocab_size"])
+        return int(first(self.raw.get("embedding_size"), self.raw.get("vocab_size")))
 
 
 @dataclass(frozen=True)

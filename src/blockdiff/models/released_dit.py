@@ -9,7 +9,7 @@ from torch import Tensor
 
 from blockdiff.errors import InputError
 from blockdiff.models.config import DiTConfig
-from blockdiff.models.recipe import CLIP, Found, Recipe, renamed
+from blockdiff.models.recipe import CLIP, Found, Recipe, first, renamed
 from blockdiff.models.tensors import Reader
 
 # The released name → ours; the rest of each name is kept.
@@ -100,10 +100,10 @@ def set_diffusion(found: Found) -> Recipe:
         raise InputError(f"{what} of the Set Diffusion group is known, but not supported")
     if net.get("adaln"):
         raise InputError("a backbone with adaLN of the Set Diffusion group is not supported")
-    length = raw.get("length") or net["length"]
-    block = raw.get("eval_block_size") or raw.get("block_size") or net.get("block_size")
+    length = first(raw.get("length"), net.get("length"))
+    block = first(raw.get("eval_block_size"), raw.get("block_size"), net.get("block_size"))
     config = DiTConfig(
-        vocab_size=net.get("vocab_size") or words["vocab_size"],
+        vocab_size=first(net.get("vocab_size"), words.get("vocab_size")),
         length=length,
         block_size=block if kind == "bd3lm" else length,
         hidden_size=net["hidden_size"],

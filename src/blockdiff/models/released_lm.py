@@ -9,7 +9,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from blockdiff.errors import InputError
-from blockdiff.models.recipe import Found, Place, Recipe, renamed, require
+from blockdiff.models.recipe import Found, Place, Recipe, first, renamed, require
 from blockdiff.models.tensors import Piece
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -97,7 +97,7 @@ def llada2(found: Found) -> Recipe:
     require(raw, use_bias=(False,), score_function=("sigmoid",), norm_topk_prob=(True,))
     heads = raw["num_attention_heads"]
     groups = raw.get("num_key_value_heads") or heads
-    width = raw.get("head_dim") or raw["hidden_size"] // heads
+    width = first(raw.get("head_dim"), raw["hidden_size"] // heads)
     config = _base(
         "glm4_moe",
         found,
@@ -159,7 +159,7 @@ def llada(found: Found) -> Recipe:
         "qwen2" if raw.get("include_qkv_bias") else "llama",
         found,
         hidden_size=width,
-        intermediate_size=raw.get("mlp_hidden_size") or raw.get("mlp_ratio", 4) * width,
+        intermediate_size=first(raw.get("mlp_hidden_size"), raw.get("mlp_ratio", 4) * width),
         num_hidden_layers=raw["n_layers"],
         num_attention_heads=heads,
         num_key_value_heads=raw.get("n_kv_heads") or groups,
