@@ -15,6 +15,8 @@ from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.models.adapting import adapt
 from blockdiff.models.loss import subs_nll_from_logits
 from blockdiff.models.passes import Unsuitable
+from blockdiff.models.weights import convert
+from blockdiff.sampling.generate import generate_tokens
 from blockdiff.training.parallel import recompute_activations
 from helpers import random_masks
 
@@ -243,3 +245,19 @@ def test_without_a_maximum_of_positions():
     lm = lm_of("llama")
     del lm.config.max_position_embeddings
     assert adapt(lm, mask_token_id=MASK, block_size=SIZE).config.length == 2048
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_stored_weights_write_as_plain_ones_do(family, precision):
+    """Packed bf16 and int8 are formats of the linear maps; whatever else reads one, reads it."""
+    model, plain = adapted(family), adapted(family)
+    convert(model, precision, model.device, few_tokens=True)
+    plain.to(torch.bfloat16)
+    x_0, x_t = pair(2, 8)
+    with torch.no_grad():
+        own, expected = (one(x_t, x_0=x_0).logits.float() for one in (model, plain))
+    spread = expected.std()
+    assert (own - expected).abs().mean() < 0.05 * spread, "bf16 and 8 bits are near one another"
+    options = blockdiff.SamplingOptions(max_new_tokens=6, stop="none")
+    assert len(generate_tokens(model, [[1, 2, 3]], options).tokens[0]) == 6

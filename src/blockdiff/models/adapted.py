@@ -276,7 +276,8 @@ class Adapted(DenoiserModel):
         scale = getattr(base, "logit_scale", None) or 1.0
         scale /= getattr(base, "logits_scaling", None) or 1.0
         softcap = getattr(base, "final_logit_softcapping", None)
-        h = (h if scale == 1 else h * scale).to(head.weight.device)
+        stored = getattr(head, "stored", head.weight)  # see `weights.Linear`
+        h = (h if scale == 1 else h * scale).to(stored.device)
         if targets is not None:
             weight = head.dense() if isinstance(head, Linear) else head.weight
             mask = self.config.mask_token_id
