@@ -256,3 +256,9 @@ def test_text_cannot_end_the_script(tmp_path: Path):
     assert embedded(page)["tokens"] == ["the", text]
     assert page.count("<script") == page.count("</script") == 2
     assert "<!-- <script" not in page
+
+
+def test_blocks_begin_where_the_model_begins_them(tokenizer):
+    """At the prompt's end the first block is short of `offset` positions."""
+    for grid, length, offset in (("absolute", 5, 0), ("prompt_end", 5, 3), ("prompt_end", 8, 0)):
+        assert Recorder(tokenizer, length, BLOCK, prompt_grid=grid).offset == offset

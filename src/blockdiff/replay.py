@@ -45,10 +45,11 @@ class Recording:
         special: Positions of special tokens, such as end-of-text.
         prompt_length: Positions the prompt takes.
         length: Positions of the finished row, prompt and end-of-text included.
-        block_size: L', in positions; blocks start at its multiples.
+        block_size: L', in positions; blocks start at its multiples, each minus `offset`.
         events: What was fixed when, in order.
         nfe: Network evaluations in all; those without an event read the prompt or cached a block.
         seconds: Wall time of the steps until the row was finished, other rows' share included.
+        offset: Positions the first block is short of, where blocks begin at the prompt's end.
     """
 
     tokens: list[str]
@@ -59,6 +60,7 @@ class Recording:
     events: list[Event]
     nfe: int
     seconds: float
+    offset: int = 0
 
     @property
     def text(self) -> str:
@@ -98,7 +100,7 @@ class Recorder:
     """Records one row of a stream of steps while others go on using the steps.
 
     `prompt_length`: positions of that row's prompt; `block_size`: the L' it is sampled with; `row`:
-    its index in the steps' tensors.
+    its index in the steps' tensors; `prompt_grid`: the model's convention.
     """
 
     def __init__(
@@ -107,9 +109,11 @@ class Recorder:
         prompt_length: int,
         block_size: int,
         row: int = 0,
+        prompt_grid: str = "absolute",
     ) -> None:
         self.tokenizer, self.row = tokenizer, row
         self.prompt_length, self.block_size = prompt_length, block_size
+        self.offset = -prompt_length % block_size if prompt_grid == "prompt_end" else 0
         self._events: list[Event] = []
         self._last: Step | None = None
         self._seconds = 0.0
@@ -151,6 +155,7 @@ class Recorder:
             prompt_length=self.prompt_length,
             length=length,
             block_size=self.block_size,
+            offset=self.offset,
             events=list(self._events),
             nfe=int(self._last.nfe[self.row]),
             seconds=self._seconds,

@@ -51,7 +51,7 @@ def write_texts(
         model.compile_layers()
     ids = encode_prompts(model, prompts, tokenizer, wish.samples)
     block_size = model.config.choose_block_size(options.block_size)
-    recorder = Recorder(tokenizer, len(ids[0]), block_size)
+    recorder = Recorder(tokenizer, len(ids[0]), block_size, prompt_grid=model.config.prompt_grid)
     given = [prompt for prompt in prompts for _ in range(wish.samples)]
 
     made: Iterable[Step] = stream_tokens(model, ids, options)
