@@ -205,6 +205,7 @@ def spoilt(folder, **fields):
         ({"block_sizes": "many"}, "block_diffusion"),
         ({"mask_token_id": 99}, "mask token id 99 is outside the vocabulary"),
         ({"prediction": "next"}, "prediction 'next' is unknown"),
+        ({"prompt_grid": "prompt_end"}, "absolute grid"),
         ({"inside_block": "both"}, "inside_block 'both' is unknown"),
         ({"colour": 1}, "nobody knows 'colour'"),
     ],

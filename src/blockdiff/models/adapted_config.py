@@ -53,6 +53,10 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         clip: tuple[float, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        if not causal and (prediction, prompt_grid) == ("shift", "prompt_end"):
+            raise InputError(
+                "prediction shift reads whole blocks before one: give it an absolute grid"
+            )
         one_of("prediction", prediction, get_args(Prediction))
         one_of("clean", clean_stream, get_args(Clean))
         one_of("inside_block", inside_block, get_args(Inside))
