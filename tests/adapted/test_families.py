@@ -15,6 +15,7 @@ from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.models.adapting import adapt
 from blockdiff.models.loss import subs_nll_from_logits
 from blockdiff.models.passes import Unsuitable
+from blockdiff.models.probe import _close
 from blockdiff.models.weights import convert
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.training.parallel import recompute_activations
@@ -261,3 +262,22 @@ def test_stored_weights_write_as_plain_ones_do(family, precision):
     assert (own - expected).abs().mean() < 0.05 * spread, "bf16 and 8 bits are near one another"
     options = blockdiff.SamplingOptions(max_new_tokens=6, stop="none")
     assert len(generate_tokens(model, [[1, 2, 3]], options).tokens[0]) == 6
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_positions_keep_their_precision(precision):
+    """Rotary frequencies are buffers: in bf16 a far position would be another."""
+    model = adapted("llama")
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert any("inv_freq" in name for name in before)
+    convert(model, precision, model.device)
+    now = dict(model.named_buffers())
+    assert all(torch.equal(now[name], buffer) for name, buffer in before.items())
+
+
+def test_the_probe_knows_rounding_from_a_wrong_mask():
+    """In bf16 by norms: rounding at each step moves them by some hundredths."""
+    exact = torch.randn(2, 12, 50, generator=torch.Generator().manual_seed(0))
+    rounded = exact + 0.05 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(1))
+    assert _close(rounded, exact, torch.bfloat16) and not _close(rounded, exact, torch.float32)
+    assert not _close(exact.roll(1, dims=1), exact, torch.bfloat16)

@@ -66,8 +66,8 @@ def add_lora(
 def _inject(model: Adapted, config: Any) -> None:
     device, dtype = model.device, model.dtype
     _peft().inject_adapter_in_model(config, model.lm)
-    lm: nn.Module = model.lm
-    lm.to(device=device, dtype=dtype)
+    for parameter in model.lm.parameters():
+        parameter.data = parameter.data.to(device=device, dtype=dtype)
     model.adapter = Adapter(config)
     table: Any = model.get_input_embeddings()
     table.mask_token_id = model.config.mask_token_id

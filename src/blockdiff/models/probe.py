@@ -120,7 +120,7 @@ def _probe(model: Adapted) -> None:
     inside[:, 2 * BLOCK - 1] = _other(tokens[:, 2 * BLOCK - 1], config.vocab_size)
     if not _close(states(later)[:, : 2 * BLOCK], base[:, : 2 * BLOCK], model.dtype):
         raise Unsuitable("a token changes what comes before its block")
-    if _close(states(inside)[:, BLOCK], base[:, BLOCK], model.dtype):
+    if torch.equal(states(inside)[:, BLOCK], base[:, BLOCK]):
         raise Unsuitable("a token does not see the later ones of its block")
     if not _close(_after_cache(model, tokens), base[:, 2 * BLOCK :], model.dtype):
         raise Unsuitable("a block after cached ones is not what it is in one pass")
@@ -167,6 +167,12 @@ def _other(token: Tensor, vocab_size: int) -> Tensor:
 
 
 def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Equal but for rounding, relative to the largest."""
-    bound = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((a - b).abs().max() <= bound * b.abs().max().clamp(min=1e-3))
+    """Equal but for rounding, relative to the largest.
+
+    In bf16 some numbers of a deep network are off by a tenth of the largest, whichever way
+    attention is computed: there it is the norms that are compared, which a wrong mask moves by half.
+    """
+    a, b = a.float(), b.float()
+    if dtype in (torch.float32, torch.float64):
+        return bool((a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1e-3))
+    return bool((a - b).norm() <= 0.2 * b.norm())
