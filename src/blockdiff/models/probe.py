@@ -170,7 +170,7 @@ def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     """Equal but for rounding, relative to the largest.
 
     In bf16 some numbers of a deep network are off by a tenth of the largest, whichever way
-    attention is computed: there it is the norms that are compared, which a wrong mask moves by half.
+    attention is computed: norms are compared there, which a wrong mask moves by half.
     """
     a, b = a.float(), b.float()
     if dtype in (torch.float32, torch.float64):
