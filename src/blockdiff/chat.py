@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -26,6 +27,8 @@ from blockdiff.models.weights import convert, resolve_precision
 from blockdiff.outputs import to_json
 from blockdiff.printing import plain_console, printable
 from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.step import Step
+from blockdiff.training.signals import Signals
 from blockdiff.watch import watch
 from blockdiff.writing import decoded
 
@@ -141,7 +144,8 @@ class _Face:
             self.note(f"the oldest {oldest} the context: left out from now on")
         try:
             if self.typed:
-                self._show(reply)
+                with Signals() as signals:
+                    self._show(reply, _until(signals, iter(reply)))
             else:
                 for _ in reply:
                     pass
@@ -151,18 +155,18 @@ class _Face:
             self._print(reply.text(whole=True))
         self._finish(self.talk.keep(reply))
 
-    def _show(self, reply: Reply) -> None:
+    def _show(self, reply: Reply, steps: Iterator[Step]) -> None:
         """The text as it is written, or the block that is being denoised and then the text."""
         self.printed = ""
         if self.denoising and not self.out.is_dumb_terminal:
             config, options = self.talk.model.config, self.talk.options
             watch(
-                reply.steps, self.talk.tokenizer, [len(reply.prompt)], config.mask_token_id,
+                steps, self.talk.tokenizer, [len(reply.prompt)], config.mask_token_id,
                 config.choose_block_size(options.block_size), delay=self.delay, reply=True,
                 prompt_grid=config.prompt_grid,
             )  # fmt: skip
         else:
-            for _ in reply:
+            for _ in steps:
                 self._print(reply.text())
         self._print(reply.text(whole=True))
 
@@ -186,6 +190,19 @@ class _Face:
                 f"{answer.tokens} tokens · {answer.nfe} evaluations · {speed:.1f} tokens/s"
                 + ended[answer.finish]
             )
+
+
+def _until(signals: Signals, steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps up to a Ctrl-C, which is looked for between them.
+
+    Raised wherever it comes, Python drops it where it comes in a callback of a library.
+    """
+    for step in steps:
+        yield step
+        if signals.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if signals.received:
+            raise SystemExit(128 + signals.received)
 
 
 def _typed_lines(note: Callable[[str], None]) -> Iterator[str]:
