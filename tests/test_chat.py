@@ -370,8 +370,8 @@ class Person:
 def test_a_person_talks_with_it_in_a_terminal(tmp_path: Path) -> None:
     words = make_tokenizer()
     save_model(make_model(words, end=-90.0), tmp_path, words)
-    # Long enough for Ctrl-C to come before the end on a busy machine.
-    person = Person(tmp_path, "--max-new-tokens", 96, "--delay", 0.02, "--show-denoising")
+    # Slow enough for Ctrl-C to come before the end on a busy machine.
+    person = Person(tmp_path, "--max-new-tokens", 24, "--delay", 0.05, "--show-denoising")
     try:
         # The folder's name decides where the line is broken.
         first = re.sub(r"\x1b\[[\d;]*m", "", person.sees("> ")).split()
@@ -383,7 +383,7 @@ def test_a_person_talks_with_it_in_a_terminal(tmp_path: Path) -> None:
         person.types("Hello?\n")
         person.sees("░")
         person.sees("tokens per evaluation")
-        assert "96 tokens" in person.sees("not finished")
+        assert "24 tokens" in person.sees("not finished")
         person.sees("> ")
         person.types("/denoising\n")
         assert "not shown" in person.sees("> ")
