@@ -148,7 +148,7 @@ def main() -> None:
         bases[prediction, clean] = base = given.work / f"{prediction}-{clean}"
         if not (base / "config.json").is_file():
             adapt_folder(given.model, base, block_size=TRAINED, prediction=prediction, clean=clean)
-    best, first = bases[CONVENTIONS[0]], given.work / "full-shift-causal"
+    best = bases[CONVENTIONS[0]]
     if "speed" not in given.only:
         kept("ar", lambda: bounds(given.model, given.text))
         for name, base in bases.items():
@@ -164,7 +164,8 @@ def main() -> None:
                 f"full {word}",
                 lambda base=base, out=out: trained(base, out, given.text, given.steps, lr=2e-4),
             )
-        kept("samples", lambda: sample(first))
+        places = ("lora", "full-shift-causal")
+        kept("samples", lambda: {name: sample(given.work / name) for name in places})
     if "speed" in given.only:
         for way in ("plain", "ours"):
             kept(f"speed {way}", lambda way=way: step_speed(bases["shift", "causal"], way))
