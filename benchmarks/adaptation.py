@@ -21,6 +21,7 @@ import psutil
 import torch
 
 import blockdiff
+from blockdiff.attention.masks import dense_mask
 from blockdiff.evaluation.corpus import DEFAULTS, open_sequences
 from blockdiff.models.loading import adapt_folder
 
@@ -106,8 +107,6 @@ def plain_loss(model: Any, x_0: torch.Tensor) -> torch.Tensor:
     """The plain way: 2L tokens, a 4-D mask, and all their logits."""
     config, lm = model.config, model.lm
     layout = config.layout_of(LENGTH)
-    from blockdiff.attention.masks import dense_mask
-
     seen = dense_mask(layout, "two_stream", x_0.device)
     bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     masked = torch.rand(x_0.shape) < 0.5

@@ -20,7 +20,7 @@ from blockdiff.checks import numbers
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.errors import InputError
 from blockdiff.evaluation.score import score_tokens
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
 from blockdiff.sampling.generate import Generation, generate_tokens, stream_tokens
 from blockdiff.sampling.options import SamplingKeywords, SamplingOptions
@@ -79,7 +79,7 @@ def _listed(function: Function) -> Function:
 
 @_listed
 def stream(
-    model: DiT,
+    model: Denoiser,
     prompts: Prompts = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -106,7 +106,7 @@ def stream(
 
 @_listed
 def generate(
-    model: DiT,
+    model: Denoiser,
     prompts: Prompts = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -189,7 +189,7 @@ def continuation(
 
 
 def encode_prompts(
-    model: DiT,
+    model: Denoiser,
     prompts: Prompts,
     tokenizer: PreTrainedTokenizerBase | None,
     samples: int = 1,
@@ -233,7 +233,7 @@ def _listing(values: Any) -> list[Any]:
 
 
 def _encode(
-    model: DiT, prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None
+    model: Denoiser, prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[int]:
     if not isinstance(prompt, str):
         ids = _listing(prompt)
@@ -264,7 +264,7 @@ def _encode(
 
 
 def score(
-    model: DiT,
+    model: Denoiser,
     context: str | Sequence[str],
     continuation: str | Sequence[str],
     *,
@@ -305,7 +305,7 @@ def score(
 
 
 def _encode_pair(
-    model: DiT, context: Any, continuation: Any, tokenizer: PreTrainedTokenizerBase | None
+    model: Denoiser, context: Any, continuation: Any, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[list[int], list[int]]:
     """The tokens of a beginning and of what follows it."""
     if not isinstance(context, str) or not isinstance(continuation, str):

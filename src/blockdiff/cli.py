@@ -20,6 +20,7 @@ from blockdiff.commands.hints import hint_command
 from blockdiff.commands.options import Given, Parser, as_typed
 from blockdiff.errors import InputError, RunStopped
 from blockdiff.outputs import write_failure
+from blockdiff.printing import quiet_transformers
 
 
 def parse(words: Sequence[str]) -> tuple[str, Given]:
@@ -115,22 +116,12 @@ def _quiet() -> Iterator[None]:
     """Keeps the libraries' chatter out of our output, while a command runs."""
     import warnings
 
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
-            warnings.showwarning = lambda message, *place: print(
-                f"blockdiff: {message}", file=sys.stderr
-            )
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
+        warnings.showwarning = lambda message, *place: print(
+            f"blockdiff: {message}", file=sys.stderr
+        )
+        yield
 
 
 if __name__ == "__main__":

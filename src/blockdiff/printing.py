@@ -5,7 +5,8 @@ Imports nothing heavy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +27,22 @@ def printable(text: str) -> str:
 def plain_console(**options: Any) -> Console:
     """A console that prints `[b]`, `:smile:` and numbers as they are; `options` are rich's."""
     return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' bars and its reports, while entered."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def make_table(head: Row, rows: Iterable[Row | None], *, left: int = 0, **options: Any) -> Table:

@@ -161,3 +161,8 @@ def test_a_folder_that_is_no_ar_model_says_so_in_transformers(
 
 def model_mask(folder: Path) -> int:
     return blockdiff.load_model(folder).config.mask_token_id
+
+
+def test_what_is_not_compiled_says_so(base: Path) -> None:
+    with pytest.raises(blockdiff.InputError, match="package's own networks"):
+        blockdiff.load_model(base).compile_layers()

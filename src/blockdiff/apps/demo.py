@@ -29,7 +29,7 @@ from blockdiff.api import TextGeneration, encode_prompts, to_text
 from blockdiff.device import choose_device
 from blockdiff.evaluation.corpus import evaluate_corpus
 from blockdiff.evaluation.options import EvaluateOptions
-from blockdiff.models.dit import DiT
+from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
 from blockdiff.outputs import to_json, write_text
 from blockdiff.plots import loss_plot
@@ -216,7 +216,7 @@ def _steps(run: Trained) -> int:
     return run.tokens_seen // (RECIPE.batch_size * RECIPE.length)
 
 
-def _write(model: DiT, tokenizer: PreTrainedTokenizerBase, page: Path) -> TextGeneration:
+def _write(model: Denoiser, tokenizer: PreTrainedTokenizerBase, page: Path) -> TextGeneration:
     """The passages; the last one's denoising becomes the page."""
     ids = encode_prompts(model, list(PROMPTS), tokenizer)
     shown = len(ids) - 1

@@ -114,3 +114,8 @@ def attend(
         raise InputError(f"{q.shape[1]} heads are no multiple of {k.shape[1]} of keys and values")
     out: Tensor = _ROOMS[mask.backend].attend(q, k, v, mask.form, scale, softcap, sinks)
     return out
+
+
+def repeat(x: Tensor, rows: int) -> Tensor:
+    """B rows → R·B rows; row r·B + i is a copy of row i."""
+    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.dim() - 1))

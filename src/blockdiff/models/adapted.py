@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blockdiff.attention import repeat
 from blockdiff.cache import BlockCache, LayerShape
 from blockdiff.layout import BlockLayout
 from blockdiff.models.adapted_config import AdaptedConfig
@@ -38,7 +39,6 @@ from blockdiff.models.passes import (
     Pass,
     Streams,
     recomputed,
-    repeat,
     running,
 )
 from blockdiff.models.pretrained import RECORD as RECORD

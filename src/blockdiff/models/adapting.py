@@ -1,17 +1,17 @@
-"""From a causal language model to a block denoiser: its mask token, its record, its folder.
+"""From a causal language model to a block denoiser: its mask token and its record.
 
-blockdiff.adapt(lm)                   a model in memory; weights are shared, not copied
-adapt_folder("owner/model", "out")    a folder, with a tokenizer that has a mask token
-open_adapted(folder, …)               what `load_model` does with a folder that has a record,
-                                      or with that of a plain causal model, which becomes AR
+    blockdiff.adapt(lm)           a model in memory; weights are shared, not copied
+    give_mask(lm, tokenizer)      a mask token, with a row in the model's tables
+    with_record(lm, record, …)    a model under the record of its folder; a plain causal one is AR
+
+`models.loading.adapt_folder` makes a folder of these.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from blockdiff.checks import whole_number, whole_numbers
 from blockdiff.data.tokenizers import MASK_TOKEN
@@ -29,6 +28,7 @@ from blockdiff.models.adapted_config import RECORDED, AdaptedConfig
 from blockdiff.models.passes import Unsuitable
 from blockdiff.models.pretrained import SAME
 from blockdiff.models.probe import probe, require_interface
+from blockdiff.printing import quiet_transformers
 
 # A base model that does not say how many positions it knows.
 DEFAULT_LENGTH = 2048
@@ -177,7 +177,8 @@ def open_adapted(
     `raw`: its config.json. Weights are read by transformers, which never runs code of the folder.
     """
     try:
-        with _quietly():
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=re.escape(SAME))
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, device_map=device_map, trust_remote_code=False,
                 use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
@@ -196,22 +197,6 @@ def open_adapted(
             raise InputError(f"{folder}: {name} holds numbers that are not finite")
     lm.config.__dict__.pop(RECORD, None)
     return with_record(lm, raw.get(RECORD), folder / f"config.json: {RECORD}")
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' bar and its report of names, which are told in a line here."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=re.escape(SAME))
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def with_record(lm: PreTrainedModel, record: Mapping[str, Any] | None, where: Path) -> Adapted:

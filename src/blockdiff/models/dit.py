@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import initialization as init
 
-from blockdiff.attention import Mask, attend, choose_backend, flex, make_mask
+from blockdiff.attention import Mask, attend, choose_backend, flex, make_mask, repeat
 from blockdiff.cache import BlockCache, LayerShape
 from blockdiff.device import cached, compile_every_shape
 from blockdiff.layout import BlockLayout
@@ -196,8 +196,8 @@ class DiT(DenoiserModel):
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if context is not None:
-                k = torch.cat([_repeat(context.keys[i], rows), k], dim=2)
-                v = torch.cat([_repeat(context.values[i], rows), v], dim=2)
+                k = torch.cat([repeat(context.keys[i], rows), k], dim=2)
+                v = torch.cat([repeat(context.values[i], rows), v], dim=2)
             return attend(q, k, v, mask)
 
         cos, sin = _rope_table(length, self._head_dim, x_t.device)
@@ -371,7 +371,7 @@ class DiT(DenoiserModel):
                 return attend(q, k, v, mask)
             return attend(q[:, :, length:], k, v, mask_last)
 
-        tokens = torch.cat([_repeat(x_0, rows), x_t], dim=1)
+        tokens = torch.cat([repeat(x_0, rows), x_t], dim=1)
         cos, sin = cos.repeat(2, 1), sin.repeat(2, 1)
         h = self._run(tokens, cos, sin, condition, attention, chosen, whole)
         return h if chosen is not None else h[:, -length:]
@@ -382,11 +382,6 @@ class DiT(DenoiserModel):
         """Logits, or nll, of h [B, L, E], or [P, E] at the chosen positions."""
         out = self.output(h, condition.final, chosen, targets)
         return DenoiserOutput(logits=out) if targets is None else DenoiserOutput(nll=out)
-
-
-def _repeat(x: Tensor, rows: int) -> Tensor:
-    """B rows → R·B rows; row r·B + i is a copy of row i."""
-    return x if x.shape[0] == rows else x.repeat(rows // x.shape[0], *[1] * (x.dim() - 1))
 
 
 register(DiTConfig, DiT)

@@ -89,7 +89,10 @@ def load_model(
     folder = resolve(source)
     if (folder / lora.CONFIG).is_file() and not (folder / "config.json").is_file():
         base = lora.base_of(folder)
-        opened = load_model(base, dtype=dtype, block_size=block_size, device_map=device_map)
+        opened = load_model(
+            base, dtype=dtype, mask_token_id=mask_token_id, block_size=block_size,
+            device_map=device_map,
+        )  # fmt: skip
         return lora.open_adapter(opened, folder).eval()
     found = Found(folder, _read_config(folder), find_tensors(folder), mask_token_id, block_size)
     kind = stored_dtype(found.files) if dtype == "auto" else dtype

@@ -25,8 +25,8 @@ from blockdiff.errors import InputError
 from blockdiff.models.adapted import Adapted
 from blockdiff.models.adapting import adapt, give_mask
 from blockdiff.models.denoiser import Denoiser
-from blockdiff.models.dit import DiT
 from blockdiff.models.hub import DeviceMap, Dtype, load_model, resolve, save_model, stored_mask
+from blockdiff.models.pretrained import DenoiserModel
 
 
 def load(
@@ -38,7 +38,7 @@ def load(
     mask_token_id: int | None = None,
     block_size: int | None = None,
     device_map: DeviceMap = None,
-) -> tuple[DiT, PreTrainedTokenizerBase]:
+) -> tuple[DenoiserModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a folder or hub id, or `starter`, which comes with the package.
 
     `tokenizer` names another place for the tokenizer: some released checkpoints come without one
@@ -116,7 +116,7 @@ def end_ids(model: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def settle_mask(model: DiT, tokenizer: PreTrainedTokenizerBase) -> None:
+def settle_mask(model: DenoiserModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Gives a model whose config.json does not name its mask token the tokenizer's.
 
     Released configurations leave it to the tokenizer: 103 of BERT's, one behind all of GPT-2's.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from blockdiff.attention import Mask, attend, make_mask
+from blockdiff.attention import Mask, attend, make_mask, repeat
 from blockdiff.cache import BlockCache
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
@@ -169,8 +169,3 @@ class Cached:
             near = self.positions[:, :, None] - keys[:, None, :] < sliding
             self.within[sliding] = near[:, None] if self.seen is None else near[:, None] & self.seen
         return self.within[sliding]
-
-
-def repeat(x: Tensor, rows: int) -> Tensor:
-    """B rows → R·B rows; row r·B + i is a copy of row i."""
-    return x if len(x) == rows else x.repeat(rows // len(x), *[1] * (x.dim() - 1))

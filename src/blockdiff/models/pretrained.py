@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from blockdiff.cache import BlockCache
 from blockdiff.errors import InputError
 from blockdiff.estimators import Estimator, make_estimator
 from blockdiff.layout import BlockLayout
@@ -62,8 +63,11 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
 
     supports_gradient_checkpointing: ClassVar[bool] = True  # type: ignore[misc]
     estimator: str | Estimator | None = None
-    # A subclass's: `Denoiser.__call__`, with the `backend` of attention.
+    # A subclass's: `Denoiser.__call__`, with the `backend` of attention, and the rest of it.
     denoise: Callable[..., DenoiserOutput]
+    encode: Callable[..., Context]
+    decode: Callable[..., Tensor]
+    new_cache: Callable[..., BlockCache]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -124,6 +128,10 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
                 layout = self.own_layout(input_ids.shape[1], x_0 is None and context is None)
             others["layout"] = replace(layout, documents=documents)
         return self.denoise(input_ids, **others, backend=backend)
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compiles each layer; raises `InputError` where a network cannot be compiled."""
+        raise InputError("`compile` is for the package's own networks; leave it out")
 
     def own_layout(self, length: int, alone: bool = False) -> BlockLayout:
         """The configuration's blocks; one block where x_t is `alone` (MDLM), unless it is AR."""

@@ -149,15 +149,12 @@ def _check_windows(base: Any, found: dict[int, int | None], length: int) -> None
 
 def _after_cache(model: Adapted, tokens: Tensor) -> Tensor:
     """Hidden states of the last block after the others were cached."""
-    before = 2 * BLOCK
-    streams = Streams(BlockLayout(before, BLOCK), len(tokens), "auto")
-    model._run(tokens[:, :before], None, streams)
+    before, rows = 2 * BLOCK, np.arange(len(tokens))
+    context = model.encode(tokens[:, :before], BlockLayout(before, BLOCK))
     cache = model.new_cache(len(tokens), before, BLOCK)
-    rows, sizes = np.arange(len(tokens)), np.full(len(tokens), BLOCK)
-    cache.admit(rows, sizes, np.full(len(tokens), before))
-    kept = [streams.kept[i] for i in range(len(streams.kept))]
     counts = np.full(len(tokens), before)
-    cache.append(rows, [k for k, _ in kept], [v for _, v in kept], counts)
+    cache.admit(rows, np.full(len(tokens), BLOCK), counts)
+    cache.append(rows, context.keys, context.values, counts)
     positions = torch.arange(before, tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
     return model._run(tokens[:, before:], positions, Cached(cache, positions, None))
 
