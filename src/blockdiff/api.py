@@ -53,7 +53,8 @@ class TextGeneration(Generation):
         """Tokens, network evaluations, speed and what was given up, in a line."""
         return (
             f"{sum(map(len, self.tokens))} tokens, {sum(self.nfe)} network evaluations, "
-            f"{self.tokens_per_second:.1f} tokens/s, {self.rejection_rate:.0%} rejected"
+            f"{self.tokens_per_second:.1f} tokens/s, {self.tokens_per_nfe:.2f} an evaluation, "
+            f"{self.rejection_rate:.0%} rejected"
         )
 
     def _repr_html_(self) -> str:

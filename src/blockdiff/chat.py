@@ -178,7 +178,7 @@ class _Face:
 
     def _finish(self, answer: Answer) -> None:
         if self.json:
-            record = {"role": "assistant", **vars(answer)}
+            record = {"role": "assistant", **vars(answer), "tokens_per_nfe": answer.tokens_per_nfe}
             print(to_json(record), flush=True)
         elif not self.typed:
             print(printable(answer.content), flush=True)
@@ -187,8 +187,8 @@ class _Face:
             ended = {"stop": "", "length": " · not finished", "interrupted": " · stopped"}
             self.out.print()
             self.note(
-                f"{answer.tokens} tokens · {answer.nfe} evaluations · {speed:.1f} tokens/s"
-                + ended[answer.finish]
+                f"{answer.tokens} tokens in {answer.nfe} evaluations, "
+                f"{answer.tokens_per_nfe:.2f} each · {speed:.1f} tokens/s" + ended[answer.finish]
             )
 
 

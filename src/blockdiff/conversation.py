@@ -45,6 +45,10 @@ class Answer:
     finish: str
     dropped: int
 
+    @property
+    def tokens_per_nfe(self) -> float:
+        return self.tokens / max(self.nfe, 1)
+
 
 class Reply:
     """An answer while it is written; iterating runs it.

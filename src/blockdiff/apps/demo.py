@@ -270,7 +270,8 @@ def _report(results: list[_Result], texts: TextGeneration, seconds: float, seed:
         "## Three passages (first-hitting, "
         f"temperature {SAMPLING.temperature}, seed {SAMPLING.seed})",
     ]
-    for prompt, text, nfe in zip(PROMPTS, texts.texts, texts.nfe, strict=True):
-        lines += ["", f"{nfe} network evaluations:", "", "```text", f"{prompt}{text}", "```"]
+    for prompt, text, new, nfe in zip(PROMPTS, texts.texts, texts.tokens, texts.nfe, strict=True):
+        cost = f"{len(new)} tokens in {nfe} network evaluations ({len(new) / nfe:.2f} each):"
+        lines += ["", cost, "", "```text", f"{prompt}{text}", "```"]
     lines += ["", "`denoising.html` replays the last one step by step.", ""]
     return "\n".join(lines)

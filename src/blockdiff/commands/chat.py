@@ -23,7 +23,8 @@ class ChatOptions:
         precision: Weights: float32, bf16, int8 (fastest for one text on a CPU), or auto (bf16
             where the processor is made for it).
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
-        json: Print one JSON object an answer and line, with content, nfe, tokens and seconds.
+        json: Print one JSON object an answer and line, with content, nfe, tokens, seconds
+            and tokens_per_nfe.
     """
 
     system: str | None = None

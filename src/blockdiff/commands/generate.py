@@ -25,7 +25,8 @@ class GenerateOptions:
         watch: Show the denoising live in the terminal.
         delay: Seconds to wait after each step of --watch.
         page: Also write an HTML page that replays the first text's denoising.
-        json: Print one JSON object with texts, nfe and tokens per second.
+        json: Print one JSON object with texts, nfe, tokens per second and per
+            evaluation.
     """
 
     prompt: str | None = None

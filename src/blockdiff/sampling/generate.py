@@ -81,6 +81,7 @@ class Generation:
 
     @property
     def tokens_per_nfe(self) -> float:
+        """New tokens over network evaluations, the prompt's included (TPF, tokens per forward)."""
         return sum(map(len, self.tokens)) / max(sum(self.nfe), 1)
 
 

@@ -111,7 +111,12 @@ def benchmark(work: str, options: BenchmarkOptions) -> dict[str, Any]:
 
 def _record(timing: Timing) -> dict[str, object]:
     tokens = timing.counts.get("tokens", 0)
+    sampled = {}
+    if "nfe" in timing.counts:  # of a row: all rows are in each evaluation
+        evaluations = timing.counts["nfe"] * timing.counts["rows"]
+        sampled["tokens_per_nfe"] = tokens / max(evaluations, 1)
     return {
+        **sampled,
         "seconds": timing.seconds,
         "median_seconds": timing.median,
         "tokens_per_second": tokens / timing.median,
@@ -177,9 +182,10 @@ def describe(record: dict[str, Any]) -> str:
     for name, done in record["alternatives"].items():
         peak = done["peak_bytes"]
         memory = "" if peak is None else f", peak {peak / 2**30:.2f} GiB"
+        each = f", {done['tokens_per_nfe']:.2f} an evaluation" if "tokens_per_nfe" in done else ""
         lines.append(
             f"{name:>20}: {done['median_seconds']:8.3f} s, "
-            f"{done['tokens_per_second']:9,.1f} tokens/s{memory}"
+            f"{done['tokens_per_second']:9,.1f} tokens/s{each}{memory}"
         )
     for name, why in record.get("left_out", {}).items():
         lines.append(f"{name:>20}: {why}")

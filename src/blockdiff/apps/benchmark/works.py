@@ -117,14 +117,14 @@ def sampling(options: BenchmarkOptions, device: str, kind: str) -> Run:
         def run_naive() -> dict[str, float]:
             with autocast(options, model.device, kind):
                 text, evaluations = naive_sample(model, [0], new, options.top_p)
-            return {"tokens": len(text) - 1, "nfe": evaluations}
+            return {"tokens": len(text) - 1, "nfe": evaluations, "rows": 1}
 
         return run_naive
     wish = SamplingOptions(max_new_tokens=new, top_p=options.top_p, stop="none")
 
     def run() -> dict[str, float]:
         done = generate_tokens(model, [[0]] * options.batch_size, wish)
-        return {"tokens": sum(map(len, done.tokens)), "nfe": max(done.nfe)}
+        return {"tokens": sum(map(len, done.tokens)), "nfe": max(done.nfe), "rows": len(done.nfe)}
 
     return run
 
@@ -149,7 +149,7 @@ def _gpt2(options: BenchmarkOptions, device: str, dtype: torch.dtype) -> Run:
             prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_p=options.top_p,
             top_k=0, max_new_tokens=new, pad_token_id=0,
         )  # fmt: skip
-        return {"tokens": (text.shape[1] - 1) * len(text), "nfe": new}
+        return {"tokens": (text.shape[1] - 1) * len(text), "nfe": new, "rows": len(text)}
 
     return run
 
