@@ -111,7 +111,7 @@ def test_each_line_is_a_message_and_the_answers_are_part_of_the_next(
     printed = capsys.readouterr()
     found = [json.loads(line) for line in printed.out.splitlines()]
     assert len(found) == 4 and all(one["role"] == "assistant" for one in found)
-    names = "role content nfe tokens tokens_per_nfe seconds finish dropped".split()
+    names = ["role", "content", "nfe", "tokens", "tokens_per_nfe", "seconds", "finish", "dropped"]
     assert all(sorted(one) == sorted(names) for one in found)
     assert {one["finish"] for one in found} <= {"stop", "length"}
     assert all(1 <= one["tokens"] <= 16 and one["seconds"] > 0 for one in found)
