@@ -35,7 +35,7 @@ FLOORS = [
     ["models", "models.*"],
     ["objectives", "sampling", "sampling.*"],
     ["training", "training.*", "evaluation", "evaluation.*"],
-    ["", "api", "chat", "conversation", "plots", "replay", "watch", "writing"],
+    ["", "api", "chat", "conversation", "infilling", "plots", "replay", "watch", "writing"],
     ["apps", "apps.*"],
     ["__main__", "cli", "commands*"],
 ]

@@ -41,12 +41,7 @@ def write_texts(
     prompts = read_prompts(wish.prompt, wish.prompt_file)
     if wish.page is not None:
         new_file("page", wish.page)
-    model, tokenizer = load(
-        source, tokenizer=wish.tokenizer, device=choose_device(device), **opening
-    )
-    # The compiler brings weights into order itself.
-    precision = resolve_precision(wish.precision, model.device)
-    convert(model, precision, model.device, few_tokens=not wish.compile)
+    model, tokenizer, precision = open_to_write(source, wish, device, **opening)
     if wish.compile:
         model.compile_layers()
     ids = encode_prompts(model, prompts, tokenizer, wish.samples)
@@ -106,6 +101,20 @@ def write_texts(
         view.show(steps.last)
         view.end()
     plain_console(stderr=True).print(done.summary(), style="dim")
+
+
+def open_to_write(
+    source: str, wish: Any, device: str | None = None, **opening: Any
+) -> tuple[Any, PreTrainedTokenizerBase, str]:
+    """The model in the number format it writes in, its tokenizer, and that format's name."""
+    model, tokenizer = load(
+        source, tokenizer=wish.tokenizer, device=choose_device(device), **opening
+    )
+    precision = resolve_precision(wish.precision, model.device)
+    # The compiler brings weights into order itself.
+    compiled = getattr(wish, "compile", False)
+    convert(model, precision, model.device, few_tokens=not compiled)
+    return model, tokenizer, precision
 
 
 def _work(steps: Iterable[Step], ids: Sequence[Sequence[int]], new: int, mask: int) -> None:

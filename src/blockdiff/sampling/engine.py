@@ -80,9 +80,14 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         options: SamplingOptions,
         numbers: Sequence[int] | None = None,
+        after: Sequence[Sequence[int]] | None = None,
     ) -> list[int]:
-        """`admit` for many rows with the same options, in a fraction of the time."""
-        places = self.rows.admit(prompts, options, numbers)
+        """`admit` for many rows with the same options, in a fraction of the time.
+
+        `after`: of each row the text that comes behind the new tokens, seen as far as it lies in
+        the blocks that are being written; the mask token where it is unknown.
+        """
+        places = self.rows.admit(prompts, options, numbers, after)
         rows = self.rows.state[places]
         self.cache.admit(places, rows["size"], rows["capacity"])
         names: list[int] = rows["name"].tolist()

@@ -19,11 +19,13 @@ def stream_tokens(
     prompts: Sequence[Sequence[int]],
     options: SamplingOptions,
     rows: Sequence[int] | None = None,
+    after: Sequence[Sequence[int]] | None = None,
 ) -> Iterator[Step]:
     """Yields a `Step` after every network evaluation.
 
     `prompts`: token ids of each row, none empty, of any lengths. `rows`: each row's number in the
-    address of its random numbers, 0, 1, … by default; give a row's number to get it alone.
+    address of its random numbers, 0, 1, … by default; give a row's number to get it alone. `after`:
+    see `Engine.admit_all`.
     Raises `InputError` at once for an empty prompt, one with the mask token, or other ids than the
     model's, and for `rows` that are not as many.
     """
@@ -31,11 +33,12 @@ def stream_tokens(
         raise InputError("no prompt; give at least one row")
     numbers = None if rows is None else _row_numbers(rows, len(prompts))
     engine = Engine(model)
-    engine.admit_all(prompts, options, numbers)
-    return _steps(engine)
+    engine.admit_all(prompts, options, numbers, after)
+    return steps_of(engine)
 
 
-def _steps(engine: Engine) -> Iterator[Step]:
+def steps_of(engine: Engine) -> Iterator[Step]:
+    """Steps until no row of the engine goes on."""
     was_training = engine.model.training
     engine.model.eval()
     try:
@@ -90,10 +93,11 @@ def generate_tokens(
     prompts: Sequence[Sequence[int]],
     options: SamplingOptions,
     rows: Sequence[int] | None = None,
+    after: Sequence[Sequence[int]] | None = None,
 ) -> Generation:
     """The last item of `stream_tokens`, with its cost."""
     begin = time.perf_counter()
-    *_, step = stream_tokens(model, prompts, options, rows)
+    *_, step = stream_tokens(model, prompts, options, rows, after)
     seconds = time.perf_counter() - begin
     return collect(step, prompts, model.config.eos_token_id, options.max_new_tokens, seconds)
 

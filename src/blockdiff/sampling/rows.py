@@ -65,8 +65,12 @@ class Rows:
         prompts: Sequence[Sequence[int]],
         options: SamplingOptions,
         numbers: Sequence[int] | None,
+        after: Sequence[Sequence[int]] | None = None,
     ) -> Array:
-        """Adds a row for each prompt; their places, which are the last."""
+        """Adds a row for each prompt; their places, which are the last.
+
+        `after`: of each row the text behind what is written; the mask token where that is unknown.
+        """
         if not isinstance(options, SamplingOptions):
             raise InputError(f"`options` is {type(options).__name__}; give a SamplingOptions")
         config, order = self.config, ORDERS.find(options.sampler, "sampler")
@@ -74,15 +78,17 @@ class Rows:
         if numbers is not None:
             numbers = [whole_number("number", number, 0) for number in numbers]
         size: Any = check_options(config, options, order)
-        for prompt in prompts:
-            check_prompt(config, prompt, options)
+        behind = np.array([len(one) for one in after or ()] or [0] * len(prompts))
+        for prompt, tail in zip(prompts, behind.tolist(), strict=True):
+            check_prompt(config, prompt, options, tail)
         rows, places = np.zeros(len(prompts), _STATE), len(self.state) + np.arange(len(prompts))
         start = np.array([len(prompt) for prompt in prompts])
         end = start + options.max_new_tokens
         grid = start if config.prompt_grid == "prompt_end" else 0  # where a block begins
         cached = config.length > size
         if not (cached or config.slides):
-            grid, size = 0, end  # one block, as long as the text, which may not outgrow the context
+            # One block, as long as the text, which may not outgrow the context.
+            grid, size = 0, end + behind
         whole = end + (grid - end) % size
         stride = size if cached else np.maximum(size // 2, 1)
         first = grid + (start - grid) // stride * stride
@@ -94,7 +100,8 @@ class Rows:
         rows["first"], rows["size"], rows["stride"] = first, size, stride
         rows["capacity"] = np.minimum(config.length - size, whole) * cached
         # Blocks are filled whole; a window only as far as text is wanted, by most orders.
-        rows["limit"] = whole if cached or order.fills_block else end
+        fills = (cached or order.fills_block) and after is None
+        rows["limit"] = whole if fills else end
         # Where logits are the next token's, the first token of a block is read off the block
         # before, which is run once more: of AR the last token.
         again = self.shifted & cached & (first == start)
@@ -102,9 +109,12 @@ class Rows:
         rows["uncached"], rows["length"] = again, -1
         self.admitted += len(prompts)
         self.state = np.append(self.state, rows)
-        self.canvas = _grown(self.canvas, len(prompts), int(whole.max()), self.mask_token_id)
+        width = int(np.maximum(whole, end + behind).max())
+        self.canvas = _grown(self.canvas, len(prompts), width, self.mask_token_id)
         for place, prompt in zip(places, prompts, strict=True):
             self.canvas[place, : len(prompt)] = prompt
+        for place, begin, tail in zip(places, end.tolist(), after or (), strict=False):
+            self.canvas[place, begin : begin + len(tail)] = tail
         self.u = _grown(self.u, len(prompts), int(rows["size"].max()), 0.0)
         self._number(places)
         return places
@@ -294,8 +304,13 @@ def check_options(config: Conventions, options: SamplingOptions, order: Order) -
     return config.choose_block_size(options.block_size)
 
 
-def check_prompt(config: Conventions, prompt: Sequence[int], options: SamplingOptions) -> None:
-    """Raises `InputError` for a prompt that does not fit the model, or its options."""
+def check_prompt(
+    config: Conventions, prompt: Sequence[int], options: SamplingOptions, behind: int = 0
+) -> None:
+    """Raises `InputError` for a prompt that does not fit the model, or its options.
+
+    `behind`: how many tokens of the text come after what is written.
+    """
     ids = np.asarray(prompt)
     # Numbers past int64 make an array of objects; they are refused below, as outside.
     whole = ids.dtype.kind in "iu" or all(isinstance(token, int) for token in ids.flat)
@@ -310,15 +325,15 @@ def check_prompt(config: Conventions, prompt: Sequence[int], options: SamplingOp
             f"a prompt's token ids run outside the model's vocabulary of {config.vocab_size}; "
             "is this the model's tokenizer?"
         )
-    if not config.slides and len(prompt) + options.max_new_tokens > config.length:
+    longest = len(prompt) + options.max_new_tokens + behind
+    if not config.slides and longest > config.length:
         raise InputError(
             f"the model's context is {config.length} tokens; prompt and new tokens come to "
-            f"{len(prompt) + options.max_new_tokens}: lower `max_new_tokens`"
+            f"{longest}: lower `max_new_tokens`"
         )
-    if config.kind == "sedd":
-        longest = len(prompt) + options.max_new_tokens
-        if longest > config.length or options.block_size not in (None, config.length):
-            raise InputError(
-                f"SEDD writes within its context of {config.length} tokens, in one block; prompt "
-                f"and new tokens come to {longest}: lower `max_new_tokens`"
-            )
+    one_block = longest <= config.length and options.block_size in (None, config.length)
+    if config.kind == "sedd" and not one_block:
+        raise InputError(
+            f"SEDD writes within its context of {config.length} tokens, in one block; prompt "
+            f"and new tokens come to {longest}: lower `max_new_tokens`"
+        )
