@@ -46,6 +46,7 @@ SMALLER = {
     "evaluate-samples": ["--words", "20"],
     "generate": ["--max-new-tokens", "4"],
     "chat": ["--max-new-tokens", "4"],
+    "infill": [],
     "tokenizer": [],
     "benchmark": ["--preset", "nano", "--batch-size", "1", "--repeats", "1"],
     "demo": ["--minutes", "0.05"],
