@@ -28,6 +28,8 @@ def test_what_the_table_says_is_what_the_modules_register(known):
         assert known[name].name == name
         for fact, names in known._facts.items():
             assert bool(getattr(known[name], fact)) == (name in names)
+            if names and any(any(words) for words in names.values()):
+                assert sorted(known.words(fact, name)) == sorted(getattr(known[name], fact))
     modules = set(known._modules.values())
     assert set(known) == {name for name, module in known._modules.items() if module in modules}
 

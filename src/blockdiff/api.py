@@ -23,7 +23,12 @@ from blockdiff.evaluation.score import score_tokens
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
 from blockdiff.sampling.generate import Generation, generate_tokens, stream_tokens
-from blockdiff.sampling.options import SamplingKeywords, SamplingOptions
+from blockdiff.sampling.options import (
+    SamplingKeywords,
+    SamplingOptions,
+    given_settings,
+    implied_sampler,
+)
 from blockdiff.sampling.step import Step
 
 __all__ = ["TextGeneration", "encode_prompts", "generate", "load", "stream", "to_text"]
@@ -144,6 +149,9 @@ def merge_options(
     """`options` with the keywords' changes; raises `InputError` for what is no option."""
     if isinstance(options, SamplingOptions):
         options = vars(options)
+        chosen = options["sampler"]
+        if isinstance(chosen, str) and chosen == implied_sampler(given_settings(options)):
+            options = options | {"sampler": "auto"}  # as where none was chosen
     elif options is not None and not isinstance(options, Mapping):
         raise InputError(
             f"`options` is {type(options).__name__}; it must be a SamplingOptions or a mapping of "

@@ -45,19 +45,25 @@ class Registry(Mapping[str, T], Generic[T]):
         what: str,
         asked: Sequence[str] = (),
         built_in: Mapping[str, str] | None = None,
-        **facts: str,
+        **facts: str | Mapping[str, str],
     ) -> None:
         """`what`: one of them, for messages. `asked`: attributes that each must have.
 
         `built_in`: module of the package → the names it registers when it is imported, with blanks
-        between them. `facts`: attribute → those of the built-in names for which it is true, where
-        that must be known before torch is loaded (a test compares them with the objects).
+        between them. `facts`: attribute → those of the built-in names for which it is true, or name
+        → the words that it holds, where that must be known before torch is loaded (a test compares
+        them with the objects).
         """
         self.what = what
         self.asked = tuple(asked)
         names = (built_in or {}).items()
         self._modules = {name: module for module, found in names for name in found.split()}
-        self._facts = {fact: frozenset(found.split()) for fact, found in facts.items()}
+        self._facts = {
+            fact: dict.fromkeys(found.split(), ("",))
+            if isinstance(found, str)
+            else {name: tuple(words.split()) for name, words in found.items()}
+            for fact, found in facts.items()
+        }
         self._objects: dict[str, T] = {}
 
     def register(self, thing: T) -> T:
@@ -121,6 +127,19 @@ class Registry(Mapping[str, T], Generic[T]):
             return bool(getattr(self.get(name), fact, False))
         return name in self._facts[fact]
 
+    def words(self, fact: str, chosen: str | T | None = None) -> tuple[str, ...]:
+        """The words that attribute `fact` of what is `chosen` holds; None: of all in the table.
+
+        Of what the package brings it imports nothing.
+        """
+        table = self._facts[fact]
+        if chosen is None:
+            return tuple(dict.fromkeys(word for words in table.values() for word in words))
+        if isinstance(chosen, str) and chosen in self._modules:
+            return table.get(chosen, ())
+        thing = self.get(chosen) if isinstance(chosen, str) else chosen
+        return tuple(getattr(thing, fact, ()))
+
     def __getitem__(self, name: str) -> T:
         known = self._known(name)
         if known is None:
@@ -143,7 +162,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return self._objects.get(name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed as what it is: types with it may be part of a union
 class Choices(Collection[str]):
     """Some of a registry's names, as they are when one looks: those with a fact, and a few words.
 
@@ -201,14 +220,26 @@ OBJECTIVES: Registry[Objective] = Registry(
     {"blockdiff.objectives": "bd3lm mdlm sedd ar"},
     any_blocks="bd3lm",
 )
+# `reads`: the settings that an order takes; `needs`: those of them it cannot do without. Where none
+# is chosen, the first that reads all that is set is meant.
 ORDERS: Registry[Order] = Registry(
     "order",
-    ("wanted", "mask_rate", "choose", "needs_steps", "only", "fills_block"),
+    ("wanted", "mask_rate", "choose", "reads", "needs", "only", "fills_block"),
     {
+        "blockdiff.sampling.orders.confidence": "confidence threshold margin entropy entropy_bound",
         "blockdiff.sampling.orders.scheduled": "first_hitting ancestral analytic",
-        "blockdiff.sampling.orders.threshold": "threshold",
     },
-    needs_steps="ancestral analytic",
+    reads={
+        "confidence": "steps tokens_per_step remasking",
+        "threshold": "steps tokens_per_step threshold",
+        "margin": "steps tokens_per_step margin",
+        "entropy": "steps tokens_per_step",
+        "entropy_bound": "steps tokens_per_step entropy_bound",
+        "first_hitting": "schedule",
+        "ancestral": "steps schedule",
+        "analytic": "steps schedule",
+    },
+    needs={"ancestral": "steps", "analytic": "steps"},
 )
 STOPPING_RULES: Registry[StoppingRule] = Registry(
     "stopping rule",
@@ -232,4 +263,4 @@ ScheduleName = Annotated[str, Choices(SCHEDULES)]
 EstimatorName = Annotated[str, Choices(ESTIMATORS)]
 BoundName = Annotated[str, Choices(ESTIMATORS, "unbiased", ("auto",))]
 ObjectiveName = Annotated[str, Choices(OBJECTIVES)]
-OrderName = Annotated[str, Choices(ORDERS)]
+OrderName = Annotated[str, Choices(ORDERS, also=("auto",))]

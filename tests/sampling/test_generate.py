@@ -273,7 +273,7 @@ def test_bad_input(kind):
     for prompts in bad:
         with pytest.raises(InputError):
             sampling_steps(model, prompts)
-    for options in ({"max_new_tokens": 0}, {"temperature": -1}, {"steps": 3}, {"top_k": 0}):
+    for options in ({"max_new_tokens": 0}, {"temperature": -1}, {"steps": 0}, {"top_k": 0}):
         with pytest.raises(InputError):
             sampling_steps(model, [[1]], **options)
     with pytest.raises(InputError, match="`stop`"):

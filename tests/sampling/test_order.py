@@ -12,7 +12,6 @@ from blockdiff.errors import InputError
 from blockdiff.registry import ORDERS, STOPPING_RULES
 from blockdiff.sampling.options import SamplingOptions, stopping_rules
 from blockdiff.sampling.orders.base import RowState
-from blockdiff.sampling.orders.threshold import Threshold
 from blockdiff.sampling.stopping import StopAtText, StopAtTokens, token_entropy
 from blockdiff.schedules import SCHEDULES, get_schedule
 from helpers import tiny_model
@@ -34,6 +33,7 @@ def rows_of(u, options, masked=None):
     count, size = u.shape
     return RowState(
         np.ones(u.shape, bool) if masked is None else np.asarray(masked),
+        np.full(count, size),
         u,
         np.zeros(count, np.int64),
         np.arange(size) + np.zeros((count, 1), np.int64),
@@ -117,33 +117,9 @@ def test_the_rate_a_network_is_told():
         assert order.mask_rate(rows, order.wanted(rows)) == pytest.approx([rate])
 
 
-@pytest.mark.parametrize(
-    ("order", "fixed"),
-    [
-        (ORDERS["threshold"], [[1, 0, 1], [1, 0, 0], [0, 1, 0]]),
-        (Threshold(0.7), [[1, 1, 1], [1, 0, 0], [0, 1, 0]]),
-        (Threshold(0.5), [[1, 1, 1], [1, 1, 1], [0, 1, 0]]),
-        (Threshold(0), [[1, 1, 1], [1, 1, 1], [0, 1, 0]]),
-    ],
-    ids=str,
-)
-def test_threshold_fixes_what_is_sure_and_the_surest_in_any_case(order, fixed):
-    """Two of 0.9 or more; none, so the best; a single masked position."""
-    sure = torch.tensor([[0.95, 0.8, 0.91], [0.65, 0.6, 0.55], [0.99, 0.6, 0.99]])
-    logits = torch.stack([1 - sure, sure], -1).log()
-    masked = np.array([[True] * 3, [True] * 3, [False, True, False]])
-    rows = rows_of(np.zeros((3, 3)), SamplingOptions(), masked)
-    assert (order.wanted(rows) == masked).all()
-    chosen, tokens = order.choose(logits[torch.from_numpy(masked)], masked, rows)
-    assert (tokens == 1).all()
-    found = np.zeros((3, 3), int)
-    found[masked] = chosen.numpy()
-    assert found.tolist() == fixed
-
-
 def test_samplers_that_make_no_sense():
     for sampler, steps in (
-        ("ancestral", None), ("ancestral", 0), ("first_hitting", 4), ("threshold", 4),
+        ("ancestral", None), ("ancestral", 0), ("first_hitting", 4),
         ("greedy", None), (3, None),
     ):  # fmt: skip
         with pytest.raises(InputError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
@@ -18,8 +18,19 @@ else:
     Stop = str  # what the command line takes
 
 TopPRule = Literal["nucleus", "paper"]
+Remasking = Literal["low_confidence", "random"]
 
-WHOLE_NUMBERS = {"max_new_tokens": (1, checks.LARGEST_TEXT), "steps": (1, checks.LARGEST_SIZE)}
+WHOLE_NUMBERS = {
+    "max_new_tokens": (1, checks.LARGEST_TEXT),
+    "steps": (1, checks.LARGEST_SIZE),
+    "tokens_per_step": (1, checks.LARGEST_SIZE),
+}
+REAL_NUMBERS = {
+    "threshold": (0, 1, False, False),
+    "margin": (0, 1, False, False),
+    "entropy_bound": (0, 1e30, False, False),
+    "edit_threshold": (0, 1, False, False),
+}
 
 
 @dataclass(frozen=True)
@@ -29,10 +40,21 @@ class SamplingOptions:
     Attributes:
         max_new_tokens: New tokens per row, up to ten million; past the context the window slides.
         sampler: Order in which positions are fixed: first_hitting (one network evaluation a
-            token), ancestral, analytic (SEDD), or threshold (all tokens the network gives a
-            probability of 0.9 or more at once).
-        steps: Steps per block of the ancestral and analytic samplers.
-        schedule: Noise schedule of these.
+            token), ancestral, analytic (SEDD), or one that reads the logits and fixes several at
+            once: confidence, threshold, margin, entropy, entropy_bound. auto is the first of these
+            that reads what is set below, and first_hitting where nothing is.
+        steps: Steps per block: a block's tokens are split evenly over so many. ancestral and
+            analytic need it; the orders with a threshold or bound fix at least as many a step.
+        tokens_per_step: Tokens that confidence, margin and entropy fix an evaluation (1 without
+            `steps`); with a threshold or bound the least.
+        threshold: Fix every token that the network gives this probability or more (default 0.9).
+        margin: Fix where the most likely token leads the second by this probability or more.
+        entropy_bound: Fix the surest positions as long as the entropies of all but the last of
+            them sum to so many nats at most (default 0.1).
+        remasking: Which positions confidence leaves masked: low_confidence (those it is least sure
+            of), or random.
+        edit_threshold: Revise a token of the block that has become less probable than this.
+        schedule: Noise schedule of ancestral and analytic [linear].
         temperature: Divides the logits; 0 is greedy.
         top_k: Keep the k most likely tokens.
         top_p: Keep the smallest set of tokens whose probability reaches p.
@@ -51,9 +73,15 @@ class SamplingOptions:
     """
 
     max_new_tokens: int = 128
-    sampler: OrderName = "first_hitting"
+    sampler: OrderName = "auto"
     steps: int | None = None
-    schedule: ScheduleName = "linear"
+    tokens_per_step: int | None = None
+    threshold: float | None = None
+    margin: float | None = None
+    entropy_bound: float | None = None
+    remasking: Remasking | None = None
+    edit_threshold: float | None = None
+    schedule: ScheduleName | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -64,8 +92,11 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         """Raises `InputError` for numbers and names that cannot be meant."""
-        checks.options(self, WHOLE_NUMBERS, {}, own=["stop"])
-        check_sampler(self.sampler, self.steps)
+        checks.options(self, WHOLE_NUMBERS, REAL_NUMBERS, own=["stop"])
+        given = given_settings(vars(self))
+        if self.sampler == "auto":
+            object.__setattr__(self, "sampler", implied_sampler(given))
+        check_sampler(self.sampler, given)
         stopping_rules(self.stop)
         if not isinstance(self.stop, str):
             object.__setattr__(self, "stop", stop_parts(self.stop))
@@ -77,7 +108,13 @@ class SamplingKeywords(TypedDict, total=False):
     max_new_tokens: int
     sampler: OrderName
     steps: int | None
-    schedule: ScheduleName
+    tokens_per_step: int | None
+    threshold: float | None
+    margin: float | None
+    entropy_bound: float | None
+    remasking: Remasking | None
+    edit_threshold: float | None
+    schedule: ScheduleName | None
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -87,19 +124,43 @@ class SamplingKeywords(TypedDict, total=False):
     block_size: int | None
 
 
-def check_sampler(sampler: str, steps: int | None) -> None:
-    """Raises `InputError` unless a sampler that needs a number of steps, and no other, has one."""
-    name = name_of(sampler)
-    if not ORDERS.has(name, "needs_steps") and not getattr(sampler, "needs_steps", False):
-        if steps is not None:
-            raise InputError(
-                f"{name} finds its own number of steps: leave `steps` out or use the ancestral "
-                "sampler"
-            )
-    elif steps is None:
-        raise InputError(f"the {name} sampler needs a number of steps per block; give `steps`")
-    else:
-        checks.whole_number("steps", steps)
+# What some orders read and others do not.
+SETTINGS = ORDERS.words("reads")
+
+
+def given_settings(values: Mapping[str, Any]) -> frozenset[str]:
+    """Those settings that have a value."""
+    return frozenset(name for name in SETTINGS if values.get(name) is not None)
+
+
+def implied_sampler(given: Collection[str]) -> str:
+    """The order that is meant where only settings are `given`; `InputError` where there is none."""
+    if not given:
+        return "first_hitting"
+    for name in ORDERS:
+        if set(given) <= set(ORDERS.words("reads", name)):
+            return name
+    raise InputError(f"no sampler reads {_listing(given)} together; leave some out")
+
+
+def check_sampler(sampler: str, given: Collection[str]) -> None:
+    """Raises `InputError` unless a sampler reads all settings `given`, and has what it needs."""
+    name, reads = name_of(sampler), ORDERS.words("reads", sampler)
+    for setting in sorted(set(given) - set(reads)):
+        readers = [one for one in ORDERS if setting in ORDERS.words("reads", one)]
+        raise InputError(
+            f"the {name} sampler does not read `{setting}`: leave it out or use "
+            f"{' or '.join(readers) or 'another sampler'}"
+        )
+    for setting in ORDERS.words("needs", sampler):
+        if setting not in given:
+            raise InputError(f"the {name} sampler cannot do without `{setting}`; give `{setting}`")
+    if {"steps", "tokens_per_step"} <= set(given):
+        raise InputError("`steps` and `tokens_per_step` both say how many tokens: leave one out")
+
+
+def _listing(settings: Collection[str]) -> str:
+    return " and ".join(f"`{name}`" for name in sorted(settings))
 
 
 def stop_parts(stop: Stop) -> tuple[str | StoppingRule, ...]:

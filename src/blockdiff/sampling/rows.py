@@ -57,6 +57,7 @@ class Rows:
         self.shifted = int(config.prediction == "shift")
         self.state, self.canvas = np.empty(0, _STATE), np.empty((0, 0), np.int64)
         self.u = np.empty((0, 0))  # of each row, the uniform numbers of its block
+        self.new = np.empty((0, 0), bool)  # and what was masked as it began
         self.groups: list[tuple[SamplingOptions, Order, list[StoppingRule]]] = []
         self.admitted = 0
 
@@ -116,7 +117,8 @@ class Rows:
         for place, begin, tail in zip(places, end.tolist(), after or (), strict=False):
             self.canvas[place, begin : begin + len(tail)] = tail
         self.u = _grown(self.u, len(prompts), int(rows["size"].max()), 0.0)
-        self._number(places)
+        self.new = _grown(self.new, len(prompts), self.u.shape[1], False)
+        self._begin(places, self.look(places)[1])
         return places
 
     def drop(self, place: int) -> None:
@@ -125,6 +127,7 @@ class Rows:
         if not len(self.state):
             self.groups.clear()  # no row names one by its number
         self.canvas, self.u = np.delete(self.canvas, place, 0), np.delete(self.u, place, 0)
+        self.new = np.delete(self.new, place, 0)
 
     def _group(self, options: SamplingOptions, order: Order) -> int:
         shared = replace(options, seed=0, max_new_tokens=1)  # what no order asks for
@@ -175,12 +178,14 @@ class Rows:
             self.state["evaluations"][rows] = 0
             if self.config.causal:
                 return  # the next token is masked: the row goes on
-            full = ~self.look(rows)[1].any(1)
-            self._number(rows[~full])
+            masked = self.look(rows)[1]
+            full = ~masked.any(1)
+            self._begin(rows[~full], masked[~full])
             rows = rows[full]
 
-    def _number(self, rows: Array) -> None:
-        """Draws the uniform numbers of the rows' blocks, where something reads them."""
+    def _begin(self, rows: Array, masked: Array) -> None:
+        """Notes what is `masked` [n, K] of new blocks, and draws their uniform numbers if read."""
+        self.new[rows, : masked.shape[1]] = masked
         if not self.config.time_conditioning:
             rows = rows[self.state["size"][rows] > 1]  # a block of one has no order
         if len(rows):
@@ -202,10 +207,15 @@ class Rows:
             place = live[group == number]
             row, (options, order, _) = rows[place], self.groups[number]
             size = self.state["size"][row].max()
+            # A block's first token that comes alone is no part of what an order plans.
+            alone = self.shifted & self.new[row, 0]
+            block = self.state["capacity"][row] > 0
+            whole = np.where(block, self.state["size"][row] - self.shifted, self.new[row].sum(1))
             view = RowState(
                 masked=masked[place, :size],
+                planned=whole,
                 u=self.u[row, :size],
-                evaluations=self.state["evaluations"][row],
+                evaluations=self.state["evaluations"][row] - (alone & ~masked[place, 0]),
                 positions=position[place, :size],
                 numbers=self.state["number"][row],
                 seeds=self.state["seed"][row],

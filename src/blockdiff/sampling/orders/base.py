@@ -33,15 +33,18 @@ ORDER, TOKEN = 0, 1
 class RowState:
     """n rows of one order and the same options, each with its current block.
 
-    `masked` bool [n, K]: the positions still to fix. `u` float64 [n, K]: a uniform number of each
-    position, the same in every evaluation: it is masked at time t exactly when u < 1 − α_t.
-    `evaluations` int64 [n]: those of this block so far. `positions` int64 [n, K], in the text.
+    `masked` bool [n, K]: the positions still to fix. `planned` int64 [n]: over how many tokens a
+    number of steps is spread: the block size, or of a window (K = L) what was masked as it began.
+    `u` float64 [n, K]: a uniform number of each position, the same in every evaluation: it is
+    masked at time t exactly when u < 1 − α_t. `evaluations` int64 [n]: those of this block so far,
+    but for that of a first token alone. `positions` int64 [n, K], in the text.
     `numbers` int64 [n]: the rows' own numbers, with `seeds` int64 [n] a part of the address of all
     random numbers. `options`: what the rows share; its `seed` and `max_new_tokens` mean nothing.
     `sample`: what `draw` calls.
     """
 
     masked: Array
+    planned: Array
     u: Array
     evaluations: Array
     positions: Array
@@ -68,9 +71,10 @@ class RowState:
 class Order:
     """What all orders share. One of its own has a `name` and `choose`, and is registered.
 
-    `needs_steps`: whether it takes `SamplingOptions.steps`, and needs it. `only`: the kind of model
-    it samples; None for every kind. `fills_block`: whether it also fixes the positions of a window
-    that lie behind the text that is wanted.
+    `reads`: the names of those settings of `SamplingOptions` it takes; others that some order reads
+    are refused. `needs`: those it cannot do without. `only`: the kind of model it samples; None for
+    every kind. `fills_block`: whether it also fixes the positions of a window that lie behind the
+    text that is wanted.
 
     Example:
         >>> import torch, blockdiff
@@ -88,7 +92,8 @@ class Order:
     """
 
     name = ""
-    needs_steps = False
+    reads: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     only: str | None = None
     fills_block = False
 

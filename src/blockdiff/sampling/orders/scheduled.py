@@ -29,6 +29,7 @@ class FirstHitting(Order):
     """One position an evaluation."""
 
     name = "first_hitting"
+    reads: tuple[str, ...] = ("schedule",)  # any gives the same text
 
     def wanted(self, rows: RowState) -> Array:
         pending = rows.u * rows.masked
@@ -48,7 +49,7 @@ class Ancestral(FirstHitting):
     """All positions of the earliest of T steps that has some."""
 
     name = "ancestral"
-    needs_steps = True
+    reads, needs = ("steps", "schedule"), ("steps",)
 
     def wanted(self, rows: RowState) -> Array:
         step = self.step_of(rows)
@@ -60,7 +61,7 @@ class Ancestral(FirstHitting):
         assert rows.options.steps is not None
         step = torch.from_numpy((self.step_of(rows) * wanted).max(1))
         rate: Array = (
-            get_schedule(rows.options.schedule)
+            get_schedule(rows.options.schedule or "linear")
             .mask_rate(1 - step.double() / rows.options.steps)
             .numpy()
         )
@@ -71,7 +72,7 @@ class Ancestral(FirstHitting):
         """int64 [n, K]: the step, of 0 … T − 1, in which each position comes."""
         steps = rows.options.steps
         assert steps is not None
-        time = get_schedule(rows.options.schedule).inverse(torch.from_numpy(rows.u))
+        time = get_schedule(rows.options.schedule or "linear").inverse(torch.from_numpy(rows.u))
         step: Array = ((1 - time) * steps).ceil().long().clamp(1, steps).sub_(1).numpy()
         return step
 
@@ -88,7 +89,7 @@ class Analytic(Order):
     """
 
     name = "analytic"
-    needs_steps = True
+    reads, needs = ("steps", "schedule"), ("steps",)
     only = "sedd"
     fills_block = True
 
@@ -113,7 +114,7 @@ class Analytic(Order):
 
     def _rate(self, rows: RowState, step: Array) -> Array:
         time = 1 - torch.from_numpy(step).double() / self._steps(rows)
-        rate: Array = get_schedule(rows.options.schedule).mask_rate(time).numpy()
+        rate: Array = get_schedule(rows.options.schedule or "linear").mask_rate(time).numpy()
         return rate
 
     @staticmethod

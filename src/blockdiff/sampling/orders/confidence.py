@@ -1,0 +1,144 @@
+"""Orders that fix the positions the network is surest of, several at once.
+
+    order          sure of a position                      fixed besides the k surest
+    confidence     p of its token                          none
+    threshold      p of its token                          p ≥ threshold
+    margin         p₁ − p₂ of the two most likely tokens   p₁ − p₂ ≥ margin, where that is given
+    entropy        −H                                      none
+    entropy_bound  −H                                      H₁ + … + H_{i−1} ≤ entropy_bound
+
+k is `tokens_per_step`, 1 by default. With `steps` S instead it follows the linear schedule: of a
+block's n tokens step i fixes n // S, and one more where i < n mod S; a block that the prompt begins
+goes at the same rate. H₁ ≤ H₂ ≤ … are a row's entropies in nats; bounded is the sum of the first i
+but for their largest. confidence is the rule of MaskGIT (Chang et al. 2022) and LLaDA (Nie et al.
+2025), threshold that of Fast-dLLM (Wu et al. 2025); margin and entropy are those of Dream (Ye et
+al. 2025), entropy_bound is EB-Sampler (Ben-Hamu et al. 2025). With `remasking` random, confidence
+fixes k positions in the order of first_hitting.
+
+Not exact: tokens fixed together are drawn as if independent of one another, and what is fixed first
+depends on what was drawn. k, threshold, margin and bound are what that is bought with. p and H are
+those before temperature and cuts; tokens are drawn after them. A position's token is always drawn
+with the same random number, so that rare tokens, which are seldom sure when they are first drawn,
+stay as likely as they were. A threshold or margin includes its own value, but for 1, where nothing
+is sure and k tokens come at a time: in float32 a probability may round to 1. Of equally sure
+positions the earlier comes first.
+
+Shapes: n rows, K positions of the block, P wanted positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockdiff.registry import register_order
+from blockdiff.sampling.orders.base import Array, Order, RowState
+
+
+class Confidence(Order):
+    """The k positions of each row whose tokens are the most probable."""
+
+    name = "confidence"
+    reads: tuple[str, ...] = ("steps", "tokens_per_step", "remasking")
+
+    def wanted(self, rows: RowState) -> Array:
+        if rows.options.remasking != "random":
+            return rows.masked
+        rank = np.where(rows.masked, -rows.u, np.inf).argsort(1, kind="stable").argsort(1)
+        first: Array = rows.masked & (rank < least(rows)[:, None])
+        return first
+
+    def choose(self, logits: Tensor, wanted: Array, rows: RowState) -> tuple[Tensor | None, Tensor]:
+        tokens = rows.draw(logits, wanted)
+        if rows.options.remasking == "random":
+            return None, tokens
+        row, column = (
+            torch.from_numpy(index).to(logits.device, non_blocking=True)
+            for index in wanted.nonzero()
+        )
+        found = self.sureness(logits, tokens)
+        sureness = found.new_full(wanted.shape, -torch.inf)
+        sureness[row, column] = found
+        count = torch.from_numpy(least(rows)).to(logits.device, non_blocking=True)
+        sureness, order = sureness.sort(dim=1, descending=True, stable=True)
+        first = torch.arange(wanted.shape[1], device=logits.device) < count[:, None]
+        chosen = first | self.besides(sureness, rows)
+        return torch.empty_like(chosen).scatter_(1, order, chosen)[row, column], tokens
+
+    def sureness(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """How sure the network is of each position [P], from logits [P, V] and tokens drawn [P]."""
+        return logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+
+    def besides(self, sureness: Tensor, rows: RowState) -> Tensor:
+        """bool [n, K]: which are fixed besides the k surest; `sureness` [n, K] falls in each row.
+
+        −inf stands for positions that are not wanted.
+        """
+        return torch.zeros_like(sureness, dtype=torch.bool)
+
+
+class Threshold(Confidence):
+    """All positions whose token has so high a probability."""
+
+    name = "threshold"
+    reads = ("steps", "tokens_per_step", "threshold")
+
+    def besides(self, sureness: Tensor, rows: RowState) -> Tensor:
+        given = rows.options.threshold
+        return _at_least(sureness, 0.9 if given is None else given)
+
+
+class Margin(Confidence):
+    """Those where the likeliest token is the furthest ahead of the second."""
+
+    name = "margin"
+    reads = ("steps", "tokens_per_step", "margin")
+
+    def sureness(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
+        return first - second
+
+    def besides(self, sureness: Tensor, rows: RowState) -> Tensor:
+        given = rows.options.margin
+        return _at_least(sureness, 1.0 if given is None else given)
+
+
+class Entropy(Confidence):
+    """Those of the lowest entropy."""
+
+    name = "entropy"
+    reads: tuple[str, ...] = ("steps", "tokens_per_step")
+
+    def sureness(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        return -torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
+class EntropyBound(Entropy):
+    """As many of the lowest entropy as together share little: Σ H − max H bounds it."""
+
+    name = "entropy_bound"
+    reads = ("steps", "tokens_per_step", "entropy_bound")
+
+    def besides(self, sureness: Tensor, rows: RowState) -> Tensor:
+        given = rows.options.entropy_bound
+        entropy = -sureness
+        return entropy.cumsum(1) - entropy <= (0.1 if given is None else given)
+
+
+def least(rows: RowState) -> Array:
+    """int64 [n]: k, how many positions of each row an evaluation fixes in any case."""
+    options = rows.options
+    if options.steps is None:
+        return np.full(len(rows.masked), options.tokens_per_step or 1)
+    each, rest = np.divmod(rows.planned, options.steps)
+    step: Array = np.maximum(each + (rows.evaluations < rest), 1)
+    return step
+
+
+def _at_least(sureness: Tensor, threshold: float) -> Tensor:
+    return sureness >= (threshold if threshold < 1 else torch.inf)
+
+
+for _order in (Confidence(), Threshold(), Margin(), Entropy(), EntropyBound()):
+    register_order(_order)
