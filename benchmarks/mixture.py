@@ -2,7 +2,7 @@
 
     python benchmarks/mixture.py TEXT [--seeds 0,1] [--only block4,mixed]
 
-Each model is a `nano` trained on TEXT for 2,400 steps of 16 × 128 tokens and measured on the windows
+Each model is a `nano` trained on TEXT for 2,400 steps of 16 × 128 tokens and measured on windows
 held out, at each of its block sizes: exact over masks up to L' = 4, else by 8 draws of exact_k. A
 finished training and a measurement are kept (benchmarks/results/mixture.json), and a run that was
 stopped goes on, from its last checkpoint.

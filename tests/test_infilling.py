@@ -181,6 +181,7 @@ def test_the_command(capsys):
         (["a [[gap:2]]", "--max-new-tokens", "3"], "--max-new-tokens is said by the gaps"),
         (["a [[gap:2]]", "--stop", "eos"], "--stop is said by the gaps"),
         (["a [[gap:2]]", "--tries", "0"], "--tries"),
+        (["a [[gap:2]]", "--logprobs"], "--logprobs are shown by generate"),
     ],
 )
 def test_bad_input(words, says, capsys):

@@ -15,6 +15,7 @@ from blockdiff import checks
 from blockdiff.api import continuation, encode_prompts, to_text
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError, RunStopped, first_line
+from blockdiff.evaluation.score import score_tokens
 from blockdiff.models.loading import load
 from blockdiff.models.weights import convert, resolve_precision
 from blockdiff.outputs import local_path, new_file, to_json
@@ -38,6 +39,9 @@ def write_texts(
     `RunStopped` on Ctrl-C or SIGTERM, with what was written until then printed.
     """
     checks.numbers(samples=wish.samples, delay=wish.delay)
+    for name in ("likelihood", "logprobs"):
+        if (getattr(wish, name, False) or getattr(options, name, False)) and not wish.json:
+            raise InputError(f"`{name}` is shown in JSON: give `json` as well")
     prompts = read_prompts(wish.prompt, wish.prompt_file)
     if wish.page is not None:
         new_file("page", wish.page)
@@ -95,6 +99,11 @@ def write_texts(
             "tokens_per_second": done.tokens_per_second,
             "tokens_per_nfe": done.tokens_per_nfe,
         }
+        if options.logprobs:
+            record["path_logprobs"] = done.path_logprobs
+        if wish.likelihood:
+            scores = score_tokens(model, ids, done.tokens, seed=options.seed, greedy=False)
+            record["likelihood"] = [{"nats": s.nats, "error": s.error} for s in scores]
         print(to_json(record, indent=2))
         return
     if shown:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from blockdiff.commands.model import ModelOptions
 from blockdiff.commands.options import Command, Given
+from blockdiff.errors import InputError
 from blockdiff.evaluation.options import Precision
 from blockdiff.sampling.options import SamplingOptions
 
@@ -50,6 +51,8 @@ class ChatSampling(SamplingOptions):
 
 def _run(given: Given) -> None:
     wish, options = given.make(ChatOptions), given.make(ChatSampling)
+    if options.logprobs:
+        raise InputError("`logprobs` are shown by generate only; leave it out")
     from blockdiff.chat import chat
 
     model = given.make(ModelOptions)

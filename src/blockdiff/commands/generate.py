@@ -25,6 +25,7 @@ class GenerateOptions:
         watch: Show the denoising live in the terminal.
         delay: Seconds to wait after each step of --watch.
         page: Also write an HTML page that replays the first text's denoising.
+        likelihood: Also bound −log p(text | prompt), with its standard error; shown with --json.
         json: Print one JSON object with texts, nfe, tokens per second and per
             evaluation.
     """
@@ -38,6 +39,7 @@ class GenerateOptions:
     watch: bool = False
     delay: float = 0.0
     page: str | None = None
+    likelihood: bool = False
     json: bool = False
 
 

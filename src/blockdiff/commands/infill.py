@@ -40,6 +40,8 @@ def _run(given: Given) -> None:
     wish, options, place = (given.make(k) for k in (InfillOptions, SamplingOptions, ModelOptions))
     for name in given.named & {"max_new_tokens", "stop"}:
         raise InputError(f"`{name}` is said by the gaps of the text; leave it out")
+    if options.logprobs:
+        raise InputError("`logprobs` are shown by generate only; leave it out")
     from blockdiff.infilling import infill, parse_gaps
     from blockdiff.outputs import to_json
     from blockdiff.printing import plain_console, printable

@@ -123,9 +123,11 @@ class Engine:
             wanted[place, : own.shape[1]] = own
         logits, noised = self._evaluate(rows, position, wanted, rate)
         state["evaluations"][rows[live]] += 1
-        place, column, tokens = self._choose(logits, wanted, views)
+        which, tokens = self._choose(logits, wanted, views)
+        place, column = (index[which] for index in wanted.nonzero())
         fixed, at = rows[place], position[place, column]
         self.rows.fix(fixed, at, tokens)
+        self._note_logprobs(logits, which, tokens, fixed, at)
         done = state["uncached"][rows] > 0
         if self.rows.shifted:  # a block whose next token is not fixed yet is run again
             done &= np.isin(np.arange(len(rows)), place[column == 0])
@@ -184,9 +186,9 @@ class Engine:
 
     def _choose(
         self, logits: Tensor, wanted: Array, views: list[tuple[Array, Order, RowState]]
-    ) -> tuple[Array, Array, Array]:
-        """Places among the rows, columns of their blocks and tokens of what is fixed."""
-        owner, column = wanted.nonzero()
+    ) -> tuple[Array, Array]:
+        """Which wanted positions are fixed, by their place in the logits, and their tokens."""
+        owner = wanted.nonzero()[0]
         indices, found = [], []
         for place, order, view in views:
             mine: Any = slice(None)
@@ -197,7 +199,7 @@ class Engine:
             chosen, tokens = answered(order, own, wanted[place, : view.masked.shape[1]], view)
             if chosen is None and len(views) == 1:
                 self.waits += 1
-                return owner, column, tokens.cpu().numpy()
+                return np.arange(len(owner)), tokens.cpu().numpy()
             if chosen is None:
                 chosen = torch.ones_like(tokens, dtype=torch.bool)
             elif chosen.device != tokens.device:  # the order itself has waited for it
@@ -207,8 +209,20 @@ class Engine:
             found.append(torch.stack([chosen, tokens]))
         taken, drawn = torch.cat(found, 1).cpu().numpy()  # one wait for all
         self.waits += 1
-        which, drawn = np.concatenate(indices)[taken > 0], drawn[taken > 0]
-        return owner[which], column[which], drawn
+        return np.concatenate(indices)[taken > 0], drawn[taken > 0]
+
+    def _note_logprobs(
+        self, logits: Tensor, which: Array, tokens: Array, rows: Array, at: Array
+    ) -> None:
+        """Keeps log p of the fixed tokens, of those rows that want them; waits once more."""
+        if self.rows.logprobs is None:
+            return
+        groups = self.rows.state["group"][rows]
+        wish = np.array([options.logprobs for options, *_ in self.rows.groups])[groups]
+        index = torch.from_numpy(np.stack([which, tokens])[:, wish]).to(logits.device)
+        found = logits[index[0]].log_softmax(-1).gather(-1, index[1][:, None]).squeeze(-1)
+        self.waits += 1
+        self.rows.logprobs[rows[wish], at[wish]] = found.double().cpu().numpy()
 
     def _prefill(self, rows: Array) -> None:
         """Caches the prompts' whole blocks, in one evaluation for each grid of blocks."""

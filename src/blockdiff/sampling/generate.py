@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
@@ -64,13 +64,16 @@ class Generation:
     """Finished rows.
 
     `tokens`: new ids of each row, EOS included. `finish`: "eos", "length", "low_entropy" for a text
-    that the rule of that name gave up, or "stop" where another rule ended it.
+    that the rule of that name gave up, or "stop" where another rule ended it. `path_logprobs`: of
+    each new token log p_θ in the evaluation that fixed it, where `logprobs` was asked for. Their
+    sum depends on the path; that of the text is bounded by `score_tokens`.
     """
 
     tokens: list[list[int]]
     nfe: list[int]
     finish: list[str]
     seconds: float
+    path_logprobs: list[list[float]] | None = field(default=None, kw_only=True)
 
     @property
     def tokens_per_second(self) -> float:
@@ -123,4 +126,11 @@ def collect(
         return "stop" if len(new) < max_new_tokens else "length"
 
     finish = [ended(*row) for row in zip(tokens, step.rejected.tolist(), strict=True)]
-    return Generation(tokens, step.nfe.tolist(), finish, seconds)
+    logprobs = None
+    if step.logprobs is not None:
+        starts = map(len, prompts)
+        logprobs = [
+            step.logprobs[row, start : start + len(tokens[row])].tolist()
+            for row, start in enumerate(starts)
+        ]
+    return Generation(tokens, step.nfe.tolist(), finish, seconds, path_logprobs=logprobs)

@@ -65,6 +65,8 @@ class SamplingOptions:
             of them with commas, paper (second_eos,low_entropy), or none. From Python also a
             StoppingRule, or a list of rules and names.
         block_size: Block size L' to sample with; the model's own when left out.
+        logprobs: Also give the log-probability of each new token in the evaluation that fixed it,
+            before temperature and cuts: the path's own, whose sum is not that of the text.
 
     Example:
         >>> import blockdiff
@@ -89,6 +91,7 @@ class SamplingOptions:
     seed: int = 0
     stop: Stop = "eos"
     block_size: int | None = None
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         """Raises `InputError` for numbers and names that cannot be meant."""
@@ -122,6 +125,7 @@ class SamplingKeywords(TypedDict, total=False):
     seed: int
     stop: Stop
     block_size: int | None
+    logprobs: bool
 
 
 # What some orders read and others do not.

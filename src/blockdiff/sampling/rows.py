@@ -57,6 +57,7 @@ class Rows:
         self.shifted = int(config.prediction == "shift")
         self.state, self.canvas = np.empty(0, _STATE), np.empty((0, 0), np.int64)
         self.u = np.empty((0, 0))  # of each row, the uniform numbers of its block
+        self.logprobs: Array | None = None  # [B, S], once a row wants them
         self.new = np.empty((0, 0), bool)  # and what was masked as it began
         self.groups: list[tuple[SamplingOptions, Order, list[StoppingRule]]] = []
         self.admitted = 0
@@ -117,6 +118,11 @@ class Rows:
         for place, begin, tail in zip(places, end.tolist(), after or (), strict=False):
             self.canvas[place, begin : begin + len(tail)] = tail
         self.u = _grown(self.u, len(prompts), int(rows["size"].max()), 0.0)
+        if options.logprobs and self.logprobs is None:
+            self.logprobs = np.empty((0, 0))
+        if self.logprobs is not None:
+            more = len(self.state) - len(self.logprobs)
+            self.logprobs = _grown(self.logprobs, more, self.canvas.shape[1], np.nan)
         self.new = _grown(self.new, len(prompts), self.u.shape[1], False)
         self._begin(places, self.look(places)[1])
         return places
@@ -127,6 +133,8 @@ class Rows:
         if not len(self.state):
             self.groups.clear()  # no row names one by its number
         self.canvas, self.u = np.delete(self.canvas, place, 0), np.delete(self.u, place, 0)
+        if self.logprobs is not None:
+            self.logprobs = np.delete(self.logprobs, place, 0)
         self.new = np.delete(self.new, place, 0)
 
     def _group(self, options: SamplingOptions, order: Order) -> int:
@@ -274,6 +282,8 @@ class Rows:
             self.finish(row)
         parts = [self.canvas.copy(), fixed, self.state["nfe"].copy(), self.state["length"].copy()]
         parts += [self.state["rejected"] > 0, self.state["name"].copy()]
+        if self.logprobs is not None:
+            parts.append(self.logprobs.copy())
         return Step(*map(torch.from_numpy, parts))
 
 

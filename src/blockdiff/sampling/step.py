@@ -18,7 +18,9 @@ class Step:
     `fixed` bool [B, S]: the positions this step fixed. `nfe` int64 [B]: network evaluations of each
     row so far, the prompt's included. `lengths` int64 [B]: final length of a finished row (prompt
     and EOS included), −1 while it goes on. `rejected` bool [B]: rows ended by the low-entropy rule.
-    `rows` int64 [B]: what `Engine.admit` called the rows; 0, 1, … in `stream`.
+    `rows` int64 [B]: what `Engine.admit` called the rows; 0, 1, … in `stream`. `logprobs` float64
+    [B, S]: log p_θ of a token in the evaluation that fixed it, before temperature and cuts, where
+    `SamplingOptions.logprobs` asks for it, else NaN; None where no row asks.
 
     Example:
         >>> import blockdiff
@@ -34,6 +36,7 @@ class Step:
     lengths: Tensor
     rejected: Tensor
     rows: Tensor
+    logprobs: Tensor | None = None
 
     @property
     def done(self) -> Tensor:
