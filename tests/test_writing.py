@@ -49,7 +49,7 @@ def wish(**given: object) -> SimpleNamespace:
     names = {
         "prompt": None, "prompt_file": None, "samples": 1, "precision": "float32",
         "tokenizer": None, "compile": False, "watch": False, "delay": 0.0, "page": None,
-        "json": False,
+        "json": False, "likelihood": False,
     }  # fmt: skip
     return SimpleNamespace(**{**names, **given})
 

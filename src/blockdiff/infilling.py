@@ -50,6 +50,13 @@ class Filled:
         nats: Of each gap, the bound on −log p(gap, text behind | text before) that it was chosen
             by, in nats a token, where there was a choice, else None.
         nfe: Network evaluations of all fillings that were tried.
+
+    Example:
+        >>> import blockdiff
+        >>> done = blockdiff.Filled("a b c", [" b"], [[5]], [1], [1], [None], 2)
+        >>> model, _ = blockdiff.load("starter")
+        >>> done.blind(model.config) is None  # all of the text behind the gap was seen
+        True
     """
 
     text: str

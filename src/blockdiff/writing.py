@@ -39,8 +39,8 @@ def write_texts(
     `RunStopped` on Ctrl-C or SIGTERM, with what was written until then printed.
     """
     checks.numbers(samples=wish.samples, delay=wish.delay)
-    for name in ("likelihood", "logprobs"):
-        if (getattr(wish, name, False) or getattr(options, name, False)) and not wish.json:
+    for name, asked in (("likelihood", wish.likelihood), ("logprobs", options.logprobs)):
+        if asked and not wish.json:
             raise InputError(f"`{name}` is shown in JSON: give `json` as well")
     prompts = read_prompts(wish.prompt, wish.prompt_file)
     if wish.page is not None:
