@@ -128,6 +128,63 @@ class SamplingKeywords(TypedDict, total=False):
     logprobs: bool
 
 
+# What other programs call our options. `steps` here are those of a block: a word that elsewhere
+# means those of the whole text is refused.
+ALIASES = {
+    "block_length": "block_size",
+    "canvas_length": "block_size",
+    "gen_length": "max_new_tokens",
+    "denoising_steps": "steps",
+    "max_denoising_steps": "steps",
+    "steps_per_block": "steps",
+    "confidence_threshold": "threshold",
+    "alg": "sampler",
+    "remasking_strategy": "sampler",
+}
+AMBIGUOUS = dict.fromkeys(
+    ("diffusion_steps", "nfe", "num_inference_steps", "num_steps", "sampling_steps"),
+    "may mean the steps of a block or of the whole text: give `steps`, those of a block",
+)
+# Dream's and SDAR's names of orders.
+_THEIR_ORDERS: dict[str, dict[str, Any]] = {
+    "maskgit_plus": {"sampler": "confidence"},
+    "topk_margin": {"sampler": "margin"},
+    "entropy": {"sampler": "entropy"},
+    "origin": {"sampler": "ancestral"},
+    "low_confidence": {"sampler": "confidence"},
+    "low_confidence_static": {"sampler": "confidence"},
+    "low_confidence_dynamic": {"sampler": "threshold"},
+    "entropy_bounded": {"sampler": "entropy_bound"},
+    "random": {"sampler": "confidence", "remasking": "random"},
+}
+
+
+def translated(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under our names; raises `InputError` for an ambiguous name, or two for one option.
+
+    Example:
+        >>> from blockdiff.sampling.options import translated
+        >>> translated({"alg": "topk_margin", "block_length": 4, "seed": 1})
+        {'sampler': 'margin', 'block_size': 4, 'seed': 1}
+    """
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in AMBIGUOUS:
+            raise InputError(f"`{name}` {AMBIGUOUS[name]}")
+        parts = {ALIASES.get(name, name): value}
+        if ALIASES.get(name) == "sampler" and value is not None:
+            if value not in _THEIR_ORDERS:
+                raise InputError(
+                    f"`{name}` {value!r} is unknown; choose one of {', '.join(_THEIR_ORDERS)}, or "
+                    f"give a `sampler`: {', '.join(ORDERS)}"
+                )
+            parts = _THEIR_ORDERS[value]
+        for ours in parts.keys() & found.keys():
+            raise InputError(f"`{ours}` is given twice, once as `{name}`; leave one out")
+        found |= parts
+    return found
+
+
 # What some orders read and others do not.
 SETTINGS = ORDERS.words("reads")
 
