@@ -24,6 +24,7 @@ WHOLE_NUMBERS = {
     "max_new_tokens": (1, checks.LARGEST_TEXT),
     "steps": (1, checks.LARGEST_SIZE),
     "tokens_per_step": (1, checks.LARGEST_SIZE),
+    "sub_block": (1, checks.LARGEST_SIZE),
 }
 REAL_NUMBERS = {
     "threshold": (0, 1, False, False),
@@ -64,7 +65,10 @@ class SamplingOptions:
             low_entropy (the last 256 tokens under 4 nats; such a row counts as rejected), several
             of them with commas, paper (second_eos,low_entropy), or none. From Python also a
             StoppingRule, or a list of rules and names.
-        block_size: Block size L' to sample with; the model's own when left out.
+        block_size: Block size L' to sample with; the model's own when left out. A model that
+            attends to its whole text (LLaDA, Dream, MDLM) writes it in parts of this size.
+        sub_block: Fix a block's tokens in parts of so many, from the left; the network sees the
+            whole block all the same (Fast-dLLM v2's small blocks).
         logprobs: Also give the log-probability of each new token in the evaluation that fixed it,
             before temperature and cuts: the path's own, whose sum is not that of the text.
 
@@ -91,6 +95,7 @@ class SamplingOptions:
     seed: int = 0
     stop: Stop = "eos"
     block_size: int | None = None
+    sub_block: int | None = None
     logprobs: bool = False
 
     def __post_init__(self) -> None:
@@ -125,6 +130,7 @@ class SamplingKeywords(TypedDict, total=False):
     seed: int
     stop: Stop
     block_size: int | None
+    sub_block: int | None
     logprobs: bool
 
 
@@ -133,6 +139,7 @@ class SamplingKeywords(TypedDict, total=False):
 ALIASES = {
     "block_length": "block_size",
     "canvas_length": "block_size",
+    "small_block_size": "sub_block",
     "gen_length": "max_new_tokens",
     "denoising_steps": "steps",
     "max_denoising_steps": "steps",
