@@ -358,6 +358,27 @@ def test_the_tokens_are_those_of_blockdiff(starter):
     assert found[0, width:].tolist() == expected.tokens[0]
 
 
+def test_orders_in_transformers_words(model):
+    prompt, wish = torch.tensor([[1, 2, 3]]), {"max_new_tokens": 8, "stop": "none", "seed": 3}
+    for given in ({"threshold": 0.2}, {"alg": "entropy"}, {"denoising_steps": 2}, {"steps": 2}):
+        found = model.generate(prompt, **given, **wish)[0, 3:].tolist()
+        assert found == blockdiff.generate(model, [[1, 2, 3]], options=given, **wish).tokens[0]
+    plain = model.generate(prompt, **wish)
+    # A folder's settings are read where it names their order, and the caller chooses none.
+    model.generation_config.steps = 1
+    try:
+        assert torch.equal(model.generate(prompt, **wish), plain)
+        model.generation_config.sampler = "confidence"
+        whole = model.generate(prompt, sampler="confidence", steps=1, **wish)
+        assert not torch.equal(whole, plain)
+        assert torch.equal(model.generate(prompt, **wish), whole)
+        assert torch.equal(model.generate(prompt, sampler="first_hitting", **wish), plain)
+        sure = model.generate(prompt, threshold=0.2, **wish)
+        assert torch.equal(sure, model.generate(prompt, sampler="threshold", threshold=0.2, **wish))
+    finally:
+        del model.generation_config.steps, model.generation_config.sampler
+
+
 def greedy(model: DiT, prompt: list[int], count: int, row: int = 0) -> list[int]:
     wish = {"temperature": 0, "max_new_tokens": count, "stop": "none"}
     return blockdiff.generate(model, [prompt], rows=[row], **wish).tokens[0]

@@ -28,6 +28,7 @@ from blockdiff.sampling.options import (
     SamplingOptions,
     given_settings,
     implied_sampler,
+    translated,
 )
 from blockdiff.sampling.step import Step
 
@@ -146,7 +147,10 @@ def generate(
 def merge_options(
     options: Options | None = None, **changes: Unpack[SamplingKeywords]
 ) -> SamplingOptions:
-    """`options` with the keywords' changes; raises `InputError` for what is no option."""
+    """`options` with the keywords' changes; raises `InputError` for what is no option.
+
+    Other programs' words are understood, too: see `ALIASES` in `blockdiff.sampling.options`.
+    """
     if isinstance(options, SamplingOptions):
         options = vars(options)
         chosen = options["sampler"]
@@ -157,7 +161,7 @@ def merge_options(
             f"`options` is {type(options).__name__}; it must be a SamplingOptions or a mapping of "
             "its fields"
         )
-    wish: dict[str, Any] = {**({} if options is None else options), **changes}
+    wish = translated(options or {}) | translated(changes)
     known = [field.name for field in fields(SamplingOptions)]
     for name in wish.keys() - known:
         raise InputError(f"there is no sampling option {name!r}; there are {', '.join(known)}")

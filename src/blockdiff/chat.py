@@ -72,7 +72,7 @@ def chat(
     if face.typed:
         config = model.config
         face.note(
-            f"{source}: {config.kind}, block size {config.choose_block_size(options.block_size)}, "
+            f"{source}: {config.kind}, block size {config.sampling_blocks(options.block_size)[1]}, "
             f"context of {config.length} tokens; /help tells what else can be typed"
         )
     face.run()
@@ -162,7 +162,7 @@ class _Face:
             config, options = self.talk.model.config, self.talk.options
             watch(
                 steps, self.talk.tokenizer, [len(reply.prompt)], config.mask_token_id,
-                config.choose_block_size(options.block_size), delay=self.delay, reply=True,
+                config.sampling_blocks(options.block_size)[1], delay=self.delay, reply=True,
                 prompt_grid=config.prompt_grid,
             )  # fmt: skip
         else:

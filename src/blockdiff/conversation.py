@@ -124,7 +124,7 @@ class Conversation:
         """`system`: what the system says first. Raises `InputError` where the template cannot."""
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.options, self.context = options, model.config.length
-        model.config.choose_block_size(options.block_size)
+        model.config.sampling_blocks(options.block_size)
         self.ends = template.turn_end.ids | end_ids(model)
         self.messages: list[Message] = []
         self.answers = 0

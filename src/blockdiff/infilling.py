@@ -231,7 +231,7 @@ def seen_behind(
     """How many tokens behind a gap the model sees while it fills the gap's last token."""
     if config.causal:
         return 0
-    end, size = before + gap, config.choose_block_size(block_size)
+    end, size = before + gap, config.sampling_blocks(block_size)[0]
     if size >= config.length:
         return behind if not config.slides else min(behind, max(config.length - end, 0))
     grid = before if config.prompt_grid == "prompt_end" else 0

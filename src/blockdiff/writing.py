@@ -49,7 +49,7 @@ def write_texts(
     if wish.compile:
         model.compile_layers()
     ids = encode_prompts(model, prompts, tokenizer, wish.samples)
-    block_size = model.config.choose_block_size(options.block_size)
+    block_size = model.config.sampling_blocks(options.block_size)[1]
     recorder = Recorder(tokenizer, len(ids[0]), block_size, prompt_grid=model.config.prompt_grid)
     given = [prompt for prompt in prompts for _ in range(wish.samples)]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from blockdiff.api import merge_options
+from blockdiff.cli import main
 from blockdiff.errors import InputError
 from blockdiff.registry import ORDERS
 from blockdiff.sampling.options import SETTINGS, SamplingOptions
@@ -175,3 +176,64 @@ def test_settings_that_make_no_sense(given, message):
 def test_every_setting_is_an_option_that_is_left_out_by_default():
     plain = SamplingOptions()
     assert all(getattr(plain, name) is None for name in SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"block_length": 4}, {"block_size": 4}),
+        ({"canvas_length": 4}, {"block_size": 4}),
+        ({"gen_length": 9}, {"max_new_tokens": 9}),
+        ({"denoising_steps": 2}, {"steps": 2}),
+        ({"steps_per_block": 2}, {"steps": 2}),
+        ({"max_denoising_steps": 2}, {"steps": 2}),
+        ({"confidence_threshold": 0.5}, {"threshold": 0.5}),
+        ({"alg": "maskgit_plus"}, {"sampler": "confidence"}),
+        ({"alg": "topk_margin"}, {"sampler": "margin"}),
+        ({"alg": "entropy"}, {"sampler": "entropy"}),
+        ({"alg": "origin", "steps": 4}, {"sampler": "ancestral", "steps": 4}),
+        ({"remasking_strategy": "low_confidence_dynamic"}, {"sampler": "threshold"}),
+        ({"remasking_strategy": "random"}, {"remasking": "random"}),
+        ({"remasking": "low_confidence"}, {"sampler": "confidence", "remasking": "low_confidence"}),
+    ],
+)
+def test_other_programs_words(theirs, ours):
+    assert merge_options(**theirs) == merge_options(theirs) == SamplingOptions(**ours)
+    assert merge_options({"steps": 4}, seed=2).steps == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"nfe": 4}, "`nfe` may mean the steps of a block or of the whole text: give `steps`"),
+        ({"num_steps": 4}, "`num_steps` may mean"),
+        ({"alg": "best"}, "`alg` 'best' is unknown; choose one of maskgit_plus, topk_margin"),
+        ({"block_length": 4, "block_size": 4}, "`block_size` is given twice"),
+        ({"alg": "entropy", "sampler": "margin"}, "`sampler` is given twice"),
+        ({"word": 4}, "no sampling option 'word'"),
+    ],
+)
+def test_words_that_say_too_little_or_too_much(given, message):
+    with pytest.raises(InputError, match=message):
+        merge_options(given)
+
+
+def test_the_command_line_knows_them(capsys):
+    for words, message in (
+        (["--denoising-steps", "4"], "did you mean --steps?"),
+        (["--canvas_length", "4"], "did you mean --block-size?"),
+        (["--confidence-threshold", "0.9"], "did you mean --threshold?"),
+        (["--alg", "entropy"], "did you mean --sampler?"),
+        (["--threshold", "2"], "--threshold is 2.0; it must be at most 1"),
+        (["--threshold", "high"], "--threshold cannot be 'high'; expected a number"),
+        (["--entropy-bound", "-1"], "--entropy-bound is -1.0; it must be at least 0"),
+        (["--tokens-per-step", "0"], "--tokens-per-step is 0"),
+        (["--remasking", "high"], "--remasking cannot be 'high'; choose one of low_confidence, ra"),
+        (["--threshold", "0.9", "--margin", "0.1"], "no sampler reads --margin and --threshold"),
+        (["--sampler", "first_hitting", "--steps", "4"], "does not read --steps: leave it out or"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["generate", "starter", *words])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Mapping
 
+from blockdiff.sampling.options import ALIASES
+
 # Ours → theirs. A word may stand for several of ours: the first the command has is meant.
 _OPTIONS = {
     "samples": "n n-samples num-samples num-return-sequences samples-per-prompt count number num",
@@ -67,7 +69,7 @@ _OPTIONS = {
     "temperature": "t temp",
     "top-k": "k",
     "top-p": "p nucleus nucleus-p typical-p",
-    "sampler": "remasking alg algorithm strategy decoding sampling-method method",
+    "sampler": "algorithm strategy decoding sampling-method method",
     "stop": "stop-token stop-tokens stop-sequences stopping eos eos-token",
     "seed": "s random-seed rng-seed manual-seed random-state",
     "precision": (
@@ -143,7 +145,10 @@ _COMMANDS = {
 
 def hint_option(word: str, known: Collection[str]) -> str | None:
     """The option of `known` (with dashes inside, none before) that `word` may stand for."""
-    return _hint(word, known, _OPTIONS)
+    aliases = {theirs.replace("_", "-"): ours for theirs, ours in ALIASES.items()}
+    plain = word.strip("-").replace("_", "-").lower()
+    ours = aliases.get(plain, "").replace("_", "-")
+    return ours if ours in known and plain not in known else _hint(word, known, _OPTIONS)
 
 
 def hint_command(word: str, known: Collection[str]) -> str | None:

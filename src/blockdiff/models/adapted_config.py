@@ -12,11 +12,13 @@ from blockdiff.checks import one_of, whole_number, whole_numbers
 from blockdiff.errors import InputError
 from blockdiff.layout import Clean, Inside, Prediction
 from blockdiff.models.config import BlockConfig
+from blockdiff.models.denoiser import Remainder
 
 PromptGrid = Literal["absolute", "prompt_end"]
 RECORDED = (
     *("block_size", "block_sizes", "length", "mask_token_id", "bos_token_id", "eos_token_id"),
     *("prediction", "clean_stream", "inside_block", "prompt_grid", "keep_first"),
+    "remainder",
     *("objective", "clip"),
 )
 
@@ -49,6 +51,7 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         clean_stream: Clean = "causal",
         inside_block: Inside = "bidirectional",
         prompt_grid: PromptGrid = "absolute",
+        remainder: Remainder = "first",
         objective: str | None = None,
         clip: tuple[float, float] | None = None,
         **kwargs: Any,
@@ -61,6 +64,7 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         one_of("clean", clean_stream, get_args(Clean))
         one_of("inside_block", inside_block, get_args(Inside))
         one_of("prompt_grid", prompt_grid, get_args(PromptGrid))
+        one_of("remainder", remainder, get_args(Remainder))
         if not causal and whole_number("mask_token_id", mask_token_id, 0) >= vocab_size:
             raise InputError(
                 f"mask token id {mask_token_id} is outside the vocabulary of {vocab_size}"
@@ -74,6 +78,7 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         self.prediction, self.clean_stream = prediction, clean_stream
         self.keep_first = keep_first or prediction == "shift"  # which predicts no token 0
         self.inside_block, self.prompt_grid = inside_block, prompt_grid
+        self.remainder = remainder
         self.clip = None if clip is None else list(clip)
         self.objective = objective or self.kind
         super().__init__(**kwargs)

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from blockdiff.checks import one_of, whole_number
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout, Clean, Inside, Prediction
+from blockdiff.models.denoiser import Remainder
 from blockdiff.models.remote import PackagedConfig
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "cond_size")
@@ -47,6 +48,7 @@ class BlockConfig:
     inside_block: Inside = "bidirectional"
     clean_stream: Clean = "block"
     prediction: Prediction = "same"
+    remainder: Remainder = "first"
     slides: bool = True
 
     @property
@@ -85,6 +87,17 @@ class BlockConfig:
                 stacklevel=1,
             )
         return 1 if self.causal else size
+
+    def sampling_blocks(self, block_size: int | None = None) -> tuple[int, int]:
+        """(K, how many of a block's tokens are fixed before the next): L' both, of most models.
+
+        One that attends to its whole text writes that in parts of `block_size`, with masks behind
+        them, unless it was trained with blocks of that size. Raises as `choose_block_size`.
+        """
+        if self.kind == "mdlm" and block_size is not None and block_size not in self.block_sizes:
+            return self.length, min(whole_number("block_size", block_size), self.length)
+        size = self.choose_block_size(block_size)
+        return size, size
 
     def layout_of(
         self,

@@ -12,6 +12,9 @@ conventions:
     clean_stream    what a clean token sees of x_0: up to the end of its "block", or "causal", up to
                     itself
     prediction      the logits at i are for token i ("same") or for token i + 1 ("shift", as in AR)
+    remainder       where a number of steps does not divide a block's tokens: the "first" steps fix
+                    one more each; "rounded", each step fixes its share of what is left; or each
+                    rounds that down, and the "last" fixes the rest
     next_from_cache whether caching a finished block also yields the token after it
 
 Shapes: B batch, R draws, L positions, n rows, T tokens of one evaluation, P chosen positions,
@@ -30,6 +33,8 @@ from transformers.utils import ModelOutput
 
 from blockdiff.cache import BlockCache
 from blockdiff.layout import BlockLayout
+
+Remainder = Literal["first", "rounded", "last"]
 
 
 @dataclass
@@ -85,12 +90,14 @@ class Conventions(Protocol):
     inside_block: Literal["bidirectional", "causal"]
     clean_stream: Literal["block", "causal"]
     prediction: Literal["same", "shift"]
+    remainder: Remainder
 
     @property
     def next_from_cache(self) -> bool: ...
     def choose_block_size(
         self, block_size: int | None = None, length: int | None = None
     ) -> int: ...
+    def sampling_blocks(self, block_size: int | None = None) -> tuple[int, int]: ...
     def layout_of(
         self,
         length: int,

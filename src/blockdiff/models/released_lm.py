@@ -69,6 +69,7 @@ def a2d(found: Found) -> Recipe:
     conventions = {
         "block_size": found.block(None, 32), "mask_token_id": found.mask(),
         "prediction": "same", "clean_stream": "block", "prompt_grid": "prompt_end",
+        "remainder": "rounded",
     }  # fmt: skip
     return Recipe(config, placed(config), conventions)
 
@@ -180,7 +181,7 @@ def dream(found: Found) -> Recipe:
     config = _base("qwen2", found, use_sliding_window=False)
     conventions = {
         "block_size": found.raw["max_position_embeddings"], "mask_token_id": found.mask(151666),
-        "prediction": "shift", "clean_stream": "block",
+        "prediction": "shift", "clean_stream": "block", "remainder": "last",
     }  # fmt: skip
     return Recipe(config, placed(config), conventions)
 

@@ -24,7 +24,7 @@ from blockdiff.checks import SEEDS, whole_number
 from blockdiff.errors import InputError
 from blockdiff.registry import GENERATION
 from blockdiff.sampling.generate import stream_tokens
-from blockdiff.sampling.options import SamplingOptions, stop_parts
+from blockdiff.sampling.options import SETTINGS, SamplingOptions, stop_parts, translated
 from blockdiff.sampling.stopping import StopAtText, StopAtTokens
 
 _OURS = frozenset(field.name for field in fields(SamplingOptions))
@@ -114,8 +114,12 @@ def _settings(
         raise InputError(f"`generation_config` is {type(config).__name__}, not a GenerationConfig")
     told = {} if config is None else config.to_diff_dict()
     told |= {name: value for name, value in given.items() if value is not None}
+    told = translated(told)
     own = {name: value for name, value in model.generation_config.to_diff_dict().items()
            if name not in told}  # fmt: skip
+    # How to order is one choice: the caller's, else the folder's where it names a sampler.
+    if "sampler" not in own or told.keys() & {"sampler", *SETTINGS}:
+        own = {name: value for name, value in own.items() if name not in {"sampler", *SETTINGS}}
     known = _OURS | _THEIRS | _UNREAD | _ARGUMENTS | GenerationConfig().to_dict().keys()
     for name in told.keys() - known:
         raise InputError(

@@ -115,12 +115,15 @@ class Engine:
             self._prefill(waiting)
             return self.rows.step(waiting, waiting[:0], waiting[:0])
         position, unfixed = self.rows.look(rows)
-        masked = self.rows.first_alone(unfixed)
+        part = self.rows.part(rows, position, unfixed)
+        masked = self.rows.first_alone(part)
         views = self.rows.views(rows, live, position, masked)
         wanted, rate = np.zeros_like(masked), np.zeros(len(rows))
         for place, order, view in views:
             own, rate[place] = asked(order, view)
             wanted[place, : own.shape[1]] = own
+        if self._timed and part is not unfixed:  # an order knows of no masks behind the part
+            rate = np.where(state["part"][rows] > 0, unfixed.sum(1) / state["size"][rows], rate)
         logits, noised = self._evaluate(rows, position, wanted, rate)
         state["evaluations"][rows[live]] += 1
         which, tokens = self._choose(logits, wanted, views)
@@ -136,6 +139,9 @@ class Engine:
         unfixed[place, column] = False
         self.rows.require_end(rows)
         going = state["length"][rows] < 0
+        if part is not unfixed:
+            more = going & unfixed.any(1) & ~(part & unfixed).any(1)
+            self.rows.begin_part(rows[more], position[more], unfixed[more])
         self.rows.move_on(rows[going & ~unfixed.any(1)])
         # A finished row is padding for graphs, until half are: each drop changes the shapes.
         if not self.model.graphs or 2 * going.sum() <= len(rows):

@@ -24,6 +24,7 @@ WHOLE_NUMBERS = {
     "max_new_tokens": (1, checks.LARGEST_TEXT),
     "steps": (1, checks.LARGEST_SIZE),
     "tokens_per_step": (1, checks.LARGEST_SIZE),
+    "sub_block": (1, checks.LARGEST_SIZE),
 }
 REAL_NUMBERS = {
     "threshold": (0, 1, False, False),
@@ -64,7 +65,10 @@ class SamplingOptions:
             low_entropy (the last 256 tokens under 4 nats; such a row counts as rejected), several
             of them with commas, paper (second_eos,low_entropy), or none. From Python also a
             StoppingRule, or a list of rules and names.
-        block_size: Block size L' to sample with; the model's own when left out.
+        block_size: Block size L' to sample with; the model's own when left out. A model that
+            attends to its whole text (LLaDA, Dream, MDLM) writes it in parts of this size.
+        sub_block: Fix a block's tokens in parts of so many, from the left; the network sees the
+            whole block all the same (Fast-dLLM v2's small blocks).
         logprobs: Also give the log-probability of each new token in the evaluation that fixed it,
             before temperature and cuts: the path's own, whose sum is not that of the text.
 
@@ -91,6 +95,7 @@ class SamplingOptions:
     seed: int = 0
     stop: Stop = "eos"
     block_size: int | None = None
+    sub_block: int | None = None
     logprobs: bool = False
 
     def __post_init__(self) -> None:
@@ -125,7 +130,66 @@ class SamplingKeywords(TypedDict, total=False):
     seed: int
     stop: Stop
     block_size: int | None
+    sub_block: int | None
     logprobs: bool
+
+
+# What other programs call our options. `steps` here are those of a block: a word that elsewhere
+# means those of the whole text is refused.
+ALIASES = {
+    "block_length": "block_size",
+    "canvas_length": "block_size",
+    "small_block_size": "sub_block",
+    "gen_length": "max_new_tokens",
+    "denoising_steps": "steps",
+    "max_denoising_steps": "steps",
+    "steps_per_block": "steps",
+    "confidence_threshold": "threshold",
+    "alg": "sampler",
+    "remasking_strategy": "sampler",
+}
+AMBIGUOUS = dict.fromkeys(
+    ("diffusion_steps", "nfe", "num_inference_steps", "num_steps", "sampling_steps"),
+    "may mean the steps of a block or of the whole text: give `steps`, those of a block",
+)
+# Dream's and SDAR's names of orders.
+_THEIR_ORDERS: dict[str, dict[str, Any]] = {
+    "maskgit_plus": {"sampler": "confidence"},
+    "topk_margin": {"sampler": "margin"},
+    "entropy": {"sampler": "entropy"},
+    "origin": {"sampler": "ancestral"},
+    "low_confidence": {"sampler": "confidence"},
+    "low_confidence_static": {"sampler": "confidence"},
+    "low_confidence_dynamic": {"sampler": "threshold"},
+    "entropy_bounded": {"sampler": "entropy_bound"},
+    "random": {"sampler": "confidence", "remasking": "random"},
+}
+
+
+def translated(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under our names; raises `InputError` for an ambiguous name, or two for one option.
+
+    Example:
+        >>> from blockdiff.sampling.options import translated
+        >>> translated({"alg": "topk_margin", "block_length": 4, "seed": 1})
+        {'sampler': 'margin', 'block_size': 4, 'seed': 1}
+    """
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in AMBIGUOUS:
+            raise InputError(f"`{name}` {AMBIGUOUS[name]}")
+        parts = {ALIASES.get(name, name): value}
+        if ALIASES.get(name) == "sampler" and value is not None:
+            if value not in _THEIR_ORDERS:
+                raise InputError(
+                    f"`{name}` {value!r} is unknown; choose one of {', '.join(_THEIR_ORDERS)}, or "
+                    f"give a `sampler`: {', '.join(ORDERS)}"
+                )
+            parts = _THEIR_ORDERS[value]
+        for ours in parts.keys() & found.keys():
+            raise InputError(f"`{ours}` is given twice, once as `{name}`; leave one out")
+        found |= parts
+    return found
 
 
 # What some orders read and others do not.

@@ -35,11 +35,12 @@ from blockdiff.sampling.stopping import StoppingRule, rules_of
 # name: what `admit` called it. number, seed: its part of the address of random numbers. group: that
 # of rows with equal options. start, end: where its text begins and ends. known: tokens before the
 # first masked one. first: where its block begins. size: K. stride: from one block to the next.
+# part: so many of its positions are fixed before the next are looked at; 0 for all alike.
 # limit: up to which position blocks are filled. capacity: C. prompt: tokens of it still to be
 # cached. uncached: whether the block before its own is. evaluations: those of its block. nfe: all.
 # rejected: whether a rule gave it up. length: −1 until it is finished.
 _FIELDS = (
-    "name number seed group start end known first size stride limit capacity prompt uncached "
+    "name number seed group start end known first size stride part limit capacity prompt uncached "
     "evaluations nfe rejected length"
 )
 # A block in which something is masked still, this many evaluations beyond its positions and steps,
@@ -58,7 +59,7 @@ class Rows:
         self.state, self.canvas = np.empty(0, _STATE), np.empty((0, 0), np.int64)
         self.u = np.empty((0, 0))  # of each row, the uniform numbers of its block
         self.logprobs: Array | None = None  # [B, S], once a row wants them
-        self.new = np.empty((0, 0), bool)  # and what was masked as it began
+        self.new = np.empty((0, 0), bool)  # and what was masked as it, or its part, began
         self.groups: list[tuple[SamplingOptions, Order, list[StoppingRule]]] = []
         self.admitted = 0
 
@@ -79,7 +80,8 @@ class Rows:
         names = self.admitted + np.arange(len(prompts))
         if numbers is not None:
             numbers = [whole_number("number", number, 0) for number in numbers]
-        size: Any = check_options(config, options, order)
+        sizes: Any = check_options(config, options, order)
+        size, part = sizes
         behind = np.array([len(one) for one in after or ()] or [0] * len(prompts))
         for prompt, tail in zip(prompts, behind.tolist(), strict=True):
             check_prompt(config, prompt, options, tail)
@@ -100,6 +102,7 @@ class Rows:
         rows["seed"], rows["group"] = signed(options.seed), self._group(options, order)
         rows["start"], rows["end"], rows["known"] = start, end, start
         rows["first"], rows["size"], rows["stride"] = first, size, stride
+        rows["part"] = part
         rows["capacity"] = np.minimum(config.length - size, whole) * cached
         # Blocks are filled whole; a window only as far as text is wanted, by most orders.
         fills = (cached or order.fills_block) and after is None
@@ -124,7 +127,7 @@ class Rows:
             more = len(self.state) - len(self.logprobs)
             self.logprobs = _grown(self.logprobs, more, self.canvas.shape[1], np.nan)
         self.new = _grown(self.new, len(prompts), self.u.shape[1], False)
-        self._begin(places, self.look(places)[1])
+        self._begin(places, *self.look(places))
         return places
 
     def drop(self, place: int) -> None:
@@ -152,6 +155,21 @@ class Rows:
         position = state["first"][:, None] + column
         inside = (column < state["size"][:, None]) & (position < state["limit"][:, None])
         return position, inside & (self.read(rows, position) == self.mask_token_id)
+
+    def part(self, rows: Array, position: Array, unfixed: Array) -> Array:
+        """Of `unfixed` bool [n, K] those of the part of its block that each row is at.
+
+        Parts are counted from the block's beginning, in whole-text attention from the prompt's end.
+        """
+        state = self.state[rows]
+        if not state["part"].any():
+            return unfixed
+        begin = np.where(state["capacity"] > 0, state["first"], state["start"])[:, None]
+        number = (position - begin) // np.maximum(state["part"], 1)[:, None]
+        number *= state["part"][:, None] > 0
+        now = np.where(unfixed, number, number.max()).min(1, keepdims=True)
+        here: Array = unfixed & (number == now)
+        return here
 
     def first_alone(self, masked: Array) -> Array:
         """Of `masked` bool [n, K] what comes next: the first of a block, where it comes alone."""
@@ -186,14 +204,19 @@ class Rows:
             self.state["evaluations"][rows] = 0
             if self.config.causal:
                 return  # the next token is masked: the row goes on
-            masked = self.look(rows)[1]
-            full = ~masked.any(1)
-            self._begin(rows[~full], masked[~full])
+            position, unfixed = self.look(rows)
+            full = ~unfixed.any(1)
+            self._begin(rows[~full], position[~full], unfixed[~full])
             rows = rows[full]
 
-    def _begin(self, rows: Array, masked: Array) -> None:
-        """Notes what is `masked` [n, K] of new blocks, and draws their uniform numbers if read."""
-        self.new[rows, : masked.shape[1]] = masked
+    def begin_part(self, rows: Array, position: Array, unfixed: Array) -> None:
+        """Notes what is masked of the part of its block that each row is at, all as in `part`."""
+        self.state["evaluations"][rows] = 0
+        self.new[rows, : unfixed.shape[1]] = self.part(rows, position, unfixed)
+
+    def _begin(self, rows: Array, position: Array, unfixed: Array) -> None:
+        """The same of new blocks, whose uniform numbers are drawn where they are read."""
+        self.begin_part(rows, position, unfixed)
         if not self.config.time_conditioning:
             rows = rows[self.state["size"][rows] > 1]  # a block of one has no order
         if len(rows):
@@ -217,8 +240,9 @@ class Rows:
             size = self.state["size"][row].max()
             # A block's first token that comes alone is no part of what an order plans.
             alone = self.shifted & self.new[row, 0]
-            block = self.state["capacity"][row] > 0
-            whole = np.where(block, self.state["size"][row] - self.shifted, self.new[row].sum(1))
+            block = (self.state["capacity"][row] > 0) & (self.state["part"][row] == 0)
+            began = self.new[row].sum(1) - alone
+            whole = np.where(block, self.state["size"][row] - self.shifted, began)
             view = RowState(
                 masked=masked[place, :size],
                 planned=whole,
@@ -229,6 +253,7 @@ class Rows:
                 seeds=self.state["seed"][row],
                 options=options,
                 sample=partial(sample_tokens, options),
+                remainder=self.config.remainder,
             )
             found.append((place, order, view))
         return found
@@ -314,14 +339,23 @@ def sample_tokens(
     )
 
 
-def check_options(config: Conventions, options: SamplingOptions, order: Order) -> int:
-    """The block size K to sample with; `InputError` for options that do not fit the model."""
+def check_options(config: Conventions, options: SamplingOptions, order: Order) -> tuple[int, int]:
+    """The block size K to sample with, and the size of the parts it is fixed in, 0 for none.
+
+    Raises `InputError` for options that do not fit the model.
+    """
     if order.only not in (None, config.kind):
         raise InputError(
             f"the {order.name} sampler reads the scores of {str(order.only).upper()}, and this is "
             f"{config.kind}: use first_hitting or ancestral"
         )
-    return config.choose_block_size(options.block_size)
+    size, part = config.sampling_blocks(options.block_size)
+    if options.sub_block is not None and options.sub_block > part:
+        raise InputError(
+            f"`sub_block` {options.sub_block} is no part of a block of {part}; give a smaller one"
+        )
+    part = options.sub_block or part
+    return size, part * (part < size)
 
 
 def check_prompt(
@@ -351,7 +385,9 @@ def check_prompt(
             f"the model's context is {config.length} tokens; prompt and new tokens come to "
             f"{longest}: lower `max_new_tokens`"
         )
-    one_block = longest <= config.length and options.block_size in (None, config.length)
+    one_block = longest <= config.length and (
+        {options.block_size, options.sub_block} <= {None, config.length}
+    )
     if config.kind == "sedd" and not one_block:
         raise InputError(
             f"SEDD writes within its context of {config.length} tokens, in one block; prompt "

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from blockdiff.categorical import Array, host_uniform
 from blockdiff.errors import InputError
+from blockdiff.models.denoiser import Remainder
 from blockdiff.sampling.options import SamplingOptions
 
 # What a random number is for, the last part of its address; a token drawn anew counts on.
@@ -34,10 +35,11 @@ class RowState:
     """n rows of one order and the same options, each with its current block.
 
     `masked` bool [n, K]: the positions still to fix. `planned` int64 [n]: over how many tokens a
-    number of steps is spread: the block size, or of a window (K = L) what was masked as it began.
-    `u` float64 [n, K]: a uniform number of each position, the same in every evaluation: it is
-    masked at time t exactly when u < 1 − α_t. `evaluations` int64 [n]: those of this block so far,
-    but for that of a first token alone. `positions` int64 [n, K], in the text.
+    number of steps is spread: the block size, or of a window (K = L), and of a part of a block,
+    what was masked as it began; `remainder` says how, by the model's convention. `u` float64
+    [n, K]: a uniform number of each position, the same in every evaluation: it is masked at time t
+    exactly when u < 1 − α_t. `evaluations` int64 [n]: those of this block, or part, so far, but for
+    that of a first token alone. `positions` int64 [n, K], in the text.
     `numbers` int64 [n]: the rows' own numbers, with `seeds` int64 [n] a part of the address of all
     random numbers. `options`: what the rows share; its `seed` and `max_new_tokens` mean nothing.
     `sample`: what `draw` calls.
@@ -52,6 +54,7 @@ class RowState:
     seeds: Array
     options: SamplingOptions
     sample: Callable[[Tensor, Array, Array, Array], Tensor]
+    remainder: Remainder = "first"
 
     def draw(self, logits: Tensor, wanted: Array) -> Tensor:
         """A token for each position of `wanted` bool [n, K], int64 [P], from its logits [P, V].

@@ -8,12 +8,13 @@
     entropy_bound  −H                                      H₁ + … + H_{i−1} ≤ entropy_bound
 
 k is `tokens_per_step`, 1 by default. With `steps` S instead it follows the linear schedule: of a
-block's n tokens step i fixes n // S, and one more where i < n mod S; a block that the prompt begins
-goes at the same rate. H₁ ≤ H₂ ≤ … are a row's entropies in nats; bounded is the sum of the first i
-but for their largest. confidence is the rule of MaskGIT (Chang et al. 2022) and LLaDA (Nie et al.
-2025), threshold that of Fast-dLLM (Wu et al. 2025); margin and entropy are those of Dream (Ye et
-al. 2025), entropy_bound is EB-Sampler (Ben-Hamu et al. 2025). With `remasking` random, confidence
-fixes k positions in the order of first_hitting.
+block's n tokens step i fixes n // S, and one more where i < n mod S (published models may share
+them out otherwise: `Conventions.remainder`); a block that the prompt begins goes at the same rate.
+H₁ ≤ H₂ ≤ … are a row's entropies in nats; bounded is the sum of the first i but for their largest.
+confidence is the rule of MaskGIT (Chang et al. 2022) and LLaDA (Nie et al. 2025), threshold that of
+Fast-dLLM (Wu et al. 2025); margin and entropy are those of Dream (Ye et al. 2025), entropy_bound is
+EB-Sampler (Ben-Hamu et al. 2025). With `remasking` random, confidence fixes k positions in the
+order of first_hitting.
 
 Not exact: tokens fixed together are drawn as if independent of one another, and what is fixed first
 depends on what was drawn. k, threshold, margin and bound are what that is bought with. p and H are
@@ -28,12 +29,19 @@ Shapes: n rows, K positions of the block, P wanted positions, V vocabulary.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from blockdiff.models.denoiser import Remainder
 from blockdiff.registry import register_order
 from blockdiff.sampling.orders.base import Array, Order, RowState
+
+# The time at which Dream's noise ends.
+DREAM_END = 1e-3
 
 
 class Confidence(Order):
@@ -131,9 +139,29 @@ def least(rows: RowState) -> Array:
     options = rows.options
     if options.steps is None:
         return np.full(len(rows.masked), options.tokens_per_step or 1)
-    each, rest = np.divmod(rows.planned, options.steps)
-    step: Array = np.maximum(each + (rows.evaluations < rest), 1)
-    return step
+    plans = [shares(n, options.steps, rows.remainder) or (1,) for n in rows.planned.tolist()]
+    steps = zip(plans, rows.evaluations.tolist(), strict=True)
+    return np.array([plan[min(step, len(plan) - 1)] for plan, step in steps])
+
+
+@lru_cache(maxsize=1024)
+def shares(tokens: int, steps: int, remainder: Remainder) -> tuple[int, ...]:
+    """How many of a block's tokens each of so many steps fixes; steps that fix none are left out.
+
+    By the model's convention, in the published codes' own arithmetic where a half is rounded.
+    """
+    if remainder == "first":
+        each, rest = divmod(tokens, steps)
+        return (each + 1,) * rest + (each,) * (steps - rest if each else 0)
+    last, one = remainder == "last", np.float32(1)
+    time = np.linspace(1, DREAM_END if last else 0, steps + 1).astype(np.float32)
+    time = time if last else one - (one - time)  # 1 − α_t of the linear schedule
+    found, left = [], tokens
+    for t, s in pairwise(time):
+        found.append(int(left * (one - s / t)) if last else round(left * (1 - float(s / t))))
+        left -= found[-1]
+    found[-1] += left
+    return tuple(share for share in found if share)
 
 
 def _at_least(sureness: Tensor, threshold: float) -> Tensor:
