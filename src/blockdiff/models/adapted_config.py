@@ -17,7 +17,7 @@ PromptGrid = Literal["absolute", "prompt_end"]
 RECORDED = (
     *("block_size", "block_sizes", "length", "mask_token_id", "bos_token_id", "eos_token_id"),
     *("prediction", "clean_stream", "inside_block", "prompt_grid", "keep_first"),
-    *("objective", "clip"),
+    *("objective", "clip", "chain_rank"),
 )
 
 
@@ -51,6 +51,7 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         prompt_grid: PromptGrid = "absolute",
         objective: str | None = None,
         clip: tuple[float, float] | None = None,
+        chain_rank: int = 0,
         **kwargs: Any,
     ) -> None:
         if not causal and (prediction, prompt_grid) == ("shift", "prompt_end"):
@@ -76,6 +77,7 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         self.inside_block, self.prompt_grid = inside_block, prompt_grid
         self.clip = None if clip is None else list(clip)
         self.objective = objective or self.kind
+        self.chain_rank = whole_number("chain_rank", chain_rank, 0)
         super().__init__(**kwargs)
         # Last: transformers warns of an id behind the vocabulary's end, which AR has for no token.
         self.mask_token_id = mask_token_id
