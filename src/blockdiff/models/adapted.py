@@ -31,6 +31,7 @@ from blockdiff.attention import repeat
 from blockdiff.cache import BlockCache, LayerShape
 from blockdiff.layout import BlockLayout
 from blockdiff.models.adapted_config import AdaptedConfig
+from blockdiff.models.chain import chain_of
 from blockdiff.models.denoiser import Context, DenoiserOutput
 from blockdiff.models.loss import subs_nll
 from blockdiff.models.passes import (
@@ -75,6 +76,7 @@ class Adapted(DenoiserModel):
         for module in lm.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear  # the same map, which `convert` may store otherwise
+        self.chain = chain_of(config)
         self.adapter: Any = None  # where LoRA is trained: see lora.py
         self.shapes: list[LayerShape] = []  # of each layer's keys and values; the probe finds them
 

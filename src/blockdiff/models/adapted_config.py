@@ -19,7 +19,7 @@ RECORDED = (
     *("block_size", "block_sizes", "length", "mask_token_id", "bos_token_id", "eos_token_id"),
     *("prediction", "clean_stream", "inside_block", "prompt_grid", "keep_first"),
     "remainder",
-    *("objective", "clip"),
+    *("objective", "clip", "chain_rank"),
 )
 
 
@@ -54,6 +54,7 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         remainder: Remainder = "first",
         objective: str | None = None,
         clip: tuple[float, float] | None = None,
+        chain_rank: int = 0,
         **kwargs: Any,
     ) -> None:
         if not causal and (prediction, prompt_grid) == ("shift", "prompt_end"):
@@ -81,6 +82,7 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         self.remainder = remainder
         self.clip = None if clip is None else list(clip)
         self.objective = objective or self.kind
+        self.chain_rank = whole_number("chain_rank", chain_rank, 0)
         super().__init__(**kwargs)
         # Last: transformers warns of an id behind the vocabulary's end, which AR has for no token.
         self.mask_token_id = mask_token_id

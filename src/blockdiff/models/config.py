@@ -17,12 +17,13 @@ from blockdiff.models.remote import PackagedConfig
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "cond_size")
 
-# About 1M and 5M parameters without embeddings; `small` and `medium` are the paper's size and GPT-2
-# medium's.
+# About 1M, 4M and 5M parameters without embeddings; `small` and `medium` are the paper's size and
+# GPT-2 medium's.
 PRESETS: dict[str, dict[str, int]] = {
     name: dict(zip(_SIZES, sizes, strict=True))
     for name, sizes in {
         "nano": (128, 5, 2, 32),
+        "slim": (192, 10, 3, 48),
         "micro": (256, 6, 4, 64),
         "small": (768, 12, 12, 128),
         "medium": (1024, 24, 16, 128),
@@ -50,6 +51,7 @@ class BlockConfig:
     prediction: Prediction = "same"
     remainder: Remainder = "first"
     slides: bool = True
+    chain_rank: int = 0
 
     @property
     def kind(self) -> str:
@@ -141,7 +143,10 @@ class DiTConfig(BlockConfig, PackagedConfig):
     initialisation. `initial_gate`: the adaLN gates there; 0 makes every layer start as the
     identity, 1 as a plain transformer layer. `objective`: the name of what it is trained by (see
     `objectives.Objective`); by default that of its kind. `clean_stream`: what a clean token sees of
-    its block, all of it or, "causal", the tokens up to itself.
+    its block, all of it or, "causal", the tokens up to itself. `prediction`: whether the logits at
+    i are for token i or, "shift", for token i + 1, the clean stream predicting the first token of
+    each block; blocks of one token are then exactly AR. `chain_rank`: of the chain that a drafter
+    adds (`models.chain`); 0 is none.
 
     Example:
         >>> import blockdiff
@@ -176,6 +181,8 @@ class DiTConfig(BlockConfig, PackagedConfig):
         objective: str | None = None,
         clean_stream: Clean = "block",
         block_sizes: Sequence[int] | None = None,
+        prediction: Prediction = "same",
+        chain_rank: int = 0,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -191,7 +198,8 @@ class DiTConfig(BlockConfig, PackagedConfig):
         self.adaln = adaln and not causal
         self.time_conditioning = time_conditioning
         self.score = score
-        self.keep_first = keep_first
+        self.prediction = "shift" if causal else prediction
+        self.keep_first = keep_first or prediction == "shift"  # which predicts no token 0
         self.mask_token_id = vocab_size - 1 if mask_token_id is None else mask_token_id
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
@@ -199,12 +207,13 @@ class DiTConfig(BlockConfig, PackagedConfig):
         self.initial_gate = initial_gate
         self.clip = list(clip) if clip is not None else None
         self.objective = objective or self.kind
-        self.clean_stream = clean_stream
+        self.clean_stream = "causal" if causal else clean_stream
+        self.chain_rank = chain_rank
         _check_sizes(self)
-        for name in ("tie_word_embeddings", "prediction", "inside_block"):
+        for name in ("tie_word_embeddings", "inside_block"):
             kwargs.pop(name, None)
         if causal:
-            self.prediction, self.inside_block, self.clean_stream = "shift", "causal", "causal"
+            self.inside_block = "causal"
         super().__init__(**kwargs)
         self.tie_word_embeddings = False
 
@@ -233,6 +242,15 @@ def _check_sizes(config: DiTConfig) -> None:
             f"mask token id {config.mask_token_id} is outside the vocabulary of {config.vocab_size}"
         )
     one_of("clean_stream", config.clean_stream, get_args(Clean))
+    one_of("prediction", config.prediction, get_args(Prediction))
+    whole_number("chain_rank", config.chain_rank, 0)
+    if config.prediction == "shift" and config.clean_stream != "causal":
+        raise InputError("prediction shift needs a causal clean_stream, which predicts as AR does")
+    if config.prediction == "shift" and (config.time_conditioning or config.score):
+        raise InputError(
+            "prediction shift reads logits off the clean stream, which knows no time: leave "
+            "time_conditioning and score out"
+        )
     for size in config.block_sizes:
         BlockLayout(config.length, size)
     if config.score and config.block_size != config.length:

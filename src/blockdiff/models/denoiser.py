@@ -33,6 +33,7 @@ from transformers.utils import ModelOutput
 
 from blockdiff.cache import BlockCache
 from blockdiff.layout import BlockLayout
+from blockdiff.models.chain import Chain
 
 Remainder = Literal["first", "rounded", "last"]
 
@@ -116,6 +117,8 @@ class Denoiser(Protocol):
     drawable: Tensor | None
     # Whether its layers are CUDA graphs, which are recorded anew for every shape of a pass.
     graphs: bool
+    # What a drafter adds to its logits, by the token before (`models.chain`); None where untrained.
+    chain: Chain | None
     training: bool
 
     @property

@@ -34,6 +34,7 @@ from blockdiff.attention import Mask, attend, choose_backend, flex, make_mask, r
 from blockdiff.cache import BlockCache, LayerShape
 from blockdiff.device import cached, compile_every_shape
 from blockdiff.layout import BlockLayout
+from blockdiff.models.chain import Chain, chain_of
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.denoiser import Context, DenoiserOutput
 from blockdiff.models.layers import (
@@ -98,6 +99,7 @@ class DiT(DenoiserModel):
         self.sigma = SigmaEmbedding(config.cond_size) if config.adaln else None
         self.layers = nn.ModuleList(DiTLayer(config) for _ in range(config.num_hidden_layers))
         self.output = OutputLayer(config)
+        self.chain = chain_of(config)
         self._folded: tuple[object, Condition] | None = None
         self.post_init()
 
@@ -121,7 +123,9 @@ class DiT(DenoiserModel):
     def _init_weights(self, module: nn.Module) -> None:
         # transformers initialises each tensor once, children first: what is special about a
         # layer's linear map has to be told by the map's own class.
-        if isinstance(module, Modulation):
+        if isinstance(module, Chain):
+            module.reset()
+        elif isinstance(module, Modulation):
             init.zeros_(module.weight)
             init.copy_(module.bias, module.initial_bias(self.config))
         elif isinstance(module, ResidualLinear):

@@ -27,6 +27,7 @@ from blockdiff.errors import InputError
 from blockdiff.estimators import Estimator, make_estimator
 from blockdiff.layout import BlockLayout
 from blockdiff.models.card import CARD, card_to_push
+from blockdiff.models.chain import Chain
 from blockdiff.models.denoiser import Context, DenoiserOutput
 from blockdiff.noising import stratified_noise
 from blockdiff.registry import GENERATION, OBJECTIVES
@@ -63,6 +64,7 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
 
     supports_gradient_checkpointing: ClassVar[bool] = True  # type: ignore[misc]
     estimator: str | Estimator | None = None
+    chain: Chain | None  # a subclass makes it
     # A subclass's: `Denoiser.__call__`, with the `backend` of attention, and the rest of it.
     denoise: Callable[..., DenoiserOutput]
     encode: Callable[..., Context]

@@ -20,7 +20,7 @@ from blockdiff.registry import (
     ScheduleName,
 )
 
-Preset = Literal["nano", "micro", "small", "medium"]
+Preset = Literal["nano", "slim", "micro", "small", "medium"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bf16"]
 Backend = Literal["auto", "dense", "blockwise", "flex"]
