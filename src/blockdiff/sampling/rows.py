@@ -38,7 +38,7 @@ from blockdiff.sampling.stopping import StoppingRule, rules_of
 # part: so many of its positions are fixed before the next are looked at; 0 for all alike.
 # limit: up to which position blocks are filled. capacity: C. prompt: tokens of it still to be
 # cached. uncached: whether the block before its own is. evaluations: those of its block. nfe: all.
-# rejected: whether a rule gave it up. edits: whether its order does. length: −1 until it is finished.
+# rejected: whether a rule gave it up. edits: whether its order does. length: −1 until finished.
 _FIELDS = (
     "name number seed group start end known first size stride part limit capacity prompt uncached "
     "evaluations nfe rejected edits length"
@@ -190,8 +190,8 @@ class Rows:
     def revisable(self, rows: Array, tokens: Array) -> Array:
         """bool [n, K]: which of the `tokens` of the rows' blocks an order may write over."""
         size = tokens.shape[1]
-        found: Array = self.new[rows, :size] & ~self.revised[rows, :size]
-        found &= tokens != self.mask_token_id
+        found: Array = np.asarray(self.new[rows, :size] > self.revised[rows, :size])
+        found[tokens == self.mask_token_id] = False
         found[:, : self.shifted] = False  # what the clean stream gave
         return found
 
@@ -346,8 +346,8 @@ class Rows:
         if self.logprobs is not None:
             step = replace(step, logprobs=torch.from_numpy(self.logprobs.copy()))
         if state["edits"].any():
-            edited, settled = map(torch.from_numpy, (changed[1], state["known"].copy()))
-            step = replace(step, edited=edited, settled=settled)
+            settled = torch.from_numpy(state["known"].copy())
+            step = replace(step, edited=torch.from_numpy(changed[1]), settled=settled)
         return step
 
 

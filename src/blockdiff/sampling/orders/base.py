@@ -80,9 +80,9 @@ class Order:
     `reads`: the names of those settings of `SamplingOptions` it takes; others that some order reads
     are refused. `needs`: those it cannot do without. `only`: the kind of model it samples; None for
     every kind. `fills_block`: whether it also fixes the positions of a window that lie behind the
-    text that is wanted. `edits`: whether it also writes over tokens of the block, each once at most:
-    its `wanted` may name `revisable` positions, and a block ends with the first evaluation that
-    leaves it as it is.
+    text that is wanted. `edits`: whether it also writes over tokens of the block, each once at
+    most: its `wanted` may name `revisable` positions, and a block ends with the first evaluation
+    that leaves it as it is.
 
     Example:
         >>> import torch, blockdiff

@@ -91,7 +91,7 @@ class Threshold(Confidence):
     """All positions whose token has so high a probability."""
 
     name = "threshold"
-    reads = ("steps", "tokens_per_step", "threshold")
+    reads: tuple[str, ...] = ("steps", "tokens_per_step", "threshold")
 
     def besides(self, sureness: Tensor, rows: RowState) -> Tensor:
         given = rows.options.threshold

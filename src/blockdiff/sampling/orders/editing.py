@@ -1,4 +1,4 @@
-"""Tokens of the current block may be revised once more of it is known.
+"""Tokens of the current block may be revised when more of it is known.
 
 In every evaluation of a block x, for its positions i in turn with logits of x as it stands, and v_i
 the token drawn from them (at temperature 0 the most likely):
@@ -11,11 +11,11 @@ that leaves it as it is or after which all its tokens are revised: after 2K + 1 
 What stops a row is asked of final blocks only. The token that the clean stream predicts, the first
 of a block under prediction "shift", stays.
 
-The idea is LLaDA2.1's (Bie et al. 2026), also SGLang's JointThreshold. They write over a token where
-the most likely one is another with p > τ, as long as anything changes or for so many steps; here
-the limit is on the token that is there, so that one that is likely enough stays. p(x_i) is what the
-network gives for a position it sees the token of. Only networks that were trained on wrong tokens
-have learnt that; of others it says little, and the order is then no better than `threshold`.
+The idea is that of LLaDA2.1 (2026) and of JointThreshold in SGLang. They write over a token where
+the most likely one is another with p > τ, until nothing changes or for so many steps; here the
+limit is on the token that is there: one that is likely enough stays. p(x_i) is what the network
+gives for a position whose token it sees. Only networks that were trained on wrong tokens have
+learnt that; of others it says little, and the order need not be better than `threshold`.
 """
 
 from __future__ import annotations
