@@ -190,7 +190,7 @@ class Rows:
     def revisable(self, rows: Array, tokens: Array) -> Array:
         """bool [n, K]: which of the `tokens` of the rows' blocks an order may write over."""
         size = tokens.shape[1]
-        found: Array = np.asarray(self.new[rows, :size] > self.revised[rows, :size])
+        found: Array = self.new[rows, :size] > self.revised[rows, :size]
         found[tokens == self.mask_token_id] = False
         found[:, : self.shifted] = False  # what the clean stream gave
         return found
@@ -200,7 +200,7 @@ class Rows:
 
         `changed` bool [n]: which of them the evaluation wrote to.
         """
-        found: Array = ~masked.any(1)
+        found: Array = np.logical_not(masked.any(1))
         again = (found & changed & (self.state["edits"][rows] > 0)).nonzero()[0]
         if len(again):
             row = rows[again]
