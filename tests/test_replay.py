@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -105,6 +106,19 @@ def test_record_keeps_the_row(steps, tokenizer, prompts, row):
     numbers = [event.nfe for event in recording.events]
     assert numbers == sorted(set(numbers))
     assert numbers[-1] <= recording.nfe
+
+
+def test_what_was_edited_is_shown_as_it_was(tokenizer):
+    first, last = finished(tokenizer, "the cat sat on", [[1, 2], [3]])
+    wrong = first.tokens.clone()
+    wrong[0, 1] = tokenizer.encode(" mat")[0]
+    edited = torch.zeros_like(first.fixed)
+    edited[0, 1] = True
+    start, end = replace(first, tokens=wrong), replace(last, edited=edited)
+    recording = record([start, end], tokenizer, 1, BLOCK)
+    assert recording.tokens[1] == " cat" and recording.edits == [(2, 1, " mat")]
+    assert [event.positions for event in recording.events] == [[1, 2], [3]]
+    assert embedded(recording.page())["edits"] == [[2, 1, " mat"]]
 
 
 def test_what_is_past_the_end_of_text_is_kept_apart(tokenizer):

@@ -1,5 +1,6 @@
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,6 +133,14 @@ def test_end_of_text_tokens(tokenizer):
     assert "<|endoftext|>" not in shown.replace(at_the_end, "")
 
 
+def test_a_last_block_that_is_edited_is_drawn(tokenizer):
+    step = a_step(tokenizer, "the cat sat", [], [])
+    edited = torch.zeros_like(step.fixed)
+    edited[0, 1] = True
+    steps = [replace(step, edited=edited), a_step(tokenizer, "the cat sat", [], [], length=3)]
+    assert "\x1b[30;43m cat" in show(steps, tokenizer, [1], terminal=True)
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_frames_fit_the_terminal(tokenizer, rows):
     text = "the cat sat on the mat\n" * 40
@@ -139,7 +148,8 @@ def test_frames_fit_the_terminal(tokenizer, rows):
     going = a_step(tokenizer, text, [size - 1], [5])
     done = a_step(tokenizer, text, [], [], length=size)
     steps = [
-        Step(*(x.repeat_interleave(rows, 0) for x in vars(step).values())) for step in (going, done)
+        Step(*(x.repeat_interleave(rows, 0) for x in vars(step).values() if x is not None))
+        for step in (going, done)
     ]
     shown = show(steps, tokenizer, [1] * rows, terminal=True, height=12)
     # Rich moves the cursor up over a frame before it draws the next.

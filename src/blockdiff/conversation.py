@@ -84,9 +84,7 @@ class Reply:
         """The tokens before the first that is masked; all of them once it has ended."""
         if self.steps.last is None:
             return []
-        start, length = len(self.prompt), int(self.steps.last.lengths[0])
-        new: list[int] = self.steps.last.tokens[0, start : length if length >= 0 else None].tolist()
-        return new[: new.index(self._mask)] if length < 0 and self._mask in new else new
+        return self.steps.last.final(0, len(self.prompt), self._mask)
 
     def text(self, whole: bool = False) -> str:
         """What is sure of the text so far; with `whole`, also what more tokens could change.

@@ -224,9 +224,10 @@ OBJECTIVES: Registry[Objective] = Registry(
 # is chosen, the first that reads all that is set is meant.
 ORDERS: Registry[Order] = Registry(
     "order",
-    ("wanted", "mask_rate", "choose", "reads", "needs", "only", "fills_block"),
+    ("wanted", "mask_rate", "choose", "reads", "needs", "only", "fills_block", "edits"),
     {
         "blockdiff.sampling.orders.confidence": "confidence threshold margin entropy entropy_bound",
+        "blockdiff.sampling.orders.editing": "editing",
         "blockdiff.sampling.orders.scheduled": "first_hitting ancestral analytic",
     },
     reads={
@@ -235,6 +236,7 @@ ORDERS: Registry[Order] = Registry(
         "margin": "steps tokens_per_step margin",
         "entropy": "steps tokens_per_step",
         "entropy_bound": "steps tokens_per_step entropy_bound",
+        "editing": "steps tokens_per_step threshold edit_threshold",
         "first_hitting": "schedule",
         "ancestral": "steps schedule",
         "analytic": "steps schedule",

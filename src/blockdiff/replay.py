@@ -14,7 +14,7 @@ import html
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -29,7 +29,7 @@ _PARTIAL = "\ufffd"  # what a decoder writes for bytes that are no whole charact
 
 @dataclass(frozen=True)
 class Event:
-    """One network evaluation that fixed something: its number (from 1) and the positions fixed."""
+    """One network evaluation that wrote something: its number (from 1) and the positions fixed."""
 
     nfe: int
     positions: list[int]
@@ -50,6 +50,7 @@ class Recording:
         nfe: Network evaluations in all; those without an event read the prompt or cached a block.
         seconds: Wall time of the steps until the row was finished, other rows' share included.
         offset: Positions the first block is short of, where blocks begin at the prompt's end.
+        edits: What was written over: number of the event (from 1), position, text before.
     """
 
     tokens: list[str]
@@ -61,6 +62,7 @@ class Recording:
     nfe: int
     seconds: float
     offset: int = 0
+    edits: list[tuple[int, int, str]] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -115,6 +117,7 @@ class Recorder:
         self.prompt_length, self.block_size = prompt_length, block_size
         self.offset = -prompt_length % block_size if prompt_grid == "prompt_end" else 0
         self._events: list[Event] = []
+        self._edits: list[tuple[int, int, str]] = []
         self._last: Step | None = None
         self._seconds = 0.0
         self._since = time.perf_counter()
@@ -126,8 +129,14 @@ class Recorder:
             self._seconds += now - self._since
         self._since = now
         positions = step.fixed[self.row].nonzero().squeeze(-1).tolist()
-        if positions:
+        edited = [] if step.edited is None else step.edited[self.row].nonzero().flatten().tolist()
+        if positions or edited:
             self._events.append(Event(int(step.nfe[self.row]), positions))
+        for position in edited:
+            assert self._last is not None
+            before = self._last.tokens[self.row, max(position - 1, 0) : position + 1].tolist()
+            text = text_pieces(self.tokenizer, before)[-1]
+            self._edits.append((len(self._events), position, text))
         self._last = step
 
     def follow(self, steps: Iterable[Step]) -> Iterator[Step]:
@@ -157,6 +166,7 @@ class Recorder:
             block_size=self.block_size,
             offset=self.offset,
             events=list(self._events),
+            edits=list(self._edits),
             nfe=int(self._last.nfe[self.row]),
             seconds=self._seconds,
         )

@@ -73,8 +73,8 @@ def watch(
     """Runs the steps to their end, showing them in the terminal, and returns the last one.
 
     Every row has a panel with its text up to the end of the block being denoised: masked positions
-    as boxes, tokens fixed since the last frame highlighted. Where the output is no terminal, only
-    the final texts are printed, prompts included.
+    as boxes, tokens fixed or edited since the last frame highlighted. Where the output is no
+    terminal, only the final texts are printed, prompts included.
 
     `prompt_lengths`: positions of each row's prompt; `block_size`: the L' sampled with; `delay`:
     seconds to wait after each step, not counted in the speed shown; `reply`: prompts are not drawn,
@@ -138,7 +138,7 @@ class _View:
         self.special_ids = set(tokenizer.all_special_ids)
         self.at_prompt = False  # whether a row's blocks begin at the end of its prompt
         self._last: Step | None = None
-        self._fresh: torch.Tensor | None = None  # positions fixed since the last frame
+        self._fresh: torch.Tensor | None = None  # positions written since the last frame
 
     @property
     def last(self) -> Step:
@@ -149,7 +149,8 @@ class _View:
     def see(self, step: Step) -> None:
         """Takes in the next step."""
         self._last = step
-        self._fresh = step.fixed if self._fresh is None else self._fresh | step.fixed
+        fresh = step.fixed if step.edited is None else step.fixed | step.edited
+        self._fresh = fresh if self._fresh is None else self._fresh | fresh
 
     def drawn(self) -> None:
         """Ends the highlight of what the last frame showed as new."""
@@ -242,6 +243,8 @@ class _View:
                 kinds[i] = "masked"
         if length >= 0:
             return kinds[:length]
+        if "masked" not in kinds:  # a last block that is still edited
+            return kinds
         masked = kinds.index("masked")
         inside = (masked - start * self.at_prompt) % self.block_size
         return kinds[: masked - inside + self.block_size]

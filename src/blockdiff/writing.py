@@ -166,7 +166,7 @@ class _Written:
         for row in range(max(self.row, 0), len(self.ids)):
             if row > self.row:
                 self._begin(row)
-            known = self._known(step, row)
+            known = step.final(row, len(self.ids[row]), self.mask_token_id)
             new = known[len(self.printed) :]
             text = continuation(self.tokenizer, [*self.ids[row], *self.printed], new)
             # Bytes that are no whole character yet wait for the rest of it.
@@ -185,12 +185,6 @@ class _Written:
 
     def end(self) -> None:
         self.console.out("", highlight=False)
-
-    def _known(self, step: Step, row: int) -> list[int]:
-        """The row's new tokens before its end or its first mask."""
-        start, length = len(self.ids[row]), int(step.lengths[row])
-        new = step.tokens[row, start : length if length >= 0 else None].tolist()
-        return new[: new.index(self.mask_token_id)] if self.mask_token_id in new else new
 
 
 class _Stopped(KeyboardInterrupt):

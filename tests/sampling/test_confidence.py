@@ -33,11 +33,12 @@ def by_hand(options, probability, tokens, masked, u, evaluations, planned):
         sureness[i] = {
             "confidence": u[i] if options.remasking == "random" else p[tokens[i]],
             "threshold": p[tokens[i]],
+            "editing": p[tokens[i]],
             "margin": first - second,
         }.get(options.sampler, -entropy)
     ordered = sorted(sureness, key=lambda i: (-sureness[i], i))
     fixed = set(ordered[:k])
-    if options.sampler == "threshold":
+    if options.sampler in ("threshold", "editing"):
         limit = 0.9 if options.threshold is None else options.threshold
         fixed |= {i for i in ordered if sureness[i] >= limit and limit < 1}
     if options.sampler == "margin" and options.margin is not None:

@@ -226,7 +226,7 @@ def _write(
         if streamer is not None:
             length, end = int(last.lengths[0]), len(prompts[0]) + options.max_new_tokens
             text = last.tokens[0, : end if length < 0 else length].tolist()
-            final = text.index(model.config.mask_token_id, known) if length < 0 else length
+            final = known + len(last.final(0, known, model.config.mask_token_id))
             _show(streamer, text[known:final], text[final:])
             known = final
     assert last is not None

@@ -113,7 +113,8 @@ class Engine:
         waiting = rows[state["prompt"][rows] > 0]
         if len(waiting):
             self._prefill(waiting)
-            return self.rows.step(waiting, waiting[:0], waiting[:0])
+            none = waiting[:0]
+            return self.rows.step(waiting, none, none, none, none)
         position, unfixed = self.rows.look(rows)
         part = self.rows.part(rows, position, unfixed)
         masked = self.rows.first_alone(part)
@@ -128,21 +129,26 @@ class Engine:
         state["evaluations"][rows[live]] += 1
         which, tokens = self._choose(logits, wanted, views)
         place, column = (index[which] for index in wanted.nonzero())
-        fixed, at = rows[place], position[place, column]
-        self.rows.fix(fixed, at, tokens)
-        self._note_logprobs(logits, which, tokens, fixed, at)
+        written, at, edited = rows[place], position[place, column], ~unfixed[place, column]
+        self.rows.fix(written, at, tokens)
+        self.rows.revised[written, column] |= edited
+        self._note_logprobs(logits, which, tokens, written, at)
         done = state["uncached"][rows] > 0
         if self.rows.shifted:  # a block whose next token is not fixed yet is run again
             done &= np.isin(np.arange(len(rows)), place[column == 0])
         self._store(rows, done, noised)
-        step = self.rows.step(rows[live], fixed, at)
         unfixed[place, column] = False
+        changed = np.isin(np.arange(len(rows)), place)
+        settled = self.rows.settled(rows, part & unfixed, changed)
+        final = np.where(state["edits"][rows] > 0, settled, changed)[live]
+        step = self.rows.step(rows[live], written, at, edited, rows[live][final])
         self.rows.require_end(rows)
         going = state["length"][rows] < 0
+        over = going & settled & ~unfixed.any(1)
         if part is not unfixed:
-            more = going & unfixed.any(1) & ~(part & unfixed).any(1)
+            more = going & settled & ~over
             self.rows.begin_part(rows[more], position[more], unfixed[more])
-        self.rows.move_on(rows[going & ~unfixed.any(1)])
+        self.rows.move_on(rows[over])
         # A finished row is padding for graphs, until half are: each drop changes the shapes.
         if not self.model.graphs or 2 * going.sum() <= len(rows):
             self.cache.drop((~going).nonzero()[0])

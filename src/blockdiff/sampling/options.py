@@ -42,8 +42,8 @@ class SamplingOptions:
         max_new_tokens: New tokens per row, up to ten million; past the context the window slides.
         sampler: Order in which positions are fixed: first_hitting (one network evaluation a
             token), ancestral, analytic (SEDD), or one that reads the logits and fixes several at
-            once: confidence, threshold, margin, entropy, entropy_bound. auto is the first of these
-            that reads what is set below, and first_hitting where nothing is.
+            once: confidence, threshold, margin, entropy, entropy_bound, editing. auto is the first
+            of these that reads what is set below, and first_hitting where nothing is.
         steps: Steps per block: a block's tokens are split evenly over so many. ancestral and
             analytic need it; the orders with a threshold or bound fix at least as many a step.
         tokens_per_step: Tokens that confidence, margin and entropy fix an evaluation (1 without
@@ -54,7 +54,8 @@ class SamplingOptions:
             them sum to so many nats at most (default 0.1).
         remasking: Which positions confidence leaves masked: low_confidence (those it is least sure
             of), or random.
-        edit_threshold: Revise a token of the block that has become less probable than this.
+        edit_threshold: editing revises a token of the block that has become less probable than
+            this, once (default 0.2).
         schedule: Noise schedule of ancestral and analytic [linear].
         temperature: Divides the logits; 0 is greedy.
         top_k: Keep the k most likely tokens.

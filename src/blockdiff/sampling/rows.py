@@ -38,10 +38,10 @@ from blockdiff.sampling.stopping import StoppingRule, rules_of
 # part: so many of its positions are fixed before the next are looked at; 0 for all alike.
 # limit: up to which position blocks are filled. capacity: C. prompt: tokens of it still to be
 # cached. uncached: whether the block before its own is. evaluations: those of its block. nfe: all.
-# rejected: whether a rule gave it up. length: −1 until it is finished.
+# rejected: whether a rule gave it up. edits: whether its order does. length: −1 until finished.
 _FIELDS = (
     "name number seed group start end known first size stride part limit capacity prompt uncached "
-    "evaluations nfe rejected length"
+    "evaluations nfe rejected edits length"
 )
 # A block in which something is masked still, this many evaluations beyond its positions and steps,
 # has an order that does not end.
@@ -59,7 +59,8 @@ class Rows:
         self.state, self.canvas = np.empty(0, _STATE), np.empty((0, 0), np.int64)
         self.u = np.empty((0, 0))  # of each row, the uniform numbers of its block
         self.logprobs: Array | None = None  # [B, S], once a row wants them
-        self.new = np.empty((0, 0), bool)  # and what was masked as it, or its part, began
+        self.new = np.empty((0, 0), bool)  # what was masked as it, or its part, began
+        self.revised = np.empty((0, 0), bool)  # and what was written over since
         self.groups: list[tuple[SamplingOptions, Order, list[StoppingRule]]] = []
         self.admitted = 0
 
@@ -111,7 +112,7 @@ class Rows:
         # before, which is run once more: of AR the last token.
         again = self.shifted & cached & (first == start)
         rows["prompt"] = first - size * again if cached else 0
-        rows["uncached"], rows["length"] = again, -1
+        rows["uncached"], rows["edits"], rows["length"] = again, order.edits, -1
         self.admitted += len(prompts)
         self.state = np.append(self.state, rows)
         width = int(np.maximum(whole, end + behind).max())
@@ -127,6 +128,7 @@ class Rows:
             more = len(self.state) - len(self.logprobs)
             self.logprobs = _grown(self.logprobs, more, self.canvas.shape[1], np.nan)
         self.new = _grown(self.new, len(prompts), self.u.shape[1], False)
+        self.revised = _grown(self.revised, len(prompts), self.u.shape[1], False)
         self._begin(places, *self.look(places))
         return places
 
@@ -138,7 +140,7 @@ class Rows:
         self.canvas, self.u = np.delete(self.canvas, place, 0), np.delete(self.u, place, 0)
         if self.logprobs is not None:
             self.logprobs = np.delete(self.logprobs, place, 0)
-        self.new = np.delete(self.new, place, 0)
+        self.new, self.revised = np.delete(self.new, place, 0), np.delete(self.revised, place, 0)
 
     def _group(self, options: SamplingOptions, order: Order) -> int:
         shared = replace(options, seed=0, max_new_tokens=1)  # what no order asks for
@@ -185,6 +187,27 @@ class Rows:
         found = self.canvas[rows[:, None], np.where(inside, position, 0)]
         return np.where(inside, found, self.mask_token_id)
 
+    def revisable(self, rows: Array, tokens: Array) -> Array:
+        """bool [n, K]: which of the `tokens` of the rows' blocks an order may write over."""
+        size = tokens.shape[1]
+        found: Array = self.new[rows, :size] > self.revised[rows, :size]
+        found[tokens == self.mask_token_id] = False
+        found[:, : self.shifted] = False  # what the clean stream gave
+        return found
+
+    def settled(self, rows: Array, masked: Array, changed: Array) -> Array:
+        """bool [n]: whose blocks are final, in which `masked` [n, K] is left.
+
+        `changed` bool [n]: which of them the evaluation wrote to.
+        """
+        found: Array = np.logical_not(masked.any(1))
+        again = (found & changed & (self.state["edits"][rows] > 0)).nonzero()[0]
+        if len(again):
+            row = rows[again]
+            column = self.state["first"][row][:, None] + np.arange(masked.shape[1])
+            found[again] = ~self.revisable(row, self.read(row, column)).any(1)
+        return found
+
     def fix(self, rows: Array, positions: Array, tokens: Array) -> None:
         """Writes tokens [n]; raises `InputError` for the mask token or one there is not."""
         wrong = (tokens < 0) | (tokens >= self.config.vocab_size) | (tokens == self.mask_token_id)
@@ -217,6 +240,7 @@ class Rows:
     def _begin(self, rows: Array, position: Array, unfixed: Array) -> None:
         """The same of new blocks, whose uniform numbers are drawn where they are read."""
         self.begin_part(rows, position, unfixed)
+        self.revised[rows] = False
         if not self.config.time_conditioning:
             rows = rows[self.state["size"][rows] > 1]  # a block of one has no order
         if len(rows):
@@ -255,16 +279,21 @@ class Rows:
                 sample=partial(sample_tokens, options),
                 remainder=self.config.remainder,
             )
+            if order.edits:
+                tokens = self.read(row, view.positions)
+                view = replace(view, tokens=tokens, revisable=self.revisable(row, tokens))
             found.append((place, order, view))
         return found
 
     def require_end(self, rows: Array) -> None:
         """Raises `InputError` for an order that evaluates a block of `rows` without end."""
         state = self.state[rows]
-        for row in state[state["evaluations"] > state["size"] + PATIENCE]:
+        longest = state["size"] * (1 + state["edits"]) + PATIENCE
+        for row, most in zip(state, longest.tolist(), strict=True):
+            if row["evaluations"] <= most:
+                continue
             options, order, _ = self.groups[row["group"]]
-            steps = 0 if options.steps is None else options.steps
-            if row["evaluations"] > row["size"] + PATIENCE + steps:
+            if row["evaluations"] > most + (options.steps or 0):
                 raise InputError(
                     f"the order {order.name} has not fixed a block of {row['size']} after "
                     f"{row['evaluations']} evaluations: sooner or later `choose` must fix each "
@@ -298,18 +327,28 @@ class Rows:
         if now == end:
             self.state["length"][row] = end
 
-    def step(self, rows: Array, fixed_rows: Array, fixed_positions: Array) -> Step:
-        """Counts an evaluation of `rows`, sees which are finished, and reports."""
+    def step(
+        self, rows: Array, written: Array, positions: Array, edited: Array, final: Array
+    ) -> Step:
+        """Counts an evaluation of `rows`, sees which are finished, and reports.
+
+        `written` [n]: the row of each position that was written to; `edited` bool [n]: whether a
+        token was there before. `final`: rows of which nothing so far will be written over.
+        """
         self.state["nfe"][rows] += 1
-        fixed = np.zeros(self.canvas.shape, bool)
-        fixed[fixed_rows, fixed_positions] = True
-        for row in np.unique(fixed_rows).tolist():
+        changed = np.zeros((2, *self.canvas.shape), bool)
+        changed[edited.astype(np.int64), written, positions] = True
+        for row in final.tolist():
             self.finish(row)
-        parts = [self.canvas.copy(), fixed, self.state["nfe"].copy(), self.state["length"].copy()]
-        parts += [self.state["rejected"] > 0, self.state["name"].copy()]
+        state, found = self.state, [self.canvas.copy(), changed[0]]
+        found += [state["nfe"].copy(), state["length"].copy(), state["rejected"] > 0]
+        step = Step(*map(torch.from_numpy, [*found, state["name"].copy()]))
         if self.logprobs is not None:
-            parts.append(self.logprobs.copy())
-        return Step(*map(torch.from_numpy, parts))
+            step = replace(step, logprobs=torch.from_numpy(self.logprobs.copy()))
+        if state["edits"].any():
+            settled = torch.from_numpy(state["known"].copy())
+            step = replace(step, edited=torch.from_numpy(changed[1]), settled=settled)
+        return step
 
 
 def _grown(table: Array, rows: int, width: int, fill: float) -> Array:
@@ -348,6 +387,11 @@ def check_options(config: Conventions, options: SamplingOptions, order: Order) -
         raise InputError(
             f"the {order.name} sampler reads the scores of {str(order.only).upper()}, and this is "
             f"{config.kind}: use first_hitting or ancestral"
+        )
+    if order.edits and (config.kind == "sedd" or config.inside_block == "causal"):
+        raise InputError(
+            f"the {order.name} sampler asks how probable a token is that the network sees, of "
+            "which this model says nothing: use threshold"
         )
     size, part = config.sampling_blocks(options.block_size)
     if options.sub_block is not None and options.sub_block > part:

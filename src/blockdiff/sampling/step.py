@@ -20,7 +20,9 @@ class Step:
     and EOS included), −1 while it goes on. `rejected` bool [B]: rows ended by the low-entropy rule.
     `rows` int64 [B]: what `Engine.admit` called the rows; 0, 1, … in `stream`. `logprobs` float64
     [B, S]: log p_θ of a token in the evaluation that fixed it, before temperature and cuts, where
-    `SamplingOptions.logprobs` asks for it, else NaN; None where no row asks.
+    `SamplingOptions.logprobs` asks for it, else NaN; None where no row asks. Where the order of a
+    row edits, `edited` bool [B, S] are the positions whose token this step wrote over, and
+    `settled` int64 [B] is how many tokens from each row's beginning are final.
 
     Example:
         >>> import blockdiff
@@ -37,7 +39,21 @@ class Step:
     rejected: Tensor
     rows: Tensor
     logprobs: Tensor | None = None
+    edited: Tensor | None = None
+    settled: Tensor | None = None
 
     @property
     def done(self) -> Tensor:
         return self.lengths >= 0
+
+    def final(self, row: int, start: int, mask_token_id: int) -> list[int]:
+        """The tokens of `row` from position `start` on that no later step changes.
+
+        They end with the row, before its first masked position, or before a block that is edited.
+        """
+        length = int(self.lengths[row])
+        if length >= 0:
+            return self.tokens[row, start:length].tolist()
+        end = None if self.settled is None else int(self.settled[row])
+        new: list[int] = self.tokens[row, start:end].tolist()
+        return new[: new.index(mask_token_id)] if mask_token_id in new else new

@@ -15,7 +15,7 @@ positions in row-major order, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ class RowState:
     that of a first token alone. `positions` int64 [n, K], in the text.
     `numbers` int64 [n]: the rows' own numbers, with `seeds` int64 [n] a part of the address of all
     random numbers. `options`: what the rows share; its `seed` and `max_new_tokens` mean nothing.
-    `sample`: what `draw` calls.
+    `sample`: what `draw` calls. Only where the order `edits`: `tokens` int64 [n, K], what the block
+    holds, and `revisable` bool [n, K], which of these may be written over.
     """
 
     masked: Array
@@ -55,6 +56,8 @@ class RowState:
     options: SamplingOptions
     sample: Callable[[Tensor, Array, Array, Array], Tensor]
     remainder: Remainder = "first"
+    tokens: Array = field(default_factory=lambda: np.empty((0, 0), np.int64))
+    revisable: Array = field(default_factory=lambda: np.empty((0, 0), bool))
 
     def draw(self, logits: Tensor, wanted: Array) -> Tensor:
         """A token for each position of `wanted` bool [n, K], int64 [P], from its logits [P, V].
@@ -77,7 +80,9 @@ class Order:
     `reads`: the names of those settings of `SamplingOptions` it takes; others that some order reads
     are refused. `needs`: those it cannot do without. `only`: the kind of model it samples; None for
     every kind. `fills_block`: whether it also fixes the positions of a window that lie behind the
-    text that is wanted.
+    text that is wanted. `edits`: whether it also writes over tokens of the block, each once at
+    most: its `wanted` may name `revisable` positions, and a block ends with the first evaluation
+    that leaves it as it is.
 
     Example:
         >>> import torch, blockdiff
@@ -99,6 +104,7 @@ class Order:
     needs: tuple[str, ...] = ()
     only: str | None = None
     fills_block = False
+    edits = False
 
     def wanted(self, rows: RowState) -> Array:
         """bool [n, K]: whose logits the evaluation gives; at least one of each row's `masked`."""
@@ -127,7 +133,8 @@ def asked(order: Order, rows: RowState) -> tuple[Array, Array]:
     masked, wanted = rows.masked, order.wanted(rows)
     if not isinstance(wanted, np.ndarray) or (wanted.dtype, wanted.shape) != (bool, masked.shape):
         raise _wrong(order, "wanted", f"an array bool {list(masked.shape)}")
-    if (wanted & ~masked).any() or not wanted.any(1).all():
+    allowed = masked | rows.revisable if order.edits else masked
+    if (wanted & ~allowed).any() or not wanted.any(1).all():
         raise _wrong(order, "wanted", "masked positions only, and at least one of each row")
     rate = np.asarray(order.mask_rate(rows, wanted), dtype=np.float64)
     if rate.shape != (len(masked),) or not ((rate >= 0) & (rate <= 1)).all():

@@ -61,18 +61,19 @@ class Confidence(Order):
         tokens = rows.draw(logits, wanted)
         if rows.options.remasking == "random":
             return None, tokens
-        row, column = (
-            torch.from_numpy(index).to(logits.device, non_blocking=True)
-            for index in wanted.nonzero()
-        )
-        found = self.sureness(logits, tokens)
-        sureness = found.new_full(wanted.shape, -torch.inf)
-        sureness[row, column] = found
-        count = torch.from_numpy(least(rows)).to(logits.device, non_blocking=True)
-        sureness, order = sureness.sort(dim=1, descending=True, stable=True)
-        first = torch.arange(wanted.shape[1], device=logits.device) < count[:, None]
-        chosen = first | self.besides(sureness, rows)
-        return torch.empty_like(chosen).scatter_(1, order, chosen)[row, column], tokens
+        return self.surest(self.sureness(logits, tokens), wanted, rows), tokens
+
+    def surest(self, sureness: Tensor, wanted: Array, rows: RowState) -> Tensor:
+        """bool [P]: which positions are fixed, from how sure the network is of each."""
+        device = sureness.device
+        row, column = (torch.from_numpy(x).to(device, non_blocking=True) for x in wanted.nonzero())
+        count = torch.from_numpy(least(rows)).to(device, non_blocking=True)
+        table = sureness.new_full(wanted.shape, -torch.inf)
+        table[row, column] = sureness
+        table, order = table.sort(dim=1, descending=True, stable=True)
+        first = torch.arange(wanted.shape[1], device=device) < count[:, None]
+        chosen = first | self.besides(table, rows)
+        return torch.empty_like(chosen).scatter_(1, order, chosen)[row, column]
 
     def sureness(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """How sure the network is of each position [P], from logits [P, V] and tokens drawn [P]."""
@@ -90,7 +91,7 @@ class Threshold(Confidence):
     """All positions whose token has so high a probability."""
 
     name = "threshold"
-    reads = ("steps", "tokens_per_step", "threshold")
+    reads: tuple[str, ...] = ("steps", "tokens_per_step", "threshold")
 
     def besides(self, sureness: Tensor, rows: RowState) -> Tensor:
         given = rows.options.threshold
