@@ -274,6 +274,16 @@ def test_a_network_told_the_time_hears_of_the_masks_behind_the_part(monkeypatch)
     np.testing.assert_allclose(rate, np.arange(12, 0, -1) / 16, atol=2e-3)
 
 
+def test_a_block_size_said_as_it_is_opened_is_that_of_the_parts(tmp_path):
+    """As on the command line, where one word says both."""
+    config, weights, io = read_golden("released/llada_mha")
+    folder = write(tmp_path / "model", config, weights)
+    prompt, text, settings, _ = given("llada_mha", "blocks4", io)
+    del settings["block_length"]
+    model = blockdiff.load_model(folder, block_size=4)
+    assert blockdiff.generate(model, [prompt], max_new_tokens=12, **settings).tokens == [text]
+
+
 def test_parts_that_are_none_are_refused():
     model = tiny_model(length=16, block_size=4)
     with pytest.raises(InputError, match="`sub_block` 5 is no part of a block of 4"):

@@ -93,11 +93,13 @@ class BlockConfig:
     def sampling_blocks(self, block_size: int | None = None) -> tuple[int, int]:
         """(K, how many of a block's tokens are fixed before the next): L' both, of most models.
 
-        One that attends to its whole text writes that in parts of `block_size`, with masks behind
-        them, unless it was trained with blocks of that size. Raises as `choose_block_size`.
+        One trained on whole texts writes them in parts of any other size, with masks behind them.
+        Raises as `choose_block_size`.
         """
-        if self.kind == "mdlm" and block_size is not None and block_size not in self.block_sizes:
-            return self.length, min(whole_number("block_size", block_size), self.length)
+        wanted = self.block_size if block_size is None else whole_number("block_size", block_size)
+        whole = max(self.block_sizes) >= self.length and not (self.causal or self.score)
+        if whole and wanted not in self.block_sizes:
+            return self.length, min(wanted, self.length)
         size = self.choose_block_size(block_size)
         return size, size
 
