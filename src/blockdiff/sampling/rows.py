@@ -27,6 +27,7 @@ from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Conventions
 from blockdiff.registry import ORDERS
+from blockdiff.sampling.fitting import check_options, check_prompt
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.orders.base import ORDER, TOKEN, Order, RowState
 from blockdiff.sampling.step import Step
@@ -376,64 +377,3 @@ def sample_tokens(
         top_p=options.top_p,
         top_p_rule=options.top_p_rule,
     )
-
-
-def check_options(config: Conventions, options: SamplingOptions, order: Order) -> tuple[int, int]:
-    """The block size K to sample with, and the size of the parts it is fixed in, 0 for none.
-
-    Raises `InputError` for options that do not fit the model.
-    """
-    if order.only not in (None, config.kind):
-        raise InputError(
-            f"the {order.name} sampler reads the scores of {str(order.only).upper()}, and this is "
-            f"{config.kind}: use first_hitting or ancestral"
-        )
-    if order.edits and (config.kind == "sedd" or config.inside_block == "causal"):
-        raise InputError(
-            f"the {order.name} sampler asks how probable a token is that the network sees, of "
-            "which this model says nothing: use threshold"
-        )
-    size, part = config.sampling_blocks(options.block_size)
-    if options.sub_block is not None and options.sub_block > part:
-        raise InputError(
-            f"`sub_block` {options.sub_block} is no part of a block of {part}; give a smaller one"
-        )
-    part = options.sub_block or part
-    return size, part * (part < size)
-
-
-def check_prompt(
-    config: Conventions, prompt: Sequence[int], options: SamplingOptions, behind: int = 0
-) -> None:
-    """Raises `InputError` for a prompt that does not fit the model, or its options.
-
-    `behind`: how many tokens of the text come after what is written.
-    """
-    ids = np.asarray(prompt)
-    # Numbers past int64 make an array of objects; they are refused below, as outside.
-    whole = ids.dtype.kind in "iu" or all(isinstance(token, int) for token in ids.flat)
-    if ids.ndim != 1 or not whole:
-        raise InputError("a prompt is no row of token ids, which are whole numbers")
-    if not len(prompt):
-        raise InputError("an empty prompt: start it with the beginning-of-text token")
-    if config.mask_token_id in prompt and not config.causal:
-        raise InputError("a prompt contains the mask token; take it out")
-    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-        raise InputError(
-            f"a prompt's token ids run outside the model's vocabulary of {config.vocab_size}; "
-            "is this the model's tokenizer?"
-        )
-    longest = len(prompt) + options.max_new_tokens + behind
-    if not config.slides and longest > config.length:
-        raise InputError(
-            f"the model's context is {config.length} tokens; prompt and new tokens come to "
-            f"{longest}: lower `max_new_tokens`"
-        )
-    one_block = longest <= config.length and (
-        {options.block_size, options.sub_block} <= {None, config.length}
-    )
-    if config.kind == "sedd" and not one_block:
-        raise InputError(
-            f"SEDD writes within its context of {config.length} tokens, in one block; prompt "
-            f"and new tokens come to {longest}: lower `max_new_tokens`"
-        )
