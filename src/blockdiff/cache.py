@@ -76,6 +76,11 @@ class BlockCache:
             max(front, 2 * int(block_sizes.max())),
         )
 
+    def make_room(self, staged: int) -> None:
+        """Room for evaluations of so many columns."""
+        places, room, front = self._needed
+        self._needed = places, room, max(front, staged)
+
     def _reserve(self) -> None:
         """Makes the tensors larger where they are too small; what they hold is kept."""
         places, room, front = self._needed
@@ -174,6 +179,10 @@ class BlockCache:
         """Stores the finished blocks staged for the rows `which` (places) and advances them."""
         sizes = self.sizes[which]
         self._append(which, sizes, self._front - noised - sizes)
+
+    def append_first(self, which: Array, counts: Array, staged: int) -> None:
+        """Stores the first `counts` [m] of the `staged` columns of the rows `which`."""
+        self._append(which, counts, np.full(len(which), self._front - staged))
 
     def append(
         self, which: Array, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Array

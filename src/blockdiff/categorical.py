@@ -132,14 +132,14 @@ def sample(logits: Tensor, u: Tensor) -> Tensor:
 
     The inverse of the distribution function, so tokens at −inf are never drawn.
     """
-    return _invert(logits.float().softmax(-1), u)
+    return invert(logits.float().softmax(-1), u)
 
 
 # Probabilities added up at a time.
 _PART = 256
 
 
-def _invert(probability: Tensor, u: Tensor) -> Tensor:
+def invert(probability: Tensor, u: Tensor) -> Tensor:
     """The first token whose cumulative probability [n, V] exceeds u [n].
 
     Two steps, first to a part of the vocabulary and then inside it: sums are in `real_dtype`, so
@@ -194,13 +194,13 @@ def draw(
         cut = warp(logits, top_p=top_p, top_p_rule=top_p_rule)
         return sample(cut, uniforms(everyone, 0))
     probability = logits.softmax(-1)
-    tokens = _invert(probability, uniforms(everyone, 0))
+    tokens = invert(probability, uniforms(everyone, 0))
     outside = (~_survives(probability, tokens, top_p, top_p_rule)).nonzero().squeeze(-1)
     for attempt in range(1, ATTEMPTS):
         if not len(outside):
             return tokens
         again = probability[outside]
-        tokens[outside] = _invert(again, uniforms(outside, attempt))
+        tokens[outside] = invert(again, uniforms(outside, attempt))
         outside = outside[~_survives(again, tokens[outside], top_p, top_p_rule)]
     if len(outside):
         cut = warp(logits[outside], top_p=top_p, top_p_rule=top_p_rule)

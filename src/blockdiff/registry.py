@@ -224,11 +224,12 @@ OBJECTIVES: Registry[Objective] = Registry(
 # is chosen, the first that reads all that is set is meant.
 ORDERS: Registry[Order] = Registry(
     "order",
-    ("wanted", "mask_rate", "choose", "reads", "needs", "only", "fills_block", "edits"),
+    ("wanted", "mask_rate", "choose", "reads", "needs", "only", "fills_block", "edits", "verifies"),
     {
         "blockdiff.sampling.orders.confidence": "confidence threshold margin entropy entropy_bound",
         "blockdiff.sampling.orders.editing": "editing",
         "blockdiff.sampling.orders.scheduled": "first_hitting ancestral analytic",
+        "blockdiff.sampling.orders.verified": "verified",
     },
     reads={
         "confidence": "steps tokens_per_step remasking",
@@ -240,6 +241,7 @@ ORDERS: Registry[Order] = Registry(
         "first_hitting": "schedule",
         "ancestral": "steps schedule",
         "analytic": "steps schedule",
+        "verified": "drafts drafter",
     },
     needs={"ancestral": "steps", "analytic": "steps"},
 )

@@ -16,12 +16,14 @@ are wanted, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from blockdiff.cache import BlockCache
 from blockdiff.categorical import Array
 from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Denoiser
@@ -30,6 +32,7 @@ from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.orders.base import Order, RowState, answered, asked
 from blockdiff.sampling.rows import Rows
 from blockdiff.sampling.step import Step
+from blockdiff.sampling.verifying import Verifier
 
 
 class Engine:
@@ -53,6 +56,7 @@ class Engine:
         """`model` should be in `eval` mode."""
         self.model, self.rows = model, Rows(model.config)
         self.cache = model.new_cache(0, 0, 1)
+        self._verifier: Verifier | None = None  # of rows whose tokens are drafted and verified
         self.waits = 0  # how often the host waited for the device
         self._mask_token_id = model.config.mask_token_id
         self._timed = model.config.time_conditioning
@@ -89,7 +93,11 @@ class Engine:
         """
         places = self.rows.admit(prompts, options, numbers, after)
         rows = self.rows.state[places]
-        self.cache.admit(places, rows["size"], rows["capacity"])
+        if self.rows.groups[rows["group"][0]][1].verifies:
+            self._verifier = self._verifier or Verifier(self.model, self.rows)
+            self._verifier.admit(places)
+        else:
+            self.cache.admit(places, rows["size"], rows["capacity"])
         names: list[int] = rows["name"].tolist()
         return names
 
@@ -100,21 +108,51 @@ class Engine:
         if not places:
             raise InputError(f"there is no row {name}; give what `admit` returned")
         self.rows.drop(places[0])
-        self.cache.drop((self.cache.rows == places[0]).nonzero()[0])
-        self.cache.rows -= self.cache.rows > places[0]
+        if self._verifier is not None:
+            self._verifier.drop(places[0])
+        for cache in self._caches:
+            cache.drop((cache.rows == places[0]).nonzero()[0])
+            cache.rows -= cache.rows > places[0]
+
+    @property
+    def _caches(self) -> list[BlockCache]:
+        return [self.cache] if self._verifier is None else [self.cache, self._verifier.cache]
 
     @torch.inference_mode()
     def step(self) -> Step:
-        """One network evaluation: of the prompts that came since the last, else of all blocks."""
-        rows, state = self.cache.rows, self.rows.state
-        live = (state["length"][rows] < 0).nonzero()[0]
-        if not len(live):
+        """One network evaluation: of the prompts that came since the last, else of all blocks.
+
+        Rows that are drafted and verified have an evaluation of their own beside those of blocks.
+        """
+        state = self.rows.state
+        busy = [cache for cache in self._caches if (state["length"][cache.rows] < 0).any()]
+        if not busy:
             raise InputError("no row is left to go on with; admit one first")
-        waiting = rows[state["prompt"][rows] > 0]
+        steps = [self._step(cache) for cache in busy]
+        if len(steps) == 1:
+            return steps[0]
+        first, last = steps
+        edited = None if first.edited is None or last.edited is None else first.edited | last.edited
+        return replace(last, fixed=first.fixed | last.fixed, edited=edited)
+
+    def _step(self, cache: BlockCache) -> Step:
+        state = self.rows.state
+        waiting = cache.rows[state["prompt"][cache.rows] > 0]
         if len(waiting):
-            self._prefill(waiting)
+            self._prefill(cache, waiting)
             none = waiting[:0]
             return self.rows.step(waiting, none, none, none, none)
+        if cache is self.cache:
+            return self._step_blocks()
+        assert self._verifier is not None
+        rows, written, at = self._verifier.step()
+        step = self.rows.step(rows, written, at, np.zeros(len(at), bool), rows)
+        cache.drop((state["length"][cache.rows] >= 0).nonzero()[0])
+        return step
+
+    def _step_blocks(self) -> Step:
+        rows, state = self.cache.rows, self.rows.state
+        live = (state["length"][rows] < 0).nonzero()[0]
         position, unfixed = self.rows.look(rows)
         part = self.rows.part(rows, position, unfixed)
         masked = self.rows.first_alone(part)
@@ -236,9 +274,9 @@ class Engine:
         self.waits += 1
         self.rows.logprobs[rows[wish], at[wish]] = found.double().cpu().numpy()
 
-    def _prefill(self, rows: Array) -> None:
+    def _prefill(self, cache: BlockCache, rows: Array) -> None:
         """Caches the prompts' whole blocks, in one evaluation for each grid of blocks."""
-        state, cache, config = self.rows.state, self.cache, self.model.config
+        state, config = self.rows.state, self.model.config
         size = state["size"][rows]
         grids = np.stack([size, -state["first"][rows] % size], axis=1)
         for size, offset in np.unique(grids, axis=0).tolist():

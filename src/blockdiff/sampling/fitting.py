@@ -27,6 +27,9 @@ def check_options(config: Conventions, options: SamplingOptions, order: Order) -
             f"the {order.name} sampler asks how probable a token is that the network sees, of "
             "which this model says nothing: use threshold"
         )
+    if order.verifies:
+        check_verifiable(config, options)
+        return 1, 0
     size, part = config.sampling_blocks(options.block_size)
     if options.sub_block is not None and options.sub_block > part:
         raise InputError(
@@ -34,6 +37,45 @@ def check_options(config: Conventions, options: SamplingOptions, order: Order) -
         )
     part = options.sub_block or part
     return size, part * (part < size)
+
+
+def check_verifiable(config: Conventions, options: SamplingOptions) -> None:
+    """Raises `InputError` for a model that has no L' = 1 to verify with, beside its drafts."""
+    if options.block_size not in (None, 1):
+        raise InputError(
+            "the verified sampler writes what L' = 1 would: leave `block_size` out (`drafts` says "
+            "how many tokens it drafts)"
+        )
+    if config.causal:
+        if options.drafter == "masks":
+            raise InputError("an AR model has no masks to draft with: use the `drafter` table")
+        return
+    if config.clean_stream != "causal":
+        raise InputError(
+            "the verified sampler needs a causal clean stream, and this model's is block-causal: "
+            "train one with --clean causal --block-size 1,4 (or adapt one with --clean causal)"
+        )
+    if config.prediction == "same" and 1 not in config.block_sizes:
+        known = ", ".join(map(str, config.block_sizes))
+        raise InputError(
+            f"the verified sampler verifies at L' = 1, and this model was trained with {known}: "
+            f"train one with --block-size 1,{known.replace(' ', '')} --clean causal"
+        )
+    if config.kind in ("mdlm", "sedd") or config.time_conditioning:
+        raise InputError(
+            f"the verified sampler verifies at L' = 1, which {config.kind} with "
+            f"{'the time as an input' if config.time_conditioning else 'one block'} has not: "
+            "use first_hitting"
+        )
+    if config.inside_block == "causal":
+        raise InputError(
+            "the verified sampler drafts in bidirectional blocks, and this model's are causal: use "
+            "threshold"
+        )
+    if options.drafter != "table" and max(config.block_sizes) == 1:
+        raise InputError(
+            "a model of block size 1 has no masks to draft with: use the `drafter` table"
+        )
 
 
 def check_prompt(

@@ -19,12 +19,14 @@ else:
 
 TopPRule = Literal["nucleus", "paper"]
 Remasking = Literal["low_confidence", "random"]
+Drafter = Literal["auto", "masks", "table"]
 
 WHOLE_NUMBERS = {
     "max_new_tokens": (1, checks.LARGEST_TEXT),
     "steps": (1, checks.LARGEST_SIZE),
     "tokens_per_step": (1, checks.LARGEST_SIZE),
     "sub_block": (1, checks.LARGEST_SIZE),
+    "drafts": (1, 64),
 }
 REAL_NUMBERS = {
     "threshold": (0, 1, False, False),
@@ -42,8 +44,10 @@ class SamplingOptions:
         max_new_tokens: New tokens per row, up to ten million; past the context the window slides.
         sampler: Order in which positions are fixed: first_hitting (one network evaluation a
             token), ancestral, analytic (SEDD), or one that reads the logits and fixes several at
-            once: confidence, threshold, margin, entropy, entropy_bound, editing. auto is the first
-            of these that reads what is set below, and first_hitting where nothing is.
+            once: confidence, threshold, margin, entropy, entropy_bound, editing. verified drafts
+            several tokens and verifies them at L' = 1: exact, and for models with a causal clean
+            stream. auto is the first of these that reads what is set below, and first_hitting
+            where nothing is.
         steps: Steps per block: a block's tokens are split evenly over so many. ancestral and
             analytic need it; the orders with a threshold or bound fix at least as many a step.
         tokens_per_step: Tokens that confidence, margin and entropy fix an evaluation (1 without
@@ -54,6 +58,10 @@ class SamplingOptions:
             them sum to so many nats at most (default 0.1).
         remasking: Which positions confidence leaves masked: low_confidence (those it is least sure
             of), or random.
+        drafts: Tokens that verified drafts an evaluation; by default what the model's blocks have
+            room for, at most 4.
+        drafter: What drafts them: masks (a block of the model itself), table (n-grams of the
+            model's draft table and of the text so far), or auto (masks where the model has any).
         edit_threshold: editing revises a token of the block that has become less probable than
             this, once (default 0.2).
         schedule: Noise schedule of ancestral and analytic [linear].
@@ -88,6 +96,8 @@ class SamplingOptions:
     entropy_bound: float | None = None
     remasking: Remasking | None = None
     edit_threshold: float | None = None
+    drafts: int | None = None
+    drafter: Drafter | None = None
     schedule: ScheduleName | None = None
     temperature: float = 1.0
     top_k: int | None = None
@@ -123,6 +133,8 @@ class SamplingKeywords(TypedDict, total=False):
     entropy_bound: float | None
     remasking: Remasking | None
     edit_threshold: float | None
+    drafts: int | None
+    drafter: Drafter | None
     schedule: ScheduleName | None
     temperature: float
     top_k: int | None

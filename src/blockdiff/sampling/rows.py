@@ -111,7 +111,7 @@ class Rows:
         rows["limit"] = whole if fills else end
         # Where logits are the next token's, the first token of a block is read off the block
         # before, which is run once more: of AR the last token.
-        again = self.shifted & cached & (first == start)
+        again = (self.shifted | order.verifies) & cached & (first == start)
         rows["prompt"] = first - size * again if cached else 0
         rows["uncached"], rows["edits"], rows["length"] = again, order.edits, -1
         self.admitted += len(prompts)

@@ -82,7 +82,8 @@ class Order:
     every kind. `fills_block`: whether it also fixes the positions of a window that lie behind the
     text that is wanted. `edits`: whether it also writes over tokens of the block, each once at
     most: its `wanted` may name `revisable` positions, and a block ends with the first evaluation
-    that leaves it as it is.
+    that leaves it as it is. `verifies`: whether its rows are drafted and verified at L' = 1, by
+    `sampling.verifying`, in the place of `choose`.
 
     Example:
         >>> import torch, blockdiff
@@ -105,6 +106,7 @@ class Order:
     only: str | None = None
     fills_block = False
     edits = False
+    verifies = False
 
     def wanted(self, rows: RowState) -> Array:
         """bool [n, K]: whose logits the evaluation gives; at least one of each row's `masked`."""

@@ -1,0 +1,319 @@
+"""Draft, then verify: several tokens an evaluation, distributed exactly as at L' = 1.
+
+    drafts d_1 … d_k, d_i drawn from q_i; p_i: what L' = 1 gives after d_1 … d_{i−1}
+    d_i is accepted with probability min(1, p_i(d_i) / q_i(d_i)), as long as all before it are
+    behind the accepted ones comes one token more: from max(p_i − q_i, 0), made to sum to 1, where
+    d_i was refused, from p_{k+1} where none was                       (Leviathan et al. 2023)
+
+p and q are those after temperature, top-k and top-p. Where the clean stream is causal, keys and
+values of a token depend on nothing behind it: one pass over the drafts gives all p_i, and those of
+what is accepted stay in the cache. With prediction "shift" the clean tokens give p themselves; with
+"same" each p_i comes from a masked position that sees the clean tokens before it and no other.
+
+The same evaluation drafts on. How many drafts will be accepted is not known in it, so it has a
+noised block for each outcome:
+
+    t  d_1 … d_k | block behind t | block behind d_1 | … | block behind d_k
+    clean        | sees t         | sees t, d_1      |   | sees all
+
+where t is the last known token. The block's tokens are drafted one by one, given the one before by
+the model's chain where it has one. A table of n-grams needs no blocks.
+
+A position has one random number for its draft, one for accepting it and one for the token that
+comes in its place: a draft that is thrown away was never looked at. Past the context each column
+sees what it sees at L' = 1: the L − 1 tokens before it.
+
+Shapes: n rows, k drafts, T columns of an evaluation, W of them with logits, S cached tokens,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blockdiff.cache import BlockCache
+from blockdiff.categorical import Array, host_uniform, invert, real_dtype, warp
+from blockdiff.models.denoiser import Denoiser
+from blockdiff.sampling.drafters import table_of
+from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.rows import Rows
+
+# What a random number is for: the last part of its address, beside the orders' ORDER and TOKEN.
+ACCEPT, INSTEAD, DRAFT = 16, 17, 18
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the T columns of an evaluation are, of k drafts: the same for every row.
+
+    `offset` int64 [T]: position behind that of t. `reach`: how many of the clean columns one sees.
+    `block`: the noised block it belongs to, −1 for clean columns. `copies`: the clean column whose
+    token it holds, −1 for the mask token. `after`: how many drafts must be there for it to count.
+    `number`: its place in its block; a row that drafts less than others has shorter blocks.
+    `wanted` int64 [W]: those with logits: of p_1 … p_{k+1}, then of the k drafts of each block.
+    """
+
+    offset: Array
+    reach: Array
+    block: Array
+    copies: Array
+    after: Array
+    number: Array
+    wanted: Array
+
+    @classmethod
+    def of(cls, k: int, same: bool, masks: bool) -> Columns:
+        """`same`: the prediction. `masks`: whether there are blocks that draft."""
+        rows = [(j, j + 1, -1, j, j, 0) for j in range(k + 1)]
+        wanted = list(range(k + 1))
+        if same:
+            wanted = list(range(len(rows), len(rows) + k + 1))
+            rows += [(j + 1, j + 1, j, -1, j, 0) for j in range(k + 1)]
+        for a in range(k + 1) if masks and k else ():
+            begin = len(rows)
+            # Under "shift" a block begins with a known token, and its logits are the next one's.
+            for i in range(k + 1):
+                known = not same and i == 0
+                rows.append((a + i + same, a + same, k + 1 + a, a if known else -1, a, i))
+            wanted += range(begin + 1, begin + k + 1)
+        return cls(*np.array(rows).T, wanted=np.array(wanted))
+
+
+class Verifier:
+    """The rows of an engine that are drafted and verified, with a cache of their own.
+
+    `tokens` [B, k], `counts` [B] and `q` [B, k, V]: the drafts that wait, of all rows.
+    """
+
+    def __init__(self, model: Denoiser, rows: Rows) -> None:
+        self.model, self.rows = model, rows
+        config = model.config
+        self.blocked = torch.zeros(config.vocab_size, dtype=torch.bool, device=model.device)
+        if config.mask_token_id < config.vocab_size:
+            self.blocked[config.mask_token_id] = True
+        if model.drawable is not None:
+            self.blocked |= ~model.drawable.to(model.device)
+        self.cache: BlockCache = model.new_cache(0, 0, 1)
+        self.tokens, self.counts = np.empty((0, 0), np.int64), np.empty(0, np.int64)
+        self.q = torch.empty(0, 0, 0, device=model.device)
+        self.waits, self._k = 0, 0
+
+    def admit(self, places: Array) -> None:
+        """Takes the rows at these places of the engine's."""
+        state = self.rows.state[places]
+        self.cache.admit(places, state["size"], state["capacity"])
+        self._room(0)
+
+    def drop(self, place: int) -> None:
+        """Forgets a row; those behind it move up."""
+        self.tokens, self.counts = np.delete(self.tokens, place, 0), np.delete(self.counts, place)
+        self.q = torch.cat([self.q[:place], self.q[place + 1 :]])
+
+    def _room(self, k: int) -> None:
+        rows, k = len(self.rows.state), max(k, self.tokens.shape[1])
+        grown = np.zeros((rows, k), np.int64)
+        grown[: self.tokens.shape[0], : self.tokens.shape[1]] = self.tokens
+        self.tokens = grown
+        self.counts = np.append(self.counts, np.zeros(rows - len(self.counts), np.int64))
+        q = self.q.new_zeros(rows, k, len(self.blocked))
+        q[: self.q.shape[0], : self.q.shape[1], : self.q.shape[2]] = self.q
+        self.q = q
+
+    def step(self) -> tuple[Array, Array, Array]:
+        """One evaluation: the rows in it, and rows and positions of what it fixed."""
+        rows, state = self.cache.rows, self.rows.state
+        known, counts = state["known"][rows], self.counts[rows]
+        k, masks = int(counts.max(initial=0)), False
+        plans: list[tuple[Array, SamplingOptions, int]] = []
+        blocks = np.zeros(len(rows), np.int64)
+        for number in np.unique(state["group"][rows]).tolist():
+            options = self.rows.groups[number][0]
+            drafts = drafts_of(options, self.model)
+            place = (state["group"][rows] == number).nonzero()[0]
+            plans.append((place, options, drafts))
+            blocks[place] = drafts
+            k = max(k, drafts)
+            masks |= drafter_of(options, self.model) == "masks"
+        self._k = k
+        columns = Columns.of(k, self.model.config.prediction == "same", masks)
+        valid = (columns.after <= counts[:, None]) & (columns.number <= blocks[:, None])
+        logits = self._evaluate(rows, known, valid, columns)
+        taken, tokens = np.zeros(len(rows), np.int64), np.zeros((len(rows), k + 1), np.int64)
+        for own, options, _ in plans:
+            taken[own], tokens[own] = self._verify(rows, known, logits, own, options)
+        place, offset = (np.arange(k + 1) <= taken[:, None]).nonzero()
+        at, new = known[place] + offset, tokens[place, offset]
+        self.rows.fix(rows[place], at, new)
+        self._note(logits, rows[place], place, offset, at, new)
+        self.cache.append_first(np.arange(len(rows)), taken + 1, len(columns.offset))
+        for own, options, drafts in plans:
+            self._draft(rows, known, taken, logits, own, options, drafts)
+        state["evaluations"][rows] += 1
+        return rows, rows[place], at
+
+    def _evaluate(self, rows: Array, known: Array, valid: Array, columns: Columns) -> Tensor:
+        """Logits [n, W, V], float32; `valid` bool [n, T]: the columns that count."""
+        device, config, k = self.model.device, self.model.config, self._k
+        last = self.rows.canvas[rows, known - 1][:, None]
+        waiting = self.tokens[rows]
+        waiting = np.pad(waiting, ((0, 0), (0, max(k - waiting.shape[1], 0))))[:, :k]
+        clean = np.concatenate([last, waiting], axis=1)
+        x = np.where(columns.copies < 0, config.mask_token_id, clean[:, columns.copies])
+        position = known[:, None] - 1 + columns.offset
+        parts = torch.from_numpy(np.stack([x, position])).to(device, non_blocking=True)
+        at = np.arange(len(rows))[:, None] * x.shape[1] + columns.wanted
+        self.cache.make_room(x.shape[1])
+        mask = self._mask(position, valid, self.rows.state["capacity"][rows], columns)
+        logits = self.model.decode(
+            parts[0], parts[1], self.cache, torch.from_numpy(at.flatten()).to(device),
+            mask=mask, clean=k + 1,
+        ).float()  # fmt: skip
+        logits = logits.masked_fill(self.blocked[: logits.shape[-1]], -torch.inf)
+        return logits.unflatten(0, (len(rows), -1))
+
+    def _mask(self, position: Array, valid: Array, reach: Array, columns: Columns) -> Tensor:
+        """[n, 1, T, T + S]: 0 where a column may attend, −inf where not."""
+        column = np.arange(len(columns.offset))
+        sees = (column < columns.reach[:, None]) & (columns.block < 0)
+        sees |= (columns.block == columns.block[:, None]) & (columns.block >= 0)
+        near = columns.offset >= columns.offset[:, None] - reach[:, None, None]
+        own = sees & valid[:, None, :] & near | np.eye(len(column), dtype=bool)
+        device, cache = self.model.device, self.cache
+        in_ring = cache.key_positions()
+        first = torch.from_numpy(position - reach[:, None]).to(device, non_blocking=True)
+        ring = (in_ring >= 0)[:, None] & (in_ring[:, None] >= first[:, :, None])
+        seen = torch.cat([torch.from_numpy(own).to(device, non_blocking=True), ring], -1)[:, None]
+        return torch.zeros(seen.shape, dtype=cache.dtype, device=device).masked_fill_(
+            ~seen, -torch.inf
+        )
+
+    def _verify(
+        self, rows: Array, known: Array, logits: Tensor, own: Array, options: SamplingOptions
+    ) -> tuple[Array, Array]:
+        """How many drafts of the rows at `own` are accepted; these tokens, and one more."""
+        rows, known, device = rows[own], known[own], logits.device
+        width, index = self.tokens.shape[1], torch.from_numpy(rows).to(device)
+        total = 1 + min(width, self._k)
+        given = logits[torch.from_numpy(own).to(device), :total]
+        p = warped(given.flatten(0, 1), options).softmax(-1).unflatten(0, given.shape[:2])
+        positions = known[:, None] + np.arange(total)
+        drafts = self.tokens[rows, : total - 1]
+        there = np.arange(total - 1) < self.counts[rows][:, None]
+        d = torch.from_numpy(drafts).to(device)[..., None]
+        is_there = torch.from_numpy(there).to(device)
+        q = self.q[index, : total - 1] * is_there[..., None]
+        chance, drawn = self._chances(p[:, :-1], q, d)
+        u = self._uniforms(rows, positions[:, :-1], ACCEPT)
+        run = ((u * drawn < chance) & is_there).to(torch.int64).cumprod(1).sum(1)
+        rest = torch.cat([self._rest(p[:, :-1], q), p[:, -1:]], 1)
+        # Where p and q differ by rounding alone nothing is left.
+        rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
+        line = torch.arange(len(rows), device=device)
+        u = self._uniforms(rows, positions, INSTEAD)[line, run]
+        found = torch.stack([run, invert(rest[line, run], u)]).cpu().numpy()
+        self.waits += 1
+        tokens = np.zeros((len(rows), self._k + 1), np.int64)
+        tokens[:, : total - 1] = drafts
+        tokens[np.arange(len(rows)), found[0]] = found[1]
+        return found[0], tokens
+
+    @staticmethod
+    def _chances(p: Tensor, q: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
+        """p and q [n, k] of the drafts [n, k, 1]."""
+        return p.gather(-1, drafts).squeeze(-1), q.gather(-1, drafts).squeeze(-1)
+
+    @staticmethod
+    def _rest(p: Tensor, q: Tensor) -> Tensor:
+        """What a refused draft is replaced from, [n, k, V]."""
+        return (p - q).clamp(min=0)
+
+    def _draft(
+        self,
+        rows: Array,
+        known: Array,
+        taken: Array,
+        logits: Tensor,
+        own: Array,
+        options: SamplingOptions,
+        drafts: int,
+    ) -> None:
+        """Draws what the rows at `own` try next, as far as there is room for it."""
+        begin, rows, device = (known + taken + 1)[own], rows[own], logits.device
+        counts = np.clip(self.rows.state["end"][rows] - begin - 1, 0, drafts)
+        self.counts[rows] = counts
+        drafts = int(counts.max(initial=0))
+        self._room(drafts)
+        before = [self.rows.canvas[rows, np.maximum(begin - back, 0)] for back in (2, 1)]
+        line, index = (torch.from_numpy(x).to(device) for x in (own, rows))
+        group = torch.from_numpy(self._k + 1 + taken[own] * self._k).to(device)
+        masks = drafter_of(options, self.model) == "masks"
+        tables = []
+        if not masks and drafts:
+            texts = (self.rows.canvas[row, :end] for row, end in zip(rows, begin, strict=True))
+            tables = [table_of(self.model, text) for text in texts]
+        for i in range(drafts):
+            if masks:
+                found = logits[line, group + i]
+                if self.model.chain is not None:
+                    found = found + self.model.chain(torch.from_numpy(before[1]).to(device)).float()
+            else:
+                pairs = zip(tables, *before, strict=True)
+                table = np.stack([one.distribution(int(a), int(b)) for one, a, b in pairs])
+                found = torch.from_numpy(np.log(table)).float().to(device)
+            found = found.masked_fill(self.blocked[: found.shape[-1]], -torch.inf)
+            q = warped(found, options).softmax(-1)
+            u = self._uniforms(rows, begin + i, DRAFT)
+            token = invert(q, u)
+            self.q[index, i, : q.shape[-1]] = q
+            self.tokens[rows, i] = token.cpu().numpy()
+            self.waits += 1
+            before = [before[1], self.tokens[rows, i]]
+
+    def _note(
+        self, logits: Tensor, rows: Array, place: Array, offset: Array, at: Array, tokens: Array
+    ) -> None:
+        """Keeps log p of fixed tokens [m] at L' = 1, of those rows that want them."""
+        if self.rows.logprobs is None:
+            return
+        asks = np.array([options.logprobs for options, *_ in self.rows.groups])
+        wish = asks[self.rows.state["group"][rows]]
+        index = torch.from_numpy(np.stack([place, offset, tokens])[:, wish]).to(logits.device)
+        found = logits[index[0], index[1]].log_softmax(-1).gather(-1, index[2][:, None])
+        self.rows.logprobs[rows[wish], at[wish]] = found.squeeze(-1).double().cpu().numpy()
+
+    def _uniforms(self, rows: Array, positions: Array, purpose: int) -> Tensor:
+        state = self.rows.state[rows]
+        own = (state["seed"], state["number"])
+        seed, number = own if positions.ndim == 1 else (x[:, None] for x in own)
+        u = torch.from_numpy(host_uniform(seed, number, positions, purpose))
+        return u.to(self.model.device, real_dtype(self.model.device))
+
+
+def warped(logits: Tensor, options: SamplingOptions) -> Tensor:
+    """Logits [P, V] after the options' temperature, top-k and top-p."""
+    return warp(
+        logits,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        top_p_rule=options.top_p_rule,
+    )
+
+
+def drafter_of(options: SamplingOptions, model: Denoiser) -> str:
+    """What drafts: "masks", or "table" for a model that has no masked positions."""
+    if options.drafter not in (None, "auto"):
+        return str(options.drafter)
+    return "table" if model.config.causal else "masks"
+
+
+def drafts_of(options: SamplingOptions, model: Denoiser) -> int:
+    """k: as many as asked for; else what the model's blocks have room for, at most 4."""
+    if options.drafts is not None:
+        return options.drafts
+    room = max(model.config.block_sizes) - (model.config.prediction == "shift")
+    return 4 if drafter_of(options, model) == "table" else max(1, min(4, room))
