@@ -172,6 +172,46 @@ def test_texts_that_are_edited_are_told_apart():
         assert none.tokens == plain.tokens and none.nfe[0] > plain.nfe[0]
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_orders_side_by_side_are_what_they_are_alone(graphs, monkeypatch):
+    """All at once, some admitted later; with the shapes that graphs want, too."""
+    model = model_of("causal")[0].eval()
+    wishes = [{}, {"sampler": "ancestral", "steps": 3}, *GIVEN.values()]
+    rows = [
+        ([1, 2, 3][: 1 + i % 3], SamplingOptions(max_new_tokens=5 + i, stop="none", seed=i, **wish))
+        for i, wish in enumerate(wishes)
+    ]
+    expected = [generate_tokens(model, [p], o, [i]).tokens[0] for i, (p, o) in enumerate(rows)]
+    monkeypatch.setattr(model, "graphs", graphs)
+    engine, waiting = Engine(model), list(rows)
+    while engine.active or waiting:
+        for prompt, options in waiting[:2]:
+            engine.admit(prompt, options)
+        del waiting[:2]
+        step = engine.step()
+    for name, (prompt, _) in enumerate(rows):
+        found = step.tokens[name, len(prompt) : step.lengths[name]].tolist()
+        assert found == expected[name]
+
+
+def test_parts_of_a_block_are_edited_one_after_the_other():
+    model, wish = model_of("mdlm")[0], {"max_new_tokens": 12, "stop": "none", "sub_block": 4}
+    given, prompts = wish | GIVEN["editing, all of it"], [[1, 2, 3], [4, 0]]
+    both = blockdiff.generate(model, prompts, **given)
+    for row, prompt in enumerate(prompts):
+        alone = blockdiff.generate(model, [prompt], rows=[row], **given)
+        assert (alone.tokens[0], alone.nfe[0]) == (both.tokens[row], both.nfe[row])
+    shown, edited = [], 0
+    for step in blockdiff.stream(model, prompts[:1], **given):
+        now, inside = step.final(0, 3, MASK), step.edited[0, 3:].nonzero().flatten().tolist()
+        assert now[: len(shown)] == shown and all(i >= len(shown) for i in inside)
+        assert not (step.tokens[0, 3 + len(now) // 4 * 4 + 4 :] != MASK).any()
+        shown, edited = now, edited + len(inside)
+    assert edited > 0
+    none = blockdiff.generate(model, prompts, edit_threshold=0.0, threshold=0.3, **wish)
+    assert none.tokens == blockdiff.generate(model, prompts, threshold=0.3, **wish).tokens
+
+
 @EVERY
 def test_a_row_of_a_network_told_the_time_or_of_ar_is_itself_in_a_batch(given):
     for settings in ({"block_size": 4, "time_conditioning": True}, {"causal": True}):

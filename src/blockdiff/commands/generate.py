@@ -60,6 +60,7 @@ COMMAND = Command(
     examples=(
         'blockdiff generate starter "The people of the United States"',
         'blockdiff generate runs/bd3lm "This module provides" --max-new-tokens 64 --watch',
+        'blockdiff generate starter "The people" --threshold 0.9',
         "blockdiff generate runs/bd3lm --samples 4 --seed 1 --json > samples.json",
         "echo Hello | blockdiff generate starter -",
     ),

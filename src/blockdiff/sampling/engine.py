@@ -155,6 +155,8 @@ class Engine:
         live = (state["length"][rows] < 0).nonzero()[0]
         position, unfixed = self.rows.look(rows)
         part = self.rows.part(rows, position, unfixed)
+        if part is not unfixed:  # one that is full may be edited still, before the next
+            part &= self.rows.new[rows, : part.shape[1]]
         masked = self.rows.first_alone(part)
         views = self.rows.views(rows, live, position, masked)
         wanted, rate = np.zeros_like(masked), np.zeros(len(rows))
