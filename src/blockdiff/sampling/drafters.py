@@ -60,7 +60,7 @@ class Table:
     def distribution(self, a: int, b: int) -> Array:
         """q(· | a b), float64 [V], of this table and the `others` with it."""
         tables = [self, *self.others]
-        single = sum(table.single for table in tables) + 1 / self.vocab_size
+        single: Array = np.sum([table.single for table in tables], 0) + 1 / self.vocab_size
         q: Array = single / single.sum()
         pairs = [table.counts(a, b) for table in tables]
         for counts in (sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)):
