@@ -2,6 +2,7 @@
 
     ar      −log p_θ(x^i | x^{<i})
     bd3lm   Σ_r weight_r · −log p_θ(x_0^ℓ | x_t^b, x_0^{<b}) at the masked tokens of copy r
+    joint   bd3lm, and ar of the clean stream in the same pass
 
 MDLM is `bd3lm` with one block, L' = L. So is SEDD, whose network reads σ and gives scores in place
 of probabilities: its loss at a masked token is the score entropy (`models.loss`), under the same
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -80,6 +81,40 @@ def bd3lm(
     return _place(nll * draw.weight[masked], masked).view(-1, *x_0.shape).sum(0)
 
 
+def joint(
+    model: Forward,
+    x_0: Tensor,
+    draw: Draw,
+    layout: BlockLayout,
+    context: Context | None = None,
+) -> dict[str, Tensor]:
+    """`bd3lm`, and beside it what AR pays: both streams predict, in one pass.
+
+    {"bound", "ar"}: nats per token [B, L] of each. With blocks of one token the two are the same,
+    and "ar" is left out.
+    """
+    if layout.block_size == 1:
+        return {"bound": bd3lm(model, x_0, draw, layout, context)}
+    assert draw.maskable is not None
+    masked, counted = draw.masked, draw.maskable.clone()
+    counted[:, 0] = False
+    of_masked = x_0.repeat(len(masked) // len(x_0), 1)[masked]
+    nll = model(
+        draw.x_t,
+        x_0=x_0 if context is None else None,
+        context=context,
+        sigma=draw.sigma,
+        at=masked,
+        clean_at=counted,
+        targets=torch.cat([of_masked, x_0[counted]]),
+        layout=layout,
+    ).nll
+    assert nll is not None
+    own, exact = nll[: len(of_masked)], nll[len(of_masked) :]
+    bound = _place(own * draw.weight[masked], masked).view(-1, *x_0.shape).sum(0)
+    return {"bound": bound, "ar": _place(exact, counted)}
+
+
 def _place(values: Tensor | None, where: Tensor) -> Tensor:
     """values [P] at the True positions of `where`, 0 elsewhere."""
     assert values is not None
@@ -94,7 +129,8 @@ class Objective:
         name: What it is chosen by; the model's configuration keeps it.
         nats: (model, x_0, draw, layout, context) → nats per token [B, L]; the loss is their mean
             over the tokens that count. Where `noised` is false it is (model, x_0, maskable,
-            layout) with `maskable` bool [B, L], and the nats are the exact likelihood.
+            layout) with `maskable` bool [B, L], and the nats are the exact likelihood. A loss of
+            several parts gives a dict of them, that of the masked tokens first.
         blocks: Which block sizes its models have: the one asked for ("any"), 1 ("one") or the
             context L ("whole").
         network: Fields of the network's configuration, for example {"causal": True}.
@@ -110,7 +146,7 @@ class Objective:
     """
 
     name: str
-    nats: Callable[..., Tensor]
+    nats: Callable[..., Tensor | dict[str, Tensor]]
     blocks: Literal["any", "one", "whole"] = "any"
     network: Mapping[str, Any] = field(default_factory=dict)
     noised: bool = True
@@ -119,6 +155,16 @@ class Objective:
     @property
     def any_blocks(self) -> bool:
         return self.blocks == "any"
+
+    @property
+    def measure(self) -> Callable[..., Tensor]:
+        """What a likelihood is measured with."""
+        return cast("Callable[..., Tensor]", self.bound or self.nats)
+
+    def drawn(self, *given: Any) -> Tensor:
+        """The first part of the loss `nats(*given)`: the one that hangs on the masks."""
+        found = self.nats(*given)
+        return found if isinstance(found, Tensor) else next(iter(found.values()))
 
     def block_size(self, length: int, block_size: int) -> int:
         """L' of its models at context `length` where `block_size` was asked for."""
@@ -131,6 +177,9 @@ class Objective:
 
 for _objective in (
     Objective("bd3lm", bd3lm),
+    Objective(
+        "joint", joint, network={"prediction": "shift", "clean_stream": "causal"}, bound=bd3lm
+    ),
     Objective("mdlm", bd3lm, "whole"),
     Objective("sedd", bd3lm, "whole", {"score": True, "time_conditioning": True}),
     Objective("ar", ar, "one", {"causal": True}, noised=False),

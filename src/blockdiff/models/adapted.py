@@ -137,6 +137,7 @@ class Adapted(DenoiserModel):
         sigma: Tensor | None = None,
         context: Context | None = None,
         at: Tensor | None = None,
+        clean_at: Tensor | None = None,
         targets: Tensor | None = None,
         backend: str | None = None,
     ) -> DenoiserOutput:
@@ -155,14 +156,14 @@ class Adapted(DenoiserModel):
             return self._read_out(hidden if at is None else hidden[at], targets)
         shift = self.config.prediction == "shift"
         clean = None if context is None else context.hidden
-        if layout.blocks == 1:
+        if layout.blocks == 1 and clean_at is None:
             x_0 = context = None  # no block has one before it to look back on
         if shift and layout.block_size == 1 and not alone:
             # Every token is the first of its block: the clean stream predicts them all.
             if clean is None:
                 assert x_0 is not None
                 clean = self._clean(x_0, layout, backend)[0]
-            return self._aligned(repeat(clean, rows), clean, layout, at, targets)
+            return self._aligned(repeat(clean, rows), clean, layout, at, clean_at, targets)
         order = self._known_first(input_ids, layout.block_size)
         x_t = input_ids if order is None else input_ids.gather(1, order)
         if x_0 is None and context is None:
@@ -178,7 +179,7 @@ class Adapted(DenoiserModel):
         if order is not None:
             hidden = hidden.gather(1, order.argsort(1)[..., None].expand_as(hidden))
         if shift:
-            return self._aligned(hidden, clean, layout, at, targets)
+            return self._aligned(hidden, clean, layout, at, clean_at, targets)
         return self._read_out(hidden if at is None else hidden[at], targets)
 
     def encode(
@@ -256,6 +257,7 @@ class Adapted(DenoiserModel):
         clean: Tensor | None,
         layout: BlockLayout,
         at: Tensor | None,
+        clean_at: Tensor | None,
         targets: Tensor | None,
     ) -> DenoiserOutput:
         """Under "shift": what predicts i stands at i − 1, for a block's first token in `clean`."""
@@ -270,6 +272,9 @@ class Adapted(DenoiserModel):
         if clean is not None:
             first = (column % layout.block_size == 0) & (column > 0)
             found = torch.where(first[..., None], clean[row % len(clean), before], found)
+            if clean_at is not None:
+                row, column = clean_at.nonzero(as_tuple=True)
+                found = torch.cat([found, clean[row, column - 1]])
         return self._read_out(found, targets)
 
     def _read_out(self, h: Tensor, targets: Tensor | None) -> DenoiserOutput:

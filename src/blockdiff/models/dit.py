@@ -8,6 +8,10 @@ One network, three uses, told apart by what it is given:
     model(x_t)            MDLM: x_t reads itself, everywhere
     model(x_0)            AR, when `config.causal`: a causal stream; logits at i are for i + 1
 
+With prediction "shift" block diffusion, too, reads token i off the logits at i − 1, and the first
+token of a block, which has nothing noised before it, off the causal clean stream: with blocks of
+one token that is AR.
+
 With one noised copy per text both streams go through the layers side by side, as 2L tokens, and
 the clean one stops at the last layer's keys and values. The clean stream never depends on x_t.
 So where several copies share a text, or a text is written block by block, it runs first (`encode`,
@@ -163,6 +167,7 @@ class DiT(DenoiserModel):
         sigma: Tensor | None = None,
         context: Context | None = None,
         at: Tensor | None = None,
+        clean_at: Tensor | None = None,
         targets: Tensor | None = None,
         backend: str | None = None,
     ) -> DenoiserOutput:
@@ -173,13 +178,17 @@ class DiT(DenoiserModel):
         blocks, by default the configuration's, and the documents. `sigma` [R·B] or [R·B, N], read
         only when `config.time_conditioning`. `at` bool [R·B, L]: where logits are wanted; nothing
         else goes through the output layer. With `targets` int64 [P] the result is their `nll` [P]
-        in place of logits. `backend`: of attention, the model's own when left out.
+        in place of logits. `clean_at`: see `Denoiser`. `backend`: of attention, the model's own
+        when left out.
         """
         length, rows = x_t.shape[1], len(x_t)
         backend = backend or self.attention_backend
         alone = x_0 is None and context is None
         if layout is None:
             layout = self.own_layout(length, alone)
+        if self._reads_clean:
+            h = self._shifted(x_t, x_0, layout, context, at, clean_at, backend)
+            return self._read_out(h, self._condition(), None, targets)
         if layout.blocks == 1 and backend != "dense":
             x_0 = context = None  # no block has one before it to look back on
         chosen = None if at is None else Chosen(at)
@@ -193,25 +202,67 @@ class DiT(DenoiserModel):
         condition = self._condition(sigma, layout)
         if x_0 is not None:
             context = self.encode(x_0, layout, backend=backend)
-        kind = "noised" if context is not None else "clean"
-        if context is None and layout.blocks == 1 and not self.config.causal:
-            kind = "alone"  # one noised block, whatever a clean stream sees
-        mask = self._mask(layout, kind, backend, rows)
-
-        def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if context is not None:
-                k = torch.cat([repeat(context.keys[i], rows), k], dim=2)
-                v = torch.cat([repeat(context.values[i], rows), v], dim=2)
-            return attend(q, k, v, mask)
-
-        cos, sin = _rope_table(length, self._head_dim, x_t.device)
-        h = self._run(x_t, cos, sin, condition, attention, chosen, whole=backend == "dense")
+        h = self._noised(x_t, layout, context, condition, backend, chosen)
         return self._read_out(h, condition, chosen, targets)
+
+    @property
+    def _reads_clean(self) -> bool:
+        """Whether the clean stream predicts tokens, beside a noised one."""
+        return self.config.prediction == "shift" and not self.config.causal
+
+    def _shifted(
+        self,
+        x_t: Tensor,
+        x_0: Tensor | None,
+        layout: BlockLayout,
+        context: Context | None,
+        at: Tensor | None,
+        clean_at: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        """The residual stream [P + Q, E], or [R·B, L, E], that predicts what is wanted.
+
+        What predicts token i stands at i − 1: of a block's first token in the clean stream, of the
+        others in the noised one. Position 0, which nothing comes before, has what predicts token 1.
+        """
+        (rows, length), size = x_t.shape, layout.block_size
+        condition, alone = self._condition(), x_0 is None and context is None
+        if layout.blocks == 1 and size > 1 and backend != "dense" and clean_at is None:
+            x_0 = context = None  # no block has one before it to look back on
+        token = torch.arange(rows * length, device=x_t.device) if at is None else _places(at)
+        row, column = token // length, token % length
+        before = (column - 1).clamp(min=0)
+        first = (column % size == 0) & ((column > 0) | (size == 1)) & (not alone)
+        ahead = token[:0] if clean_at is None else _places(clean_at) - 1
+        if x_0 is not None and size > 1 and (len(x_0) == rows or backend == "dense"):
+            own = row * 2 * length + torch.where(first, before, length + before)
+            index = torch.cat([own, ahead + ahead // length * length])
+            chosen = Chosen(index, torch.Size((rows, 2 * length)))
+            found = self._two_streams(x_t, x_0, condition, layout, backend, chosen)
+        elif x_0 is not None and size == 1:  # the clean stream predicts all
+            index = torch.cat([row % len(x_0) * length + before, ahead])
+            found = self._noised(x_0, layout, None, condition, backend, Chosen(index, x_0.shape))
+        else:
+            if x_0 is not None:
+                context = self.encode(x_0, layout, backend=backend)
+            if size > 1 or context is None:
+                chosen = Chosen(row * length + before, x_t.shape)
+                found = self._noised(x_t, layout, context, condition, backend, chosen)
+            if context is not None:
+                clean = context.hidden
+                assert clean is not None
+                own, clean = clean[row % len(clean), before], clean.flatten(0, 1)
+                found = own if size == 1 else torch.where(first[:, None], own, found)
+                found = torch.cat([found, clean[ahead]])
+        return found if at is not None else found.unflatten(0, (rows, length))
 
     def encode(
         self, x_0: Tensor, layout: BlockLayout | None = None, *, backend: str | None = None
     ) -> Context:
-        """The clean stream of x_0 [B, L] under M_BC; the last layer stops at keys and values."""
+        """The clean stream of x_0 [B, L] under M_BC.
+
+        The last layer stops at keys and values, unless the clean stream predicts tokens.
+        """
         layout = layout or self.own_layout(x_0.shape[1])
         backend = backend or self.attention_backend
         length, last = x_0.shape[1], len(self.layers) - 1
@@ -229,10 +280,12 @@ class DiT(DenoiserModel):
                 for kept, x in ((context.keys, k), (context.values, v)):
                     own = x[:, :, :length]
                     kept.append(own.clone() if self.graphs else own)
-            return None if i == last else attend(q, k, v, mask)
+            return None if i == last and not self._reads_clean else attend(q, k, v, mask)
 
         cos, sin = _rope_table(x_0.shape[1], self._head_dim, x_0.device)
-        self._run(x_0, cos, sin, self._condition(), attention)
+        h = self._run(x_0, cos, sin, self._condition(), attention)
+        if self._reads_clean:
+            context.hidden = h[:, :length].clone() if self.graphs else h[:, :length]
         return context
 
     def _mask(self, layout: BlockLayout, kind: str, backend: str, rows: int) -> Mask:
@@ -354,6 +407,31 @@ class DiT(DenoiserModel):
             h = layer(h, cos, sin, own, partial(attention, i), few if last else None)
         return h if few is not None or chosen is None else chosen.of(h)
 
+    def _noised(
+        self,
+        x_t: Tensor,
+        layout: BlockLayout,
+        context: Context | None,
+        condition: Condition,
+        backend: str,
+        chosen: Chosen | None,
+    ) -> Tensor:
+        """A pass over x_t alone, which reads the `context` if there is one; as `_run`."""
+        length, rows = x_t.shape[1], len(x_t)
+        kind = "noised" if context is not None else "clean"
+        if context is None and layout.blocks == 1 and not self.config.causal:
+            kind = "alone"  # one noised block, whatever a clean stream sees
+        mask = self._mask(layout, kind, backend, rows)
+
+        def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if context is not None:
+                k = torch.cat([repeat(context.keys[i], rows), k], dim=2)
+                v = torch.cat([repeat(context.values[i], rows), v], dim=2)
+            return attend(q, k, v, mask)
+
+        cos, sin = _rope_table(length, self._head_dim, x_t.device)
+        return self._run(x_t, cos, sin, condition, attention, chosen, whole=backend == "dense")
+
     def _two_streams(
         self,
         x_t: Tensor,
@@ -363,12 +441,17 @@ class DiT(DenoiserModel):
         backend: str,
         chosen: Chosen | None,
     ) -> Tensor:
-        """One pass over x_0 ⊕ x_t under the whole 2L × 2L mask; the x_t half, as `_run`."""
+        """One pass over x_0 ⊕ x_t under the whole 2L × 2L mask; the x_t half, as `_run`.
+
+        Where the clean stream predicts tokens, `chosen` counts through both halves.
+        """
         length, rows, whole = layout.length, len(x_t), backend == "dense"
         cos, sin = _rope_table(length, self._head_dim, x_t.device)
         mask = self._mask(layout, "two_stream", backend, rows)
-        # Nothing reads the last layer's clean half.
-        mask_last = None if whole else self._mask(layout, "noised", backend, rows)
+        # Nothing reads the last layer's clean half, unless it predicts tokens.
+        mask_last = (
+            None if whole or self._reads_clean else self._mask(layout, "noised", backend, rows)
+        )
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if mask_last is None or i < len(self.layers) - 1:
@@ -386,6 +469,11 @@ class DiT(DenoiserModel):
         """Logits, or nll, of h [B, L, E], or [P, E] at the chosen positions."""
         out = self.output(h, condition.final, chosen, targets)
         return DenoiserOutput(logits=out) if targets is None else DenoiserOutput(nll=out)
+
+
+def _places(at: Tensor) -> Tensor:
+    """Where bool [B, L] is true, position t of row i as i·L + t."""
+    return at.flatten().nonzero().squeeze(-1)
 
 
 register(DiTConfig, DiT)

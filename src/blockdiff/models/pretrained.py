@@ -95,6 +95,7 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         sigma: Tensor | None = None,
         context: Context | None = None,
         at: Tensor | None = None,
+        clean_at: Tensor | None = None,
         targets: Tensor | None = None,
         backend: str | None = None,
         **unread: Any,
@@ -116,7 +117,7 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         _require_unread(unread)
         documents = _documents(input_ids, attention_mask, position_ids)
         others: dict[str, Any] = {"x_0": x_0, "layout": layout, "sigma": sigma}
-        others |= {"context": context, "at": at, "targets": targets}
+        others |= {"context": context, "at": at, "clean_at": clean_at, "targets": targets}
         if labels is not None:
             if told := [name for name, value in others.items() if value is not None]:
                 raise InputError(
@@ -173,7 +174,8 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
             what = draw(x_0, layout, noise, what, config.mask_token_id)
         # Not the model itself: hooks on it, such as a sharded model's, run once a pass.
         network = self.denoise if backend is None else partial(self.denoise, backend=backend)
-        nats = objective.nats(network, x_0, what, layout)
+        found = objective.nats(network, x_0, what, layout)
+        nats = found if isinstance(found, Tensor) else torch.stack([*found.values()])
         return nats.sum() / torch.as_tensor(tokens, device=nats.device).clamp(min=1)
 
     def generate(  # type: ignore[override]

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from blockdiff.errors import InputError, RunStopped
 from blockdiff.training import parallel
 from blockdiff.training.arguments import training_arguments
-from blockdiff.training.blocks import LossBySize
+from blockdiff.training.blocks import LossByPart
 from blockdiff.training.callbacks import Bookkeeping, tensorboard
 from blockdiff.training.checkpoints import newest_checkpoint, prune, seal
 from blockdiff.training.config import TrainConfig
@@ -55,7 +55,7 @@ class RunTrainer(Trainer):
         self.ema = Average(model, config.ema) if config.ema else None
         self.ema_updates = 0  # of the average that another run left, where this one goes on from it
         self._first_bad_step = torch.tensor(NEVER)
-        self._losses = LossBySize()
+        self._losses = LossByPart()
         super().__init__(
             model=model,
             args=training_arguments(config, device),
@@ -106,7 +106,8 @@ class RunTrainer(Trainer):
         """Also the loss of each block size, where the run has several."""
         if "loss" in logs:
             found = self._losses.take(self.accelerator.gather)
-            logs |= found if len(self.run.block_sizes) > 1 else {}
+            several = len(self.run.block_sizes) > 1 or len(found) > 1
+            logs |= found if several else {}
         super().log(logs, start_time)
 
     @property
@@ -120,12 +121,19 @@ class RunTrainer(Trainer):
 
     # A run that diverges. A step's loss is not looked at in the step: that would wait for the GPU.
 
-    def note_loss(self, loss: Tensor, block_size: int) -> None:
-        """Remembers the first step whose loss was not finite, and the losses of each block size."""
-        self._losses.add(block_size, self.state.global_step, loss)
+    def note_loss(self, loss: Tensor, block_size: int, **others: Tensor) -> None:
+        """Remembers the first step whose loss was not finite, and the losses of each block size.
+
+        `others`: further parts of the loss, by name.
+        """
+        step = self.state.global_step
+        for name, own in {str(block_size): loss, **others}.items():
+            self._losses.add(name, step, own)
+            loss = loss + own if name in others else loss
         first = self._first_bad_step.to(loss.device)
-        bad = first.clamp(max=self.state.global_step + 1)
-        self._first_bad_step = torch.where(loss.detach().isfinite(), first, bad)
+        self._first_bad_step = torch.where(
+            loss.detach().isfinite(), first, first.clamp(max=step + 1)
+        )
 
     def require_finite_loss(self) -> None:
         """Raises `RunStopped` when a step's loss, in any process, was not finite."""

@@ -25,6 +25,7 @@ LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bf16"]
 Backend = Literal["auto", "dense", "blockwise", "flex"]
 Clean = Literal["block", "causal"]
+Prediction = Literal["same", "shift"]
 Format = Literal["text", "chat", "prompt"]
 Detokenizer = Literal["none", "wikitext", "ptb", "lm1b", "lambada", "scientific"]
 
@@ -38,6 +39,7 @@ WHOLE_NUMBERS: dict[str, tuple[int, int]] = {
     "length": (1, checks.LARGEST_SIZE),
     "block_size": (1, checks.LARGEST_SIZE),
     "lora": (1, checks.LARGEST_SIZE),
+    "chain_rank": (0, checks.LARGEST_SIZE),
     "timesteps": (1, checks.LARGEST_SIZE),
     "steps": (1, checks.LARGEST_SIZE),
     "batch_size": (1, checks.LARGEST_SIZE),
@@ -63,6 +65,7 @@ REAL_NUMBERS: dict[str, tuple[float, float, bool, bool]] = {
     "max_grad_norm": (0, 1e9, False, False),
     "dropout": (0, 1, False, True),
     "ema": (0, 1, False, True),
+    "ar_weight": (0, 1000, False, False),
 }
 
 
@@ -112,6 +115,12 @@ class TrainConfig:
             said to be trained for.
         clean: What a clean token sees of its block: all of it, as in the paper, or, causal, the
             tokens up to itself, so that one cache serves every block size.
+        prediction: Whether the logits at i are for token i, as in the paper, or, with a causal
+            clean stream, for token i + 1 (shift): the first token of a block is then AR's, and
+            blocks of 1 are AR. A model to start from has its own.
+        ar_weight: Weight of the AR part of joint.
+        chain_rank: Rank of the chain over drafted tokens, which draft trains; 0 is none, or what a
+            model to start from has.
         preset: Network size.
         init_from: Model folder, hub id or starter to start from, for example an AR model of this
             package; of a run's folder the weights and their average are both carried on.
@@ -192,6 +201,9 @@ class TrainConfig:
     block_weights: str | None = None
     grow: bool = False
     clean: Clean = "block"
+    prediction: Prediction = "same"
+    ar_weight: float = 1.0
+    chain_rank: int = 0
     preset: Preset = "nano"
     init_from: str | None = None
     lora: int | None = None
@@ -276,6 +288,9 @@ class TrainConfig:
                 f"`clean` {self.clean} is for blocks with clean ones before them, which an "
                 f"{self.objective} model does not have; leave it out"
             )
+        shifts = OBJECTIVES.has(self.objective, "shifts")
+        if self.prediction == "shift" and self.clean != "causal" and not shifts:
+            raise InputError("`prediction` shift needs `clean` causal")
         needs_clip = ESTIMATORS.has(self.estimator, "needs_clip")
         if needs_clip and self.clip_range() is None and not self.searches_clip:
             raise InputError(
@@ -385,8 +400,14 @@ class TrainConfig:
 
     @property
     def trained_sizes(self) -> tuple[int, ...]:
-        """The block sizes the model is for: of those it grew through, the last."""
-        return self.block_sizes[-1:] if self.grow else self.block_sizes
+        """The block sizes the model is for: of those it grew through, the last.
+
+        What also trains the clean stream trains blocks of 1.
+        """
+        sizes = self.block_sizes[-1:] if self.grow else self.block_sizes
+        if OBJECTIVES.has(self.objective, "shifts"):
+            sizes = tuple(sorted({1, *sizes}))
+        return sizes
 
 
 def as_typed(value: object) -> str:

@@ -308,7 +308,9 @@ def rewrapped(start: Adapted, config: TrainConfig) -> Adapted:
         )
     objective = OBJECTIVES.find(config.objective)
     own = [name for name in ("compile", "time_conditioning") if getattr(config, name)]
-    if own or objective.network or not objective.noised:
+    asked = objective.network.items()
+    other = any(getattr(start.config, name, None) != value for name, value in asked)
+    if own or other or not objective.noised:
         option = own[0] if own else f"objective {objective.name}"
         raise InputError(f"`{option}` is for the package's own networks; leave it out")
     if config.length > start.config.length:
@@ -363,8 +365,14 @@ def _build_dit(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: D
             initial_gate=0.0 if start is None else 1.0,
             clip=config.clip_range(),
             objective=objective.name,
-            clean_stream=config.clean,
-            **{"time_conditioning": config.time_conditioning, **objective.network, **sizes},
+            chain_rank=config.chain_rank or getattr(start, "config", config).chain_rank,
+            **{
+                "time_conditioning": config.time_conditioning,
+                "clean_stream": config.clean,
+                "prediction": config.prediction,
+                **objective.network,
+                **sizes,
+            },
         )
     )
     if start is not None:
@@ -373,10 +381,10 @@ def _build_dit(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: D
 
 
 def _take_weights(model: nn.Module, start: nn.Module) -> None:
-    """Copies every weight both networks have; only adaLN may be on one side alone."""
+    """Copies every weight both networks have; only adaLN and chain may be on one side alone."""
     own, given = model.state_dict(), start.state_dict()
     for name, tensor in own.items():
         if name in given:
             tensor.copy_(given[name])
-        elif "modulation" not in name and not name.startswith("sigma."):
+        elif "modulation" not in name and not name.startswith(("sigma.", "chain.")):
             raise InputError(f"the model to start from has no {name}")

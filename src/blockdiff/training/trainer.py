@@ -96,12 +96,21 @@ class BlockDiffusionTrainer(RunTrainer):
             noise = stratified_noise(self.run.batch_size, layout, generator)
             noise = noise.rows(first, first + len(x_0))
             what = self.estimator(x_0, layout, noise, maskable, config.mask_token_id)
-        nats = objective.nats(model, x_0, what, layout)
+        found = objective.nats(model, x_0, what, layout)
+        parts = found if isinstance(found, dict) else {"": found}
         # The processes' gradients are averaged, not summed: hence the factor.
-        tokens = torch.as_tensor(num_items_in_batch, device=nats.device, dtype=torch.float32)
-        loss = nats.sum() * self.accelerator.num_processes / tokens.clamp(min=1)
-        self.note_loss(loss, size)
-        return (loss, {"nats": nats}) if return_outputs else loss
+        tokens = torch.as_tensor(num_items_in_batch, device=x_0.device, dtype=torch.float32)
+        share = self.accelerator.num_processes / tokens.clamp(min=1)
+        losses = {name: nats.sum() * share for name, nats in parts.items()}
+        weighted = [self.part_weight(name) * losses[name] for name in losses]
+        loss = torch.stack(weighted).sum()
+        own, *others = losses
+        self.note_loss(losses[own], size, **{name: losses[name] for name in others})
+        return (loss, {"nats": parts[own]}) if return_outputs else loss
+
+    def part_weight(self, name: str) -> float:
+        """What a part of the loss is multiplied with: `ar_weight` the AR part."""
+        return self.run.ar_weight if name == "ar" else 1.0
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
