@@ -3,6 +3,7 @@
     ar      −log p_θ(x^i | x^{<i})
     bd3lm   Σ_r weight_r · −log p_θ(x_0^ℓ | x_t^b, x_0^{<b}) at the masked tokens of copy r
     joint   bd3lm, and ar of the clean stream in the same pass
+    draft   of what drafts alone: cross entropy of masked blocks with what AR says there
 
 MDLM is `bd3lm` with one block, L' = L. So is SEDD, whose network reads σ and gives scores in place
 of probabilities: its loss at a masked token is the score entropy (`models.loss`), under the same
@@ -15,7 +16,7 @@ and use its attributes; neither has a branch for one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Context, DenoiserOutput
+from blockdiff.models.gated import is_draft
 from blockdiff.noising import Draw
 from blockdiff.registry import OBJECTIVES, register_objective
 
@@ -115,6 +117,54 @@ def joint(
     return {"bound": bound, "ar": _place(exact, counted)}
 
 
+def draft(
+    model: Forward,
+    x_0: Tensor,
+    draw: Draw,
+    layout: BlockLayout,
+    context: Context | None = None,
+) -> dict[str, Tensor]:
+    """What a drafter pays: cross entropy with the AR distribution at every masked token.
+
+    {"draft", "accepted"}, per token [B, L], means over what is drafted: −Σ_v p(v) log q(v), and the
+    share Σ_v min(p(v), q(v)) that verification accepts. p is what blocks of one token say after the
+    true text, without a gradient; q the masked block's prediction with the chain's after the true
+    token before. The copies are fully masked: weights and the first token of a block under
+    "shift", which is AR's own, play no part.
+    """
+    masked = draw.x_t != x_0
+    own: dict[str, Any] = {"x_0": x_0 if context is None else None, "context": context}
+    row, column = masked.nonzero(as_tuple=True)
+    own |= {"at": masked, "previous": x_0[row, (column - 1).clamp(min=0)], "sigma": draw.sigma}
+    if layout.prediction == "shift":
+        logits = model(draw.x_t, clean_at=masked, layout=layout, **own).logits
+        assert logits is not None
+        drafted, exact = logits.float().chunk(2)
+    else:
+        found = model(draw.x_t, layout=layout, **own).logits
+        single = replace(layout, block_size=1)
+        with torch.no_grad():
+            true = model(draw.x_t, layout=single, **own | {"previous": None}).logits
+        assert found is not None and true is not None
+        drafted, exact = found.float(), true.float()
+    log_q, log_p = (_log_softmax(x, draw.x_t[masked]) for x in (drafted, exact.detach()))
+    p = log_p.exp()
+    paid = -(p * log_q.masked_fill(p == 0, 0.0)).sum(-1)
+    accepted = torch.minimum(p, log_q.detach().exp()).sum(-1)
+    # The mean over all that counts is then one over what is drafted.
+    assert draw.maskable is not None
+    share = draw.maskable.sum() / masked.sum().clamp(min=1)
+    return {
+        name: _place(share * value, masked)
+        for name, value in (("draft", paid), ("accepted", accepted))
+    }
+
+
+def _log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """log p [P, V] of logits, where the mask token `mask` [P] has none."""
+    return logits.scatter(-1, mask[:, None], -torch.inf).log_softmax(-1)
+
+
 def _place(values: Tensor | None, where: Tensor) -> Tensor:
     """values [P] at the True positions of `where`, 0 elsewhere."""
     assert values is not None
@@ -137,6 +187,10 @@ class Objective:
         noised: Whether it reads noised copies of the text.
         bound: The function a likelihood is measured with, `nats` by default. It takes and gives the
             same and, whenever the draw is unbiased, is an upper bound on −log p in expectation.
+        masks: Whether copies are what the run's estimator draws, or all that may be is masked.
+        parts: The further parts of the loss, and their weights; 0 is for what is only watched.
+        trains: Which parameters of an existing model it trains, by their names; it leaves
+            everything else of that model as it is. All, where left out.
 
     Example:
         >>> import blockdiff
@@ -151,10 +205,18 @@ class Objective:
     network: Mapping[str, Any] = field(default_factory=dict)
     noised: bool = True
     bound: Callable[..., Tensor] | None = None
+    masks: Literal["drawn", "all"] = "drawn"
+    parts: Mapping[str, float] = field(default_factory=dict)
+    trains: Callable[[str], bool] | None = None
 
     @property
     def any_blocks(self) -> bool:
         return self.blocks == "any"
+
+    @property
+    def shifts(self) -> bool:
+        """Whether its clean stream predicts tokens, and so is trained as blocks of 1."""
+        return self.network.get("prediction") == "shift"
 
     @property
     def measure(self) -> Callable[..., Tensor]:
@@ -178,8 +240,13 @@ class Objective:
 for _objective in (
     Objective("bd3lm", bd3lm),
     Objective(
-        "joint", joint, network={"prediction": "shift", "clean_stream": "causal"}, bound=bd3lm
+        "joint",
+        joint,
+        network={"prediction": "shift", "clean_stream": "causal"},
+        bound=bd3lm,
+        parts={"ar": 1.0},
     ),
+    Objective("draft", draft, bound=bd3lm, masks="all", parts={"accepted": 0.0}, trains=is_draft),
     Objective("mdlm", bd3lm, "whole"),
     Objective("sedd", bd3lm, "whole", {"score": True, "time_conditioning": True}),
     Objective("ar", ar, "one", {"causal": True}, noised=False),

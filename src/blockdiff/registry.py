@@ -217,9 +217,10 @@ ESTIMATORS: Registry[Estimator] = Registry(
 OBJECTIVES: Registry[Objective] = Registry(
     "objective",
     ("nats", "block_size", "network", "noised", "counted"),
-    {"blockdiff.objectives": "bd3lm joint mdlm sedd ar"},
-    any_blocks="bd3lm joint",
+    {"blockdiff.objectives": "bd3lm joint draft mdlm sedd ar"},
+    any_blocks="bd3lm joint draft",
     shifts="joint",
+    trains="draft",
 )
 # `reads`: the settings that an order takes; `needs`: those of them it cannot do without. Where none
 # is chosen, the first that reads all that is set is meant.

@@ -138,6 +138,7 @@ class Denoiser(Protocol):
         context: Context | None = None,
         at: Tensor | None = None,
         clean_at: Tensor | None = None,
+        previous: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> DenoiserOutput:
         """Logits, or nll of `targets` [P], at the positions `at` bool [R·B, L], or everywhere.
@@ -149,7 +150,8 @@ class Denoiser(Protocol):
         configuration's blocks when left out. `sigma` [R·B] or [R·B, N]: read where the network is
         conditioned on time. `clean_at` bool [B, L], where the prediction is "shift": tokens, never
         the first, that the clean stream is to predict as well, as AR does; their logits, or nll of
-        the Q further targets, come after those of `at`.
+        the Q further targets, come after those of `at`. `previous` int64 [P]: the tokens before
+        those at `at`; the chain, where there is one, adds its logits.
         """
         ...
 

@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from blockdiff.errors import InputError, RunStopped
+from blockdiff.registry import OBJECTIVES
 from blockdiff.training import parallel
 from blockdiff.training.arguments import training_arguments
 from blockdiff.training.blocks import LossByPart
@@ -181,6 +183,11 @@ class RunTrainer(Trainer):
             prune(folder, run.keep_last, run.keep_every, run.save_every)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if OBJECTIVES.has(self.run.objective, "trains"):  # the model to start from has the rest
+            network = self.accelerator.unwrap_model(self.model)
+            trained = {k: p.detach() for k, p in network.named_parameters() if p.requires_grad}
+            save_file(trained, Path(str(output_dir)) / SAFE_WEIGHTS_NAME)
+            return
         if self.run.lora is not None and state_dict is None:
             # Without one an adapted model would write its pairs added in, and not themselves.
             state_dict = self.accelerator.unwrap_model(self.model).state_dict()

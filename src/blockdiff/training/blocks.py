@@ -57,9 +57,9 @@ class LossByPart:
         self._steps.setdefault(part, set()).add(step)
 
     def take(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """`loss_4`, `ar_loss` and so on, over all processes (which call together); forgets them."""
+        """`loss_4`, `part_ar` and so on, over all processes (which call together); forgets them."""
         found = {
-            f"loss_{part}" if part.isdigit() else f"{part}_loss": float(gather(own).mean())
+            f"{'loss' if part.isdigit() else 'part'}_{part}": float(gather(own).mean())
             / len(self._steps[part])
             for part, own in sorted(self._sums.items(), key=lambda one: (len(one[0]), one[0]))
         }

@@ -160,9 +160,9 @@ class ProgressBar(TrainerCallback):
             tokens = (state.global_step - step) * self.tokens_per_step
             speed = tokens / max(time.perf_counter() - since, 1e-9)
             each = ", ".join(
-                f"L' {name[5:]}: {loss:.3f}" if name.startswith("loss_") else f"AR: {loss:.3f}"
-                for name, loss in logs.items()
-                if name.startswith("loss_") or name == "ar_loss"
+                name.replace("loss_", "L' ").replace("part_", "") + f": {own:.3f}"
+                for name, own in logs.items()
+                if name.startswith(("loss_", "part_"))
             )
             losses = f" ({each})" if each else ""
             status = f"loss {logs['loss']:.3f} nats{losses} · {speed:,.0f} tokens/s"

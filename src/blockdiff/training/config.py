@@ -329,6 +329,10 @@ class TrainConfig:
                 )
         if self.block_weights is not None and not several:
             raise InputError("`block_weights` needs several sizes in `block_size`, or `grow`")
+        if OBJECTIVES.has(self.objective, "trains") and 1 in [size for size, _ in stages]:
+            raise InputError(
+                f"`objective` {self.objective}: blocks of 1 are not drafted; give more"
+            )
         if self.searches_clip and several:
             raise InputError("`clip` auto looks for the clip of one `block_size`; give two numbers")
 

@@ -25,6 +25,7 @@ from blockdiff.estimators import make_estimator
 from blockdiff.layout import BlockLayout
 from blockdiff.models.adapted import Adapted
 from blockdiff.models.card import write_card
+from blockdiff.models.chain import chain_of
 from blockdiff.models.config import PRESETS, DiTConfig
 from blockdiff.models.dit import DiT
 from blockdiff.models.hub import WEIGHTS, load_model, save_model
@@ -177,11 +178,13 @@ def _train(
             remove_unfinished(out)
         processes.wait_for_everyone()
         checkpoint = newest_checkpoint(out, say=processes.is_main_process)
-    # The checkpoints of a LoRA run hold what is trained, and go on top of where it began.
-    begun = checkpoint if config.lora is None else None
-    start, average, updates = _start(config.init_from, begun)
+    # The checkpoints of a run that trains a part go on top of where it began.
+    partly = OBJECTIVES.find(config.objective).trains is not None
+    begun = checkpoint if config.lora is None and not partly else None
+    start, average, updates = _start(config.init_from, begun, averaged=partly)
     if config.block_size is None:
-        known = start.config.block_sizes if isinstance(start, Adapted) else (BLOCK_SIZE,)
+        known = start.config.block_sizes if isinstance(start, Adapted) or partly else (BLOCK_SIZE,)
+        known = known if not partly else [size for size in known if size > 1] or (BLOCK_SIZE,)
         config = replace(config, block_size=",".join(map(str, known)))
     with processes.main_process_first():  # the others find the corpus packed
         place = processes.process_index, processes.num_processes
@@ -266,26 +269,32 @@ def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
     return replace(config, precision=cast(Precision, chosen[0]))
 
 
-def _start(source: str | None, checkpoint: Path | None) -> tuple[Any, Any, int]:
+def _start(
+    source: str | None, checkpoint: Path | None, averaged: bool = False
+) -> tuple[Any, Any, int]:
     """(weights, their moving average, how many updates made it) to start from.
 
     A run of ours keeps both, the weights in its last checkpoint; another folder has one set only,
-    which then stands for both. A run that has a `checkpoint` of its own goes on from that alone.
+    which then stands for both; so does the average where only that is wanted. A run that has a
+    `checkpoint` of its own goes on from that alone.
     """
     if source is None:
         return None, None, 0
     if checkpoint is not None:
         return load_model(checkpoint), None, 0
-    average, newest = load_model(source), newest_checkpoint(Path(source))
-    if newest is None:
+    average, newest = load_model(source), None if averaged else newest_checkpoint(Path(source))
+    if newest is None or not (newest / "config.json").is_file():  # it holds a part only
         return average, None, 0
     return load_model(newest), average, checkpoint_step(newest)
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: Any) -> Any:
     """The network to train, new or continued, as the configuration would have it."""
-    if isinstance(start, Adapted):
-        model: Any = rewrapped(start, config)
+    objective = OBJECTIVES.find(config.objective)
+    if objective.trains is not None:
+        model: Any = _in_part(start, config, tokenizer, objective.trains)
+    elif isinstance(start, Adapted):
+        model = rewrapped(start, config)
         check_tokenizer(start, tokenizer)
     elif config.lora is not None:
         raise InputError("`lora` is for adapted models: name one as `init_from`")
@@ -335,6 +344,38 @@ def rewrapped(start: Adapted, config: TrainConfig) -> Adapted:
     return start
 
 
+def _in_part(
+    start: Any,
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    trains: Callable[[str], bool],
+) -> Any:
+    """The model to start from as it is, of which only some parameters are trained."""
+    if start is None or start.config.causal:
+        raise InputError(
+            f"`objective` {config.objective} trains what drafts for a block diffusion model: name "
+            "one as `init_from`"
+        )
+    check_tokenizer(start, tokenizer)
+    own = start.config
+    if config.length > own.length:
+        raise InputError(
+            f"`length` is {config.length}, but the model's context is {own.length} tokens"
+        )
+    if own.time_conditioning:
+        raise InputError(f"{config.init_from} is conditioned on time, and a drafted token has none")
+    if config.chain_rank not in (0, own.chain_rank):
+        own.chain_rank = config.chain_rank
+        start.chain = chain_of(own)
+    for name, parameter in start.named_parameters():
+        parameter.requires_grad_(trains(name))
+    if not any(parameter.requires_grad for parameter in start.parameters()):
+        raise InputError(
+            f"{config.init_from} has nothing that drafts: give `chain_rank`, for example 64"
+        )
+    return start
+
+
 def _build_dit(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: DiT | None) -> DiT:
     """A new network, or one that continues from `start` under another objective or block size.
 
@@ -369,7 +410,7 @@ def _build_dit(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: D
             **{
                 "time_conditioning": config.time_conditioning,
                 "clean_stream": config.clean,
-                "prediction": config.prediction,
+                "prediction": _prediction(config, start),
                 **objective.network,
                 **sizes,
             },
@@ -378,6 +419,13 @@ def _build_dit(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: D
     if start is not None:
         _take_weights(model, start)
     return model
+
+
+def _prediction(config: TrainConfig, start: DiT | None) -> str:
+    """What the logits at i are for: as in the model to start from, unless that is AR."""
+    if start is None or start.config.causal:
+        return config.prediction
+    return start.config.prediction
 
 
 def _take_weights(model: nn.Module, start: nn.Module) -> None:

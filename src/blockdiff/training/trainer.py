@@ -15,6 +15,7 @@ depend on how many processes share it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,8 @@ from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.models.denoiser import Conventions, Denoiser
 from blockdiff.noising import Draw, stratified_noise
-from blockdiff.objectives import objective_of
+from blockdiff.objectives import Objective
+from blockdiff.registry import OBJECTIVES
 from blockdiff.training import parallel
 from blockdiff.training.base import RunTrainer
 from blockdiff.training.blocks import block_size_of
@@ -36,7 +38,7 @@ from blockdiff.training.config import TrainConfig
 
 
 class BlockDiffusionTrainer(RunTrainer):
-    """Trains a network, a `Denoiser`, by the objective its own configuration names."""
+    """Trains a network, a `Denoiser`, by the run's objective."""
 
     def __init__(
         self,
@@ -57,7 +59,15 @@ class BlockDiffusionTrainer(RunTrainer):
     def use_clip(self, clip: tuple[float, float] | None) -> None:
         """Draws masks within `clip` from now on."""
         run, self.clip = self.run, clip
-        self.estimator = make_estimator(run.estimator, run.schedule, clip, run.timesteps)
+        if self.trained_by.masks == "all":
+            self.estimator = make_estimator("clipped", clip=(1.0, 1.0))
+        else:
+            self.estimator = make_estimator(run.estimator, run.schedule, clip, run.timesteps)
+
+    @property
+    def trained_by(self) -> Objective:
+        """The run's; the network's configuration names it, unless it trains a part only."""
+        return OBJECTIVES.find(self.run.objective)
 
     @property
     def conventions(self) -> Conventions:
@@ -66,8 +76,7 @@ class BlockDiffusionTrainer(RunTrainer):
 
     def counted(self, x_0: Tensor, documents: Tensor | None) -> Tensor:
         """bool [B, L]: the tokens the loss is a mean over, by the objective; never padding."""
-        config = self.conventions
-        return objective_of(config).counted(x_0, config.keep_first, documents)
+        return self.trained_by.counted(x_0, self.conventions.keep_first, documents)
 
     def _maskable(self, windows: dict[str, Tensor]) -> Tensor:
         """What is `counted` of windows; of conversations only what they name `maskable`."""
@@ -84,8 +93,7 @@ class BlockDiffusionTrainer(RunTrainer):
         """The loss of a micro-batch: its part of the step's mean nats per token."""
         x_0 = inputs["x_0"]
         first = self._begin_micro_batch(len(x_0))
-        config = self.conventions
-        objective = objective_of(config)
+        config, objective = self.conventions, self.trained_by
         size = block_size_of(self.run, self.state.global_step)
         layout = config.layout_of(x_0.shape[1], size, documents=inputs.get("documents"))
         maskable = self._maskable(inputs)
@@ -109,8 +117,11 @@ class BlockDiffusionTrainer(RunTrainer):
         return (loss, {"nats": parts[own]}) if return_outputs else loss
 
     def part_weight(self, name: str) -> float:
-        """What a part of the loss is multiplied with: `ar_weight` the AR part."""
-        return self.run.ar_weight if name == "ar" else 1.0
+        """What a part of the loss is multiplied with; `ar_weight` comes before the objective's."""
+        weights = dict(self.trained_by.parts)
+        if "ar" in weights:
+            weights["ar"] = self.run.ar_weight
+        return weights.get(name, 1.0)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
@@ -132,6 +143,31 @@ class BlockDiffusionTrainer(RunTrainer):
         first = (micro * accelerator.num_processes + accelerator.process_index) * sequences
         torch.manual_seed(fold_seed(self.run.seed, self.state.global_step, first))
         return first
+
+    @torch.no_grad()
+    def _parts(
+        self, model: Denoiser, x_0: Tensor, documents: Tensor | None, maskable: Tensor | None
+    ) -> dict[str, float]:
+        """The further parts of the loss on the validation windows, in the model's own blocks."""
+        objective, found = self.trained_by, dict.fromkeys(self.trained_by.parts, 0.0)
+        if not found:
+            return {}
+        counted = self.counted(x_0, documents)
+        counted = counted if maskable is None else counted & maskable
+        generator = torch.Generator(x_0.device).manual_seed(self.run.seed)
+        whole = model.config.layout_of(x_0.shape[1])
+        for rows in torch.arange(len(x_0), device=x_0.device).split(self.run.batch_size):
+            layout = whole if documents is None else replace(whole, documents=documents[rows])
+            noise = stratified_noise(len(rows), layout, generator)
+            draw = self.estimator(
+                x_0[rows], layout, noise, counted[rows], model.config.mask_token_id
+            )
+            parts = objective.nats(model, x_0[rows], draw, layout)
+            assert isinstance(parts, dict)
+            for name in found:
+                found[name] += float(parts[name].sum())
+        tokens = max(int(counted.sum()), 1)
+        return {f"eval_{name}": total / tokens for name, total in found.items()}
 
     def evaluate(self, *unused: object, **options: object) -> dict[str, float]:
         """The likelihood of the validation windows under the averaged weights.
@@ -155,6 +191,7 @@ class BlockDiffusionTrainer(RunTrainer):
                 "eval_stderr": found.stderr,
                 "eval_perplexity": found.perplexity,
             }
+            metrics |= self._parts(model, x_0, documents, maskable)
             if run.searches_clip:
                 seed = fold_seed(run.seed, self.state.global_step)
                 best = search_clip(model, x_0, seed, documents, run.estimator, maskable)
