@@ -96,23 +96,16 @@ def stratified_noise(
 
 
 def apply_mask(
-    x_0: Tensor,
-    masked: Tensor,
-    weight: Tensor,
-    rate: Tensor,
-    mask_token_id: int,
-    *,
-    unbiased: bool = True,
-    exact: bool = False,
+    x_0: Tensor, masked: Tensor, weight: Tensor, rate: Tensor, mask_token_id: int, **facts: Any
 ) -> Draw:
     """The draw of a mask [R·B, L]; `weight` broadcasts to it, `rate` [R·B, N] is the mask rate.
 
-    `unbiased` and `exact`: those of the `Draw`.
+    `facts`: `unbiased`, true by default, and `exact` of the `Draw`.
     """
     x_0 = x_0.repeat(len(masked) // len(x_0), 1)
     x_t = torch.where(masked, mask_token_id, x_0)
     weight = torch.where(masked, weight, 0.0).float()
-    return Draw(x_t, weight, total_noise(rate).float(), unbiased, exact)
+    return Draw(x_t, weight, total_noise(rate).float(), **{"unbiased": True, **facts})
 
 
 def total_noise(rate: Tensor) -> Tensor:

@@ -2,12 +2,10 @@
 
     ar      −log p_θ(x^i | x^{<i})
     bd3lm   Σ_r weight_r · −log p_θ(x_0^ℓ | x_t^b, x_0^{<b}) at the masked tokens of copy r
-    joint   bd3lm, and ar of the clean stream in the same pass
-    draft   of what drafts alone: cross entropy of masked blocks with what AR says there
 
 MDLM is `bd3lm` with one block, L' = L. So is SEDD, whose network reads σ and gives scores in place
 of probabilities: its loss at a masked token is the score entropy (`models.loss`), under the same
-weights. No objective depends on which estimator made the draw.
+weights. `drafting.py` has two more. No objective depends on which estimator made the draw.
 
 An `Objective` has a name, which the model's configuration keeps. Trainer and likelihood look it up
 and use its attributes; neither has a branch for one of them.
@@ -16,7 +14,7 @@ and use its attributes; neither has a branch for one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -24,7 +22,6 @@ from torch import Tensor
 
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Context, DenoiserOutput
-from blockdiff.models.gated import is_draft
 from blockdiff.noising import Draw
 from blockdiff.registry import OBJECTIVES, register_objective
 
@@ -53,7 +50,7 @@ def ar(model: Forward, x_0: Tensor, maskable: Tensor, layout: BlockLayout | None
     predicted[:, 0] = False
     at = torch.zeros_like(predicted)
     at[:, :-1] = predicted[:, 1:]  # the logits at i are for token i + 1
-    return _place(model(x_0, at=at, targets=x_0[predicted], layout=layout).nll, predicted)
+    return place(model(x_0, at=at, targets=x_0[predicted], layout=layout).nll, predicted)
 
 
 def bd3lm(
@@ -80,92 +77,10 @@ def bd3lm(
         layout=layout,
     ).nll
     assert nll is not None
-    return _place(nll * draw.weight[masked], masked).view(-1, *x_0.shape).sum(0)
+    return place(nll * draw.weight[masked], masked).view(-1, *x_0.shape).sum(0)
 
 
-def joint(
-    model: Forward,
-    x_0: Tensor,
-    draw: Draw,
-    layout: BlockLayout,
-    context: Context | None = None,
-) -> dict[str, Tensor]:
-    """`bd3lm`, and beside it what AR pays: both streams predict, in one pass.
-
-    {"bound", "ar"}: nats per token [B, L] of each. With blocks of one token the two are the same,
-    and "ar" is left out.
-    """
-    if layout.block_size == 1:
-        return {"bound": bd3lm(model, x_0, draw, layout, context)}
-    assert draw.maskable is not None
-    masked, counted = draw.masked, draw.maskable.clone()
-    counted[:, 0] = False
-    of_masked = x_0.repeat(len(masked) // len(x_0), 1)[masked]
-    nll = model(
-        draw.x_t,
-        x_0=x_0 if context is None else None,
-        context=context,
-        sigma=draw.sigma,
-        at=masked,
-        clean_at=counted,
-        targets=torch.cat([of_masked, x_0[counted]]),
-        layout=layout,
-    ).nll
-    assert nll is not None
-    own, exact = nll[: len(of_masked)], nll[len(of_masked) :]
-    bound = _place(own * draw.weight[masked], masked).view(-1, *x_0.shape).sum(0)
-    return {"bound": bound, "ar": _place(exact, counted)}
-
-
-def draft(
-    model: Forward,
-    x_0: Tensor,
-    draw: Draw,
-    layout: BlockLayout,
-    context: Context | None = None,
-) -> dict[str, Tensor]:
-    """What a drafter pays: cross entropy with the AR distribution at every masked token.
-
-    {"draft", "accepted"}, per token [B, L], means over what is drafted: −Σ_v p(v) log q(v), and the
-    share Σ_v min(p(v), q(v)) that verification accepts. p is what blocks of one token say after the
-    true text, without a gradient; q the masked block's prediction with the chain's after the true
-    token before. The copies are fully masked: weights and the first token of a block under
-    "shift", which is AR's own, play no part.
-    """
-    masked = draw.x_t != x_0
-    own: dict[str, Any] = {"x_0": x_0 if context is None else None, "context": context}
-    row, column = masked.nonzero(as_tuple=True)
-    own |= {"at": masked, "previous": x_0[row, (column - 1).clamp(min=0)], "sigma": draw.sigma}
-    if layout.prediction == "shift":
-        logits = model(draw.x_t, clean_at=masked, layout=layout, **own).logits
-        assert logits is not None
-        drafted, exact = logits.float().chunk(2)
-    else:
-        found = model(draw.x_t, layout=layout, **own).logits
-        single = replace(layout, block_size=1)
-        with torch.no_grad():
-            true = model(draw.x_t, layout=single, **own | {"previous": None}).logits
-        assert found is not None and true is not None
-        drafted, exact = found.float(), true.float()
-    log_q, log_p = (_log_softmax(x, draw.x_t[masked]) for x in (drafted, exact.detach()))
-    p = log_p.exp()
-    paid = -(p * log_q.masked_fill(p == 0, 0.0)).sum(-1)
-    accepted = torch.minimum(p, log_q.detach().exp()).sum(-1)
-    # The mean over all that counts is then one over what is drafted.
-    assert draw.maskable is not None
-    share = draw.maskable.sum() / masked.sum().clamp(min=1)
-    return {
-        name: _place(share * value, masked)
-        for name, value in (("draft", paid), ("accepted", accepted))
-    }
-
-
-def _log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """log p [P, V] of logits, where the mask token `mask` [P] has none."""
-    return logits.scatter(-1, mask[:, None], -torch.inf).log_softmax(-1)
-
-
-def _place(values: Tensor | None, where: Tensor) -> Tensor:
+def place(values: Tensor | None, where: Tensor) -> Tensor:
     """values [P] at the True positions of `where`, 0 elsewhere."""
     assert values is not None
     return values.new_zeros(where.shape).masked_scatter(where, values)
@@ -239,14 +154,6 @@ class Objective:
 
 for _objective in (
     Objective("bd3lm", bd3lm),
-    Objective(
-        "joint",
-        joint,
-        network={"prediction": "shift", "clean_stream": "causal"},
-        bound=bd3lm,
-        parts={"ar": 1.0},
-    ),
-    Objective("draft", draft, bound=bd3lm, masks="all", parts={"accepted": 0.0}, trains=is_draft),
     Objective("mdlm", bd3lm, "whole"),
     Objective("sedd", bd3lm, "whole", {"score": True, "time_conditioning": True}),
     Objective("ar", ar, "one", {"causal": True}, noised=False),

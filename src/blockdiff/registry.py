@@ -217,7 +217,7 @@ ESTIMATORS: Registry[Estimator] = Registry(
 OBJECTIVES: Registry[Objective] = Registry(
     "objective",
     ("nats", "block_size", "network", "noised", "counted"),
-    {"blockdiff.objectives": "bd3lm joint draft mdlm sedd ar"},
+    {"blockdiff.objectives": "bd3lm mdlm sedd ar", "blockdiff.drafting": "joint draft"},
     any_blocks="bd3lm joint draft",
     shifts="joint",
     trains="draft",

@@ -8,9 +8,7 @@ One network, three uses, told apart by what it is given:
     model(x_t)            MDLM: x_t reads itself, everywhere
     model(x_0)            AR, when `config.causal`: a causal stream; logits at i are for i + 1
 
-With prediction "shift" block diffusion, too, reads token i off the logits at i − 1, and the first
-token of a block, which has nothing noised before it, off the causal clean stream: with blocks of
-one token that is AR.
+With prediction "shift" block diffusion, too, has logits at i − 1 for i (`models.shifted`).
 
 With one noised copy per text both streams go through the layers side by side, as 2L tokens, and
 the clean one stops at the last layer's keys and values. The clean stream never depends on x_t.
@@ -23,7 +21,6 @@ N blocks, M layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
@@ -32,29 +29,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import initialization as init
 
 from blockdiff.attention import Mask, attend, choose_backend, flex, make_mask, repeat
 from blockdiff.cache import BlockCache, LayerShape
 from blockdiff.device import cached, compile_every_shape
 from blockdiff.layout import BlockLayout
-from blockdiff.models.chain import Chain, chain_of
+from blockdiff.models.chain import chain_of
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.denoiser import Context, DenoiserOutput
+from blockdiff.models.initial import initialise
 from blockdiff.models.layers import (
     Chosen,
     DiTLayer,
     FoldedLayer,
     FoldedNorm,
-    LayerNorm,
-    Modulation,
     OutputLayer,
-    ResidualLinear,
     SigmaEmbedding,
     is_constant,
     rope,
 )
 from blockdiff.models.pretrained import DenoiserModel, register
+from blockdiff.models.shifted import Given, predicting
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], "Tensor | None"]
 
@@ -123,26 +118,8 @@ class DiT(DenoiserModel):
         made, own = cast(nn.Linear, value), self.output.linear
         own.weight, own.bias, own.out_features = made.weight, made.bias, made.out_features
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers initialises each tensor once, children first: what is special about a
-        # layer's linear map has to be told by the map's own class.
-        if isinstance(module, Chain):
-            module.reset()
-        elif isinstance(module, Modulation):
-            init.zeros_(module.weight)
-            init.copy_(module.bias, module.initial_bias(self.config))
-        elif isinstance(module, ResidualLinear):
-            # Residual branches start small, the deeper the network the smaller (GPT-2's rule).
-            init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.num_hidden_layers))
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, LayerNorm):
-            init.ones_(module.weight)
+        initialise(module, self.config)
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compiles each layer around its attention, which runs its own kernels.
@@ -178,8 +155,7 @@ class DiT(DenoiserModel):
         blocks, by default the configuration's, and the documents. `sigma` [R·B] or [R·B, N], read
         only when `config.time_conditioning`. `at` bool [R·B, L]: where logits are wanted; nothing
         else goes through the output layer. With `targets` int64 [P] the result is their `nll` [P]
-        in place of logits. `clean_at`: see `Denoiser`. `backend`: of attention, the model's own
-        when left out.
+        in place of logits. `clean_at`: see `Denoiser`. `backend`: of attention.
         """
         length, rows = x_t.shape[1], len(x_t)
         backend = backend or self.attention_backend
@@ -187,8 +163,8 @@ class DiT(DenoiserModel):
         if layout is None:
             layout = self.own_layout(length, alone)
         if self._reads_clean:
-            h = self._shifted(x_t, x_0, layout, context, at, clean_at, backend)
-            return self._read_out(h, self._condition(), None, targets)
+            h = predicting(self, Given(x_t, x_0, layout, context, backend), at, clean_at)
+            return self._read_out(h, self.condition(), None, targets)
         if layout.blocks == 1 and backend != "dense":
             x_0 = context = None  # no block has one before it to look back on
         chosen = None if at is None else Chosen(at)
@@ -196,13 +172,13 @@ class DiT(DenoiserModel):
         # copies of a text share its clean stream, at whatever times they are: it has σ = 0.
         single = x_0 is not None and len(x_0) == rows and not self.config.time_conditioning
         if x_0 is not None and (single or backend == "dense"):
-            condition = self._condition(sigma, layout, clean_tokens=length)
-            h = self._two_streams(x_t, x_0, condition, layout, backend, chosen)
+            condition = self.condition(sigma, layout, clean_tokens=length)
+            h = self.two_streams(x_t, x_0, condition, layout, backend, chosen)
             return self._read_out(h, condition, chosen, targets)
-        condition = self._condition(sigma, layout)
+        condition = self.condition(sigma, layout)
         if x_0 is not None:
             context = self.encode(x_0, layout, backend=backend)
-        h = self._noised(x_t, layout, context, condition, backend, chosen)
+        h = self.one_stream(x_t, layout, context, condition, backend, chosen)
         return self._read_out(h, condition, chosen, targets)
 
     @property
@@ -210,59 +186,10 @@ class DiT(DenoiserModel):
         """Whether the clean stream predicts tokens, beside a noised one."""
         return self.config.prediction == "shift" and not self.config.causal
 
-    def _shifted(
-        self,
-        x_t: Tensor,
-        x_0: Tensor | None,
-        layout: BlockLayout,
-        context: Context | None,
-        at: Tensor | None,
-        clean_at: Tensor | None,
-        backend: str,
-    ) -> Tensor:
-        """The residual stream [P + Q, E], or [R·B, L, E], that predicts what is wanted.
-
-        What predicts token i stands at i − 1: of a block's first token in the clean stream, of the
-        others in the noised one. Position 0, which nothing comes before, has what predicts token 1.
-        """
-        (rows, length), size = x_t.shape, layout.block_size
-        condition, alone = self._condition(), x_0 is None and context is None
-        if layout.blocks == 1 and size > 1 and backend != "dense" and clean_at is None:
-            x_0 = context = None  # no block has one before it to look back on
-        token = torch.arange(rows * length, device=x_t.device) if at is None else _places(at)
-        row, column = token // length, token % length
-        before = (column - 1).clamp(min=0)
-        first = (column % size == 0) & ((column > 0) | (size == 1)) & (not alone)
-        ahead = token[:0] if clean_at is None else _places(clean_at) - 1
-        if x_0 is not None and size > 1 and (len(x_0) == rows or backend == "dense"):
-            own = row * 2 * length + torch.where(first, before, length + before)
-            index = torch.cat([own, ahead + ahead // length * length])
-            chosen = Chosen(index, torch.Size((rows, 2 * length)))
-            found = self._two_streams(x_t, x_0, condition, layout, backend, chosen)
-        elif x_0 is not None and size == 1:  # the clean stream predicts all
-            index = torch.cat([row % len(x_0) * length + before, ahead])
-            found = self._noised(x_0, layout, None, condition, backend, Chosen(index, x_0.shape))
-        else:
-            if x_0 is not None:
-                context = self.encode(x_0, layout, backend=backend)
-            if size > 1 or context is None:
-                chosen = Chosen(row * length + before, x_t.shape)
-                found = self._noised(x_t, layout, context, condition, backend, chosen)
-            if context is not None:
-                clean = context.hidden
-                assert clean is not None
-                own, clean = clean[row % len(clean), before], clean.flatten(0, 1)
-                found = own if size == 1 else torch.where(first[:, None], own, found)
-                found = torch.cat([found, clean[ahead]])
-        return found if at is not None else found.unflatten(0, (rows, length))
-
     def encode(
         self, x_0: Tensor, layout: BlockLayout | None = None, *, backend: str | None = None
     ) -> Context:
-        """The clean stream of x_0 [B, L] under M_BC.
-
-        The last layer stops at keys and values, unless the clean stream predicts tokens.
-        """
+        """The clean stream of x_0 [B, L] under M_BC; `hidden` where it predicts tokens."""
         layout = layout or self.own_layout(x_0.shape[1])
         backend = backend or self.attention_backend
         length, last = x_0.shape[1], len(self.layers) - 1
@@ -283,7 +210,7 @@ class DiT(DenoiserModel):
             return None if i == last and not self._reads_clean else attend(q, k, v, mask)
 
         cos, sin = _rope_table(x_0.shape[1], self._head_dim, x_0.device)
-        h = self._run(x_0, cos, sin, self._condition(), attention)
+        h = self._run(x_0, cos, sin, self.condition(), attention)
         if self._reads_clean:
             context.hidden = h[:, :length].clone() if self.graphs else h[:, :length]
         return context
@@ -320,14 +247,12 @@ class DiT(DenoiserModel):
 
         if self.config.time_conditioning:
             noised = max(x.shape[1] - clean, 1)
-            condition = self._condition(sigma, BlockLayout(noised, noised), clean)
+            condition = self.condition(sigma, BlockLayout(noised, noised), clean)
         else:
             condition = cache.folded = cache.folded or self.fold()
         chosen = Chosen(at, x.shape)
         h = self._run(x, cos, sin, condition, attention, chosen)
-        logits = self._read_out(h, condition, chosen, None).logits
-        assert logits is not None
-        return logits
+        return cast(Tensor, self._read_out(h, condition, chosen, None).logits)
 
     def fold(self) -> Condition:
         """Every layer under constant conditioning, for any number of passes without a gradient.
@@ -339,7 +264,7 @@ class DiT(DenoiserModel):
         if self._folded is not None and self._folded[0] == weights:
             return self._folded[1]
         with torch.inference_mode(False), torch.no_grad():
-            constant = self._condition().final
+            constant = self.condition().final
             assert not isinstance(constant, FoldedNorm)
             folded = [cast(DiTLayer, layer).fold(constant) for layer in self.layers]
             condition = Condition(folded, self.output.fold(constant), True)
@@ -356,7 +281,7 @@ class DiT(DenoiserModel):
     def _head_dim(self) -> int:
         return self.config.hidden_size // self.config.num_attention_heads
 
-    def _condition(
+    def condition(
         self,
         sigma: Tensor | None = None,
         layout: BlockLayout | None = None,
@@ -407,7 +332,7 @@ class DiT(DenoiserModel):
             h = layer(h, cos, sin, own, partial(attention, i), few if last else None)
         return h if few is not None or chosen is None else chosen.of(h)
 
-    def _noised(
+    def one_stream(
         self,
         x_t: Tensor,
         layout: BlockLayout,
@@ -432,7 +357,7 @@ class DiT(DenoiserModel):
         cos, sin = _rope_table(length, self._head_dim, x_t.device)
         return self._run(x_t, cos, sin, condition, attention, chosen, whole=backend == "dense")
 
-    def _two_streams(
+    def two_streams(
         self,
         x_t: Tensor,
         x_0: Tensor,
@@ -469,11 +394,6 @@ class DiT(DenoiserModel):
         """Logits, or nll, of h [B, L, E], or [P, E] at the chosen positions."""
         out = self.output(h, condition.final, chosen, targets)
         return DenoiserOutput(logits=out) if targets is None else DenoiserOutput(nll=out)
-
-
-def _places(at: Tensor) -> Tensor:
-    """Where bool [B, L] is true, position t of row i as i·L + t."""
-    return at.flatten().nonzero().squeeze(-1)
 
 
 register(DiTConfig, DiT)

@@ -123,19 +123,18 @@ class RunTrainer(Trainer):
 
     # A run that diverges. A step's loss is not looked at in the step: that would wait for the GPU.
 
-    def note_loss(self, loss: Tensor, block_size: int, **others: Tensor) -> None:
+    def note_losses(self, losses: dict[str, Tensor], block_size: int) -> None:
         """Remembers the first step whose loss was not finite, and the losses of each block size.
 
-        `others`: further parts of the loss, by name.
+        `losses`: the parts of a step's loss, by name; the first is that of the blocks.
         """
-        step = self.state.global_step
-        for name, own in {str(block_size): loss, **others}.items():
-            self._losses.add(name, step, own)
-            loss = loss + own if name in others else loss
-        first = self._first_bad_step.to(loss.device)
-        self._first_bad_step = torch.where(
-            loss.detach().isfinite(), first, first.clamp(max=step + 1)
-        )
+        step, (first, *others) = self.state.global_step, losses
+        self._losses.add(str(block_size), step, losses[first])
+        for name in others:
+            self._losses.add(name, step, losses[name])
+        finite = torch.stack([*losses.values()]).detach().isfinite().all()
+        before = self._first_bad_step.to(finite.device)
+        self._first_bad_step = torch.where(finite, before, before.clamp(max=step + 1))
 
     def require_finite_loss(self) -> None:
         """Raises `RunStopped` when a step's loss, in any process, was not finite."""

@@ -15,7 +15,6 @@ depend on how many processes share it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -28,13 +27,13 @@ from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.models.denoiser import Conventions, Denoiser
 from blockdiff.noising import Draw, stratified_noise
-from blockdiff.objectives import Objective
 from blockdiff.registry import OBJECTIVES
 from blockdiff.training import parallel
 from blockdiff.training.base import RunTrainer
 from blockdiff.training.blocks import block_size_of
 from blockdiff.training.clipping import search_clip
 from blockdiff.training.config import TrainConfig
+from blockdiff.training.parts import parts_of
 
 
 class BlockDiffusionTrainer(RunTrainer):
@@ -50,7 +49,7 @@ class BlockDiffusionTrainer(RunTrainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         """`eval_windows`: x_0 [B, L]; documents and maskable [B, L] as the windows have them."""
-        self.eval_windows = eval_windows
+        self.eval_windows, self.trained_by = eval_windows, OBJECTIVES.find(config.objective)
         validates = eval_windows is not None
         super().__init__(model, config, train_dataset, device, callbacks, validates=validates)
         self.use_clip(config.first_clip)
@@ -65,11 +64,6 @@ class BlockDiffusionTrainer(RunTrainer):
             self.estimator = make_estimator(run.estimator, run.schedule, clip, run.timesteps)
 
     @property
-    def trained_by(self) -> Objective:
-        """The run's; the network's configuration names it, unless it trains a part only."""
-        return OBJECTIVES.find(self.run.objective)
-
-    @property
     def conventions(self) -> Conventions:
         """The network's configuration."""
         return cast(Denoiser, self.accelerator.unwrap_model(self.model)).config
@@ -78,7 +72,7 @@ class BlockDiffusionTrainer(RunTrainer):
         """bool [B, L]: the tokens the loss is a mean over, by the objective; never padding."""
         return self.trained_by.counted(x_0, self.conventions.keep_first, documents)
 
-    def _maskable(self, windows: dict[str, Tensor]) -> Tensor:
+    def maskable(self, windows: dict[str, Tensor]) -> Tensor:
         """What is `counted` of windows; of conversations only what they name `maskable`."""
         counted = self.counted(windows["x_0"], windows.get("documents"))
         return counted & windows.get("maskable", counted)
@@ -96,7 +90,7 @@ class BlockDiffusionTrainer(RunTrainer):
         config, objective = self.conventions, self.trained_by
         size = block_size_of(self.run, self.state.global_step)
         layout = config.layout_of(x_0.shape[1], size, documents=inputs.get("documents"))
-        maskable = self._maskable(inputs)
+        maskable = self.maskable(inputs)
         what: Tensor | Draw = maskable
         if objective.noised:
             seed = fold_seed(self.run.seed, self.state.global_step)
@@ -110,24 +104,16 @@ class BlockDiffusionTrainer(RunTrainer):
         tokens = torch.as_tensor(num_items_in_batch, device=x_0.device, dtype=torch.float32)
         share = self.accelerator.num_processes / tokens.clamp(min=1)
         losses = {name: nats.sum() * share for name, nats in parts.items()}
-        weighted = [self.part_weight(name) * losses[name] for name in losses]
-        loss = torch.stack(weighted).sum()
-        own, *others = losses
-        self.note_loss(losses[own], size, **{name: losses[name] for name in others})
-        return (loss, {"nats": parts[own]}) if return_outputs else loss
-
-    def part_weight(self, name: str) -> float:
-        """What a part of the loss is multiplied with; `ar_weight` comes before the objective's."""
-        weights = dict(self.trained_by.parts)
-        if "ar" in weights:
-            weights["ar"] = self.run.ar_weight
-        return weights.get(name, 1.0)
+        self.note_losses(losses, size)
+        weights = objective.parts if "ar" not in losses else {"ar": self.run.ar_weight}
+        loss = torch.stack([weights.get(name, 1.0) * losses[name] for name in losses]).sum()
+        return (loss, {"nats": next(iter(parts.values()))}) if return_outputs else loss
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> Tensor:
         """Tokens that count in the whole step; padding makes its micro-batches unequal."""
-        counts = [self._maskable(own).sum() for own in batch_samples]
+        counts = [self.maskable(own).sum() for own in batch_samples]
         tokens = torch.stack(counts).sum().float().to(device)
         return cast(Tensor, self.accelerator.reduce(tokens, reduction="sum"))
 
@@ -143,31 +129,6 @@ class BlockDiffusionTrainer(RunTrainer):
         first = (micro * accelerator.num_processes + accelerator.process_index) * sequences
         torch.manual_seed(fold_seed(self.run.seed, self.state.global_step, first))
         return first
-
-    @torch.no_grad()
-    def _parts(
-        self, model: Denoiser, x_0: Tensor, documents: Tensor | None, maskable: Tensor | None
-    ) -> dict[str, float]:
-        """The further parts of the loss on the validation windows, in the model's own blocks."""
-        objective, found = self.trained_by, dict.fromkeys(self.trained_by.parts, 0.0)
-        if not found:
-            return {}
-        counted = self.counted(x_0, documents)
-        counted = counted if maskable is None else counted & maskable
-        generator = torch.Generator(x_0.device).manual_seed(self.run.seed)
-        whole = model.config.layout_of(x_0.shape[1])
-        for rows in torch.arange(len(x_0), device=x_0.device).split(self.run.batch_size):
-            layout = whole if documents is None else replace(whole, documents=documents[rows])
-            noise = stratified_noise(len(rows), layout, generator)
-            draw = self.estimator(
-                x_0[rows], layout, noise, counted[rows], model.config.mask_token_id
-            )
-            parts = objective.nats(model, x_0[rows], draw, layout)
-            assert isinstance(parts, dict)
-            for name in found:
-                found[name] += float(parts[name].sum())
-        tokens = max(int(counted.sum()), 1)
-        return {f"eval_{name}": total / tokens for name, total in found.items()}
 
     def evaluate(self, *unused: object, **options: object) -> dict[str, float]:
         """The likelihood of the validation windows under the averaged weights.
@@ -191,7 +152,7 @@ class BlockDiffusionTrainer(RunTrainer):
                 "eval_stderr": found.stderr,
                 "eval_perplexity": found.perplexity,
             }
-            metrics |= self._parts(model, x_0, documents, maskable)
+            metrics |= parts_of(self, model, windows)
             if run.searches_clip:
                 seed = fold_seed(run.seed, self.state.global_step)
                 best = search_clip(model, x_0, seed, documents, run.estimator, maskable)
