@@ -33,7 +33,7 @@ FLOORS = [
     ],
     ["noising", "estimators", "attention", "attention.*", "cache", "data", "data.*"],
     ["models", "models.*"],
-    ["objectives", "sampling", "sampling.*"],
+    ["drafting", "objectives", "sampling", "sampling.*"],
     ["training", "training.*", "evaluation", "evaluation.*"],
     ["", "api", "chat", "conversation", "infilling", "plots", "replay", "watch", "writing"],
     ["apps", "apps.*"],
@@ -41,7 +41,7 @@ FLOORS = [
 ]
 # Above floor 2 a network is known by what may be asked of it, not by its class. These may name it:
 # the package's own names, what opens or builds a network, and the applications.
-KNOW_THE_CLASS = ["", "api", "apps*", "commands*", "training.run"]
+KNOW_THE_CLASS = ["", "api", "apps*", "commands*", "training.building"]
 LIGHT = [
     *("evaluation.options", "training.config", "training.stored", "sampling.options", "cli"),
     *("commands", "folders", "registry"),
@@ -145,7 +145,7 @@ def test_above_the_networks_nobody_names_their_class():
 
 def test_the_readers_path_is_short_and_never_looks_back():
     lines = {name: len(MODULES[name].read_text("utf-8").splitlines()) for name in READERS_PATH}
-    assert sum(lines.values()) < 900, lines
+    assert sum(lines.values()) < 930, lines
     for place, module in enumerate(READERS_PATH):
         assert not GRAPH[module] & set(READERS_PATH[place + 1 :]), module
     shown = " → ".join(f"{name.replace('.', '/')}.py" for name in READERS_PATH)

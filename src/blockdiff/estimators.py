@@ -273,7 +273,7 @@ def _draw(
                     weight = draw.weight.clone()
                     weight[: len(x_0)][starts] = 1.0
                     draw = replace(draw, weight=weight)
-                return draw
+                return replace(draw, maskable=maskable)
     raise InputError(
         f"the estimator {estimator.name} gave no Draw of x_0 {list(x_0.shape)}: x_t int64 and "
         f"weight [R*B, L], sigma [R*B, N = {layout.blocks}]"

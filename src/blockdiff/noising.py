@@ -56,6 +56,7 @@ class Draw:
     `sigma` [R·B, N]: σ = −log α of each block, for a time-conditioned network.
     `unbiased`: whether the weighted sum estimates the bound without bias.
     `exact`: whether the weighted sum is the bound itself, because every mask is among the copies.
+    `maskable` bool [B, L]: the tokens that count; `make_estimator`'s draws know them.
     """
 
     x_t: Tensor
@@ -63,6 +64,7 @@ class Draw:
     sigma: Tensor
     unbiased: bool
     exact: bool = False
+    maskable: Tensor | None = None
 
     @property
     def masked(self) -> Tensor:
@@ -94,7 +96,7 @@ def stratified_noise(
 
 
 def apply_mask(
-    x_0: Tensor, masked: Tensor, weight: Tensor, rate: Tensor, mask_token_id: int, **facts: bool
+    x_0: Tensor, masked: Tensor, weight: Tensor, rate: Tensor, mask_token_id: int, **facts: Any
 ) -> Draw:
     """The draw of a mask [R·B, L]; `weight` broadcasts to it, `rate` [R·B, N] is the mask rate.
 

@@ -5,7 +5,7 @@
 
 MDLM is `bd3lm` with one block, L' = L. So is SEDD, whose network reads σ and gives scores in place
 of probabilities: its loss at a masked token is the score entropy (`models.loss`), under the same
-weights. No objective depends on which estimator made the draw.
+weights. `drafting.py` has two more. No objective depends on which estimator made the draw.
 
 An `Objective` has a name, which the model's configuration keeps. Trainer and likelihood look it up
 and use its attributes; neither has a branch for one of them.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def ar(model: Forward, x_0: Tensor, maskable: Tensor, layout: BlockLayout | None
     predicted[:, 0] = False
     at = torch.zeros_like(predicted)
     at[:, :-1] = predicted[:, 1:]  # the logits at i are for token i + 1
-    return _place(model(x_0, at=at, targets=x_0[predicted], layout=layout).nll, predicted)
+    return place(model(x_0, at=at, targets=x_0[predicted], layout=layout).nll, predicted)
 
 
 def bd3lm(
@@ -77,10 +77,10 @@ def bd3lm(
         layout=layout,
     ).nll
     assert nll is not None
-    return _place(nll * draw.weight[masked], masked).view(-1, *x_0.shape).sum(0)
+    return place(nll * draw.weight[masked], masked).view(-1, *x_0.shape).sum(0)
 
 
-def _place(values: Tensor | None, where: Tensor) -> Tensor:
+def place(values: Tensor | None, where: Tensor) -> Tensor:
     """values [P] at the True positions of `where`, 0 elsewhere."""
     assert values is not None
     return values.new_zeros(where.shape).masked_scatter(where, values)
@@ -94,13 +94,18 @@ class Objective:
         name: What it is chosen by; the model's configuration keeps it.
         nats: (model, x_0, draw, layout, context) → nats per token [B, L]; the loss is their mean
             over the tokens that count. Where `noised` is false it is (model, x_0, maskable,
-            layout) with `maskable` bool [B, L], and the nats are the exact likelihood.
+            layout) with `maskable` bool [B, L], and the nats are the exact likelihood. A loss of
+            several parts gives a dict of them, that of the masked tokens first.
         blocks: Which block sizes its models have: the one asked for ("any"), 1 ("one") or the
             context L ("whole").
         network: Fields of the network's configuration, for example {"causal": True}.
         noised: Whether it reads noised copies of the text.
         bound: The function a likelihood is measured with, `nats` by default. It takes and gives the
             same and, whenever the draw is unbiased, is an upper bound on −log p in expectation.
+        masks: Whether copies are what the run's estimator draws, or all that may be is masked.
+        parts: The further parts of the loss, and their weights; 0 is for what is only watched.
+        trains: Which parameters of an existing model it trains, by their names; it leaves
+            everything else of that model as it is. All, where left out.
 
     Example:
         >>> import blockdiff
@@ -110,15 +115,33 @@ class Objective:
     """
 
     name: str
-    nats: Callable[..., Tensor]
+    nats: Callable[..., Tensor | dict[str, Tensor]]
     blocks: Literal["any", "one", "whole"] = "any"
     network: Mapping[str, Any] = field(default_factory=dict)
     noised: bool = True
     bound: Callable[..., Tensor] | None = None
+    masks: Literal["drawn", "all"] = "drawn"
+    parts: Mapping[str, float] = field(default_factory=dict)
+    trains: Callable[[str], bool] | None = None
 
     @property
     def any_blocks(self) -> bool:
         return self.blocks == "any"
+
+    @property
+    def shifts(self) -> bool:
+        """Whether its clean stream predicts tokens, and so is trained as blocks of 1."""
+        return self.network.get("prediction") == "shift"
+
+    @property
+    def measure(self) -> Callable[..., Tensor]:
+        """What a likelihood is measured with."""
+        return cast("Callable[..., Tensor]", self.bound or self.nats)
+
+    def drawn(self, *given: Any) -> Tensor:
+        """The first part of the loss `nats(*given)`: the one that hangs on the masks."""
+        found = self.nats(*given)
+        return found if isinstance(found, Tensor) else next(iter(found.values()))
 
     def block_size(self, length: int, block_size: int) -> int:
         """L' of its models at context `length` where `block_size` was asked for."""

@@ -217,8 +217,10 @@ ESTIMATORS: Registry[Estimator] = Registry(
 OBJECTIVES: Registry[Objective] = Registry(
     "objective",
     ("nats", "block_size", "network", "noised", "counted"),
-    {"blockdiff.objectives": "bd3lm mdlm sedd ar"},
-    any_blocks="bd3lm",
+    {"blockdiff.objectives": "bd3lm mdlm sedd ar", "blockdiff.drafting": "joint draft"},
+    any_blocks="bd3lm joint draft",
+    shifts="joint",
+    trains="draft",
 )
 # `reads`: the settings that an order takes; `needs`: those of them it cannot do without. Where none
 # is chosen, the first that reads all that is set is meant.

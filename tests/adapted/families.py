@@ -17,6 +17,9 @@ from transformers import (
 
 from blockdiff.models.adapted import Adapted
 from blockdiff.models.adapting import adapt
+from blockdiff.models.dit import DiT
+from blockdiff.models.layers import rope
+from helpers import tiny_model
 
 VOCAB, MASK, CONTEXT, SLIDING = 17, 16, 48, 5
 _SIZES: dict[str, Any] = {
@@ -276,6 +279,38 @@ class Slow:
     @staticmethod
     def _added(seen: torch.Tensor) -> torch.Tensor:
         return torch.zeros(1, 1, *seen.shape).masked_fill(~seen, torch.finfo().min)
+
+
+class SlowDiT(Slow):
+    """The same of a `DiT` with a causal clean stream and prediction "shift"."""
+
+    def __init__(self, model: DiT) -> None:
+        self.model, self.shift = model, True
+
+    @torch.no_grad()
+    def of_states(self, prefix: list[int], states: list[list[int]]) -> torch.Tensor:
+        size, before = len(states[0]), len(prefix)
+        place = torch.arange(before + size)
+        query, key = place[:, None], place[None, :]
+        seen = (key <= query) | ((query // size == key // size) & (query >= before))
+
+        def attention(i: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+            return scores.softmax(-1) @ v
+
+        model = self.model
+        cos, sin = rope(place, model.config.hidden_size // model.config.num_attention_heads)
+        x = torch.tensor([prefix + state for state in states])
+        h = model._run(x, cos, sin, model.condition(), attention)
+        out = model.output(h, model.condition().final)
+        first = max(before - 1, 0)
+        return out[:, [first, *range(before, before + size - 1)]]
+
+
+def shifted_dit(**settings: Any) -> DiT:
+    """A `DiT` that predicts as AR does, of the sizes of the families here."""
+    sizes = {"vocab_size": VOCAB, "length": CONTEXT, "block_size": 4, "eos_token_id": 1}
+    return tiny_model(clean_stream="causal", prediction="shift", **sizes | settings)
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:

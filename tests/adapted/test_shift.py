@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from families import CONTEXT, FEW, MASK, Slow, adapted, lm_of, tiny, tokens
+from families import CONTEXT, FEW, MASK, Slow, SlowDiT, adapted, lm_of, shifted_dit, tiny, tokens
 
 from blockdiff import Engine, SamplingOptions
 from blockdiff.categorical import host_uniform
@@ -23,12 +23,17 @@ from sampling.test_distribution import REJECT, in_steps, joint, noncentrality, p
 
 CONVENTIONS = [(clean, how) for clean in ("causal", "block") for how in ("shift", "same")]
 EVERY = pytest.mark.parametrize("clean, prediction", CONVENTIONS)
+# The same of our own network, which has one way of predicting as AR does.
+TOYS = pytest.mark.parametrize("clean, prediction", [*CONVENTIONS, ("causal", "dit")])
 pytestmark = pytest.mark.filterwarnings("ignore:the model was trained with block size")
 
 
 @lru_cache
 def toy(clean, prediction):
     """Three words, blocks of three, and the same weights behind the slow network."""
+    if prediction == "dit":
+        dit = shifted_dit(vocab_size=4, block_size=3, eos_token_id=None, seed=14)
+        return dit, SlowDiT(dit)
     own = {"vocab_size": 4, "eos_token_id": None, "bos_token_id": None, "seed": 9}
     model = adapt(
         tiny("llama", **own), mask_token_id=3, block_size=3, clean=clean, prediction=prediction
@@ -64,7 +69,7 @@ def slow_bound(slow, text, size):
     return total
 
 
-@EVERY
+@TOYS
 def test_the_bound_by_brute_force(clean, prediction):
     model, slow = toy(clean, prediction)
     x_0 = torch.tensor([[1, 0, 2, 2, 1, 0, 0, 1, 1], [2, 1, 1, 0, 0, 2, 1, 2, 0]])
@@ -74,7 +79,7 @@ def test_the_bound_by_brute_force(clean, prediction):
     assert found.nats.tolist() == pytest.approx(expected, abs=1e-4)
 
 
-@EVERY
+@TOYS
 def test_a_bound_it_is(clean, prediction):
     """e^−nats over all continuations of the first token: at most 1; exactly 1 at L' = 1, shift."""
     model, _ = toy(clean, prediction)
@@ -86,7 +91,7 @@ def test_a_bound_it_is(clean, prediction):
     assert exact.nats.neg().exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-@EVERY
+@TOYS
 @pytest.mark.parametrize("estimator", ["exact_k", "paired", "bernoulli"])
 def test_draws_estimate_what_enumerate_gives(clean, prediction, estimator):
     """Refused beyond 4.9 standard errors: under 1e-6 of the true means, for each of 24 texts."""
@@ -107,7 +112,7 @@ def test_draws_estimate_what_enumerate_gives(clean, prediction, estimator):
         assert error < 0.05 * exact
 
 
-@EVERY
+@TOYS
 def test_draws_share_a_clean_pass_and_batches(clean, prediction):
     """`likelihood` with several draws is the mean of the draws one at a time, whatever the batch"""
     model, _ = toy(clean, prediction)
@@ -177,7 +182,7 @@ SAMPLERS = {
 }
 
 
-@EVERY
+@TOYS
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 @pytest.mark.parametrize("prompt", [[0, 2, 1], [0, 2, 1, 2], [1]])
 def test_samplers_draw_from_the_network_s_law(clean, prediction, sampler, prompt):
@@ -198,7 +203,7 @@ def drawn(model, prompt, new, rows=2000, **options):
     return generate_tokens(model, [prompt] * rows, options).tokens
 
 
-@EVERY
+@TOYS
 def test_two_blocks_follow_one_another(clean, prediction):
     """p(b_1) p(b_2 | b_1): the second reads the first through the cache, by its own convention."""
     model, slow = toy(clean, prediction)
@@ -215,7 +220,7 @@ def test_two_blocks_follow_one_another(clean, prediction):
     assert p_value(drawn(model, prompt, 4, block_size=size), truth) > REJECT
 
 
-@EVERY
+@TOYS
 def test_threshold(clean, prediction):
     """Row by row the tokens of its rule, run on the slow network's table and the rows' numbers."""
     model, slow = toy(clean, prediction)
@@ -290,12 +295,17 @@ ROWS = [  # tokens of the prompt, new tokens, block size, temperature
     "family, clean, prediction",
     [(family, *CONVENTIONS[::3][i % 2]) for i, family in enumerate(FEW)]
     + [(family, *CONVENTIONS[::3][1 - i % 2]) for i, family in enumerate(FEW)]
-    + [("llama", *conventions) for conventions in CONVENTIONS[1:3]],
+    + [("llama", *conventions) for conventions in CONVENTIONS[1:3]]
+    + [("dit", "causal", "shift")],
 )
 def test_rows_side_by_side_are_those_of_the_slow_sampler(family, clean, prediction):
     """Each with its own prompt, block size, temperature and arrival; and so are evaluations."""
-    model = adapted(family, clean=clean, prediction=prediction)
-    slow = Slow(lm_of(family), clean, prediction)
+    if family == "dit":
+        model = shifted_dit()
+        slow = SlowDiT(model)
+    else:
+        model = adapted(family, clean=clean, prediction=prediction)
+        slow = Slow(lm_of(family), clean, prediction)
     engine, names = Engine(model), {}
     waiting = list(enumerate(ROWS))
     while waiting or engine.active:

@@ -201,7 +201,7 @@ def test_accumulation_changes_the_masks_but_not_the_data(corpus: Path, tmp_path:
 
 def test_bd3lm_from_ar_starts_as_the_ar_network(corpus: Path, tmp_path: Path) -> None:
     """Taking AR's weights under open adaLN gates computes what AR computed."""
-    from blockdiff.training.run import build_model
+    from blockdiff.training.building import build_model
 
     ar = train(small(corpus, tmp_path / "ar", objective="ar"), progress=False).folder
     start, tokenizer = blockdiff.load(ar)
@@ -314,7 +314,7 @@ def test_the_average_is_saved_not_the_last_weights(corpus: Path, tmp_path: Path)
 
 
 def test_compiled_layers_train_to_the_same_losses(corpus: Path, tmp_path: Path) -> None:
-    from blockdiff.training.run import build_model
+    from blockdiff.training.building import build_model
 
     tokenizer = blockdiff.load(
         train(small(corpus, tmp_path / "run", steps=1), progress=False).folder

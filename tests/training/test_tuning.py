@@ -17,10 +17,11 @@ from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import evaluate_corpus
 from blockdiff.evaluation.options import EvaluateOptions
 from blockdiff.models.loading import adapt_folder
+from blockdiff.training.building import build_model
 from blockdiff.training.callbacks import read_metrics
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.data import prepare_data
-from blockdiff.training.run import build_model, train
+from blockdiff.training.run import train
 from blockdiff.training.trainer import BlockDiffusionTrainer
 from processes import pair
 

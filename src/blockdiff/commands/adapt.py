@@ -21,6 +21,10 @@ class AdaptOptions:
             takes far longer to learn.
         clean: What a token of the clean text sees: everything before it, as the model was trained
             (causal), or all of its block too (block, the paper's).
+        draft: Leave the model itself as it is, and let it draft for itself: low-rank pairs of this
+            rank that only masked tokens go through, and a chain over drafted tokens, which
+            --objective draft trains.
+        chain_rank: Rank of that chain.
         mask_token: Mask token; the tokenizer's own when left out, else <|mask|> is added.
         dtype: Number format of the weights that are saved; auto is that of the files.
         overwrite: Replace a model that is there.
@@ -31,6 +35,8 @@ class AdaptOptions:
     block_size: int = 8
     prediction: Literal["shift", "same"] = "shift"
     clean: Literal["causal", "block"] = "causal"
+    draft: int | None = None
+    chain_rank: int = 64
     mask_token: str | None = None
     dtype: Literal["auto", "float32", "bf16"] = "auto"
     overwrite: bool = False
@@ -42,14 +48,15 @@ def _run(given: Given) -> None:
 
     model = adapt_folder(
         options.model, options.out, block_size=options.block_size, prediction=options.prediction,
-        clean=options.clean, mask_token=options.mask_token, dtype=options.dtype,
-        overwrite=options.overwrite,
+        clean=options.clean, draft=options.draft, chain_rank=options.chain_rank,
+        mask_token=options.mask_token, dtype=options.dtype, overwrite=options.overwrite,
     )  # fmt: skip
     config = model.config
+    objective = "" if options.draft is None else " --objective draft"
     print(
         f"{options.out}: {type(model.lm).__name__}, block size {config.block_size}, mask token id "
         f"{config.mask_token_id}, context {config.length}. It is not trained yet: blockdiff train "
-        f"DATA --init-from {options.out}"
+        f"DATA --init-from {options.out}{objective}"
     )
 
 
@@ -62,5 +69,6 @@ COMMAND = Command(
     examples=(
         "blockdiff adapt HuggingFaceTB/SmolLM2-135M runs/smol --block-size 8",
         "blockdiff adapt ./model out --prediction same --clean block",
+        "blockdiff adapt ./model out --draft 32",
     ),
 )

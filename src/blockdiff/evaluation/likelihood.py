@@ -185,12 +185,12 @@ def likelihood(
     for index in mine.split(at_once) if len(mine) else ():
         part = layout if documents is None else replace(layout, documents=documents[index])
         if not objective.noised:
-            nats = objective.nats(model, x_0[index], counted[index], part)
+            nats = objective.measure(model, x_0[index], counted[index], part)
             nats = nats.cpu().double().sum(-1)[None]
         else:
             nats = _bound(
                 model, x_0[index], numbers[index], counted[index], part,
-                bound=objective.bound or objective.nats,
+                bound=objective.measure,
                 make=make_estimator(estimator, schedule, timesteps=timesteps),
                 name=name, random=random, draws=draws, seed=seed, budget=tokens,
             )  # fmt: skip

@@ -171,7 +171,7 @@ def variance(
             draw = make(rows, layout, noise, counted, model.config.mask_token_id)
             unbiased, passes = draw.unbiased, len(draw.x_t) // len(rows)
             with torch.set_grad_enabled(gradient):
-                nats = objective.nats(model, rows, draw, replace(layout, documents=own))
+                nats = objective.drawn(model, rows, draw, replace(layout, documents=own))
                 loss = nats.sum() / counted.sum().clamp(min=1)
             losses[d, r] = loss.item()
             if gradient:

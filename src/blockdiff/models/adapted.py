@@ -33,6 +33,7 @@ from blockdiff.layout import BlockLayout
 from blockdiff.models.adapted_config import AdaptedConfig
 from blockdiff.models.chain import chain_of
 from blockdiff.models.denoiser import Context, DenoiserOutput
+from blockdiff.models.gated import add_pairs, is_draft, write_draft
 from blockdiff.models.loss import subs_nll
 from blockdiff.models.passes import (
     INTERFACE,
@@ -76,6 +77,8 @@ class Adapted(DenoiserModel):
         for module in lm.modules():
             if type(module) is nn.Linear:
                 module.__class__ = Linear  # the same map, which `convert` may store otherwise
+        if config.draft_rank:
+            add_pairs(lm, config.draft_rank, config.mask_token_id)
         self.chain = chain_of(config)
         self.adapter: Any = None  # where LoRA is trained: see lora.py
         self.shapes: list[LayerShape] = []  # of each layer's keys and values; the probe finds them
@@ -106,13 +109,22 @@ class Adapted(DenoiserModel):
         self.lm.gradient_checkpointing_disable()
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
-        """Writes the base model's own folder, with a `block_diffusion` record in config.json."""
+        """Writes the base model's own folder, with a `block_diffusion` record in config.json.
+
+        What drafts goes into a file of its own beside the model's.
+        """
         state = options.pop("state_dict", None)
         if self.adapter is not None and state is None:
             state = self.adapter.merged_state(self)
         elif self.adapter is not None:  # a checkpoint: the base model has the rest
             trained = {name for name, p in self.named_parameters() if p.requires_grad}
             state = {name: x for name, x in state.items() if name in trained}
+        drafts = self.chain is not None or self.config.draft_rank > 0
+        if drafts:
+            state = self.state_dict() if state is None else state
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            write_draft(state, save_directory)
+            state = {name: x for name, x in state.items() if not is_draft(name)}
         if state is not None:
             options["state_dict"] = {k.removeprefix("lm."): v for k, v in state.items()}
         with _recorded(self.lm, self.config):
@@ -120,7 +132,8 @@ class Adapted(DenoiserModel):
 
     def load_state_dict(self, state_dict: Any, *given: Any, **options: Any) -> Any:
         """Takes the names of the base model's folder as well."""
-        named = {k if k.startswith("lm.") else f"lm.{k}": v for k, v in state_dict.items()}
+        own = "lm.", "chain."
+        named = {k if k.startswith(own) else f"lm.{k}": v for k, v in state_dict.items()}
         return super().load_state_dict(named, *given, **options)
 
     def _resize_token_embeddings(self, *given: Any, **options: Any) -> nn.Module:
@@ -137,6 +150,7 @@ class Adapted(DenoiserModel):
         sigma: Tensor | None = None,
         context: Context | None = None,
         at: Tensor | None = None,
+        clean_at: Tensor | None = None,
         targets: Tensor | None = None,
         backend: str | None = None,
     ) -> DenoiserOutput:
@@ -155,18 +169,22 @@ class Adapted(DenoiserModel):
             return self._read_out(hidden if at is None else hidden[at], targets)
         shift = self.config.prediction == "shift"
         clean = None if context is None else context.hidden
-        if layout.blocks == 1:
+        if layout.blocks == 1 and clean_at is None:
             x_0 = context = None  # no block has one before it to look back on
         if shift and layout.block_size == 1 and not alone:
             # Every token is the first of its block: the clean stream predicts them all.
             if clean is None:
                 assert x_0 is not None
                 clean = self._clean(x_0, layout, backend)[0]
-            return self._aligned(repeat(clean, rows), clean, layout, at, targets)
+            return self._aligned(repeat(clean, rows), clean, layout, at, clean_at, targets)
+        if self.config.draft_rank and x_0 is not None:
+            with torch.no_grad():  # the clean stream stays the base model's
+                context, x_0 = self.encode(x_0, layout, backend=backend), None
+            clean = context.hidden
         order = self._known_first(input_ids, layout.block_size)
         x_t = input_ids if order is None else input_ids.gather(1, order)
         if x_0 is None and context is None:
-            hidden = self._run(x_t, order, Streams(layout, 0, backend, noised="alone"))
+            hidden = self._run(x_t, order, Streams(layout, 0, backend, None, "alone", 0))
         elif context is None:
             assert x_0 is not None
             streams = Streams(layout, len(x_0), backend)
@@ -174,11 +192,11 @@ class Adapted(DenoiserModel):
             hidden = self._run(torch.cat([x_0, x_t]), both, streams)
             clean, hidden = hidden[: len(x_0)], hidden[len(x_0) :]
         else:
-            hidden = self._run(x_t, order, Streams(layout, 0, backend, context))
+            hidden = self._run(x_t, order, Streams(layout, 0, backend, context, noised_from=0))
         if order is not None:
             hidden = hidden.gather(1, order.argsort(1)[..., None].expand_as(hidden))
         if shift:
-            return self._aligned(hidden, clean, layout, at, targets)
+            return self._aligned(hidden, clean, layout, at, clean_at, targets)
         return self._read_out(hidden if at is None else hidden[at], targets)
 
     def encode(
@@ -208,7 +226,7 @@ class Adapted(DenoiserModel):
         if order is not None:
             x, positions = x.gather(1, order), positions.gather(1, order)
             at = at // x.shape[1] * x.shape[1] + order.argsort(1).flatten()[at]
-        cached = Cached(cache, positions, None if mask is None else mask == 0)
+        cached = Cached(cache, positions, None if mask is None else mask == 0, clean)
         hidden = self._run(x, positions, cached)
         logits = self._read_out(hidden.flatten(0, 1)[at], None).logits
         assert logits is not None
@@ -256,6 +274,7 @@ class Adapted(DenoiserModel):
         clean: Tensor | None,
         layout: BlockLayout,
         at: Tensor | None,
+        clean_at: Tensor | None,
         targets: Tensor | None,
     ) -> DenoiserOutput:
         """Under "shift": what predicts i stands at i − 1, for a block's first token in `clean`."""
@@ -270,6 +289,9 @@ class Adapted(DenoiserModel):
         if clean is not None:
             first = (column % layout.block_size == 0) & (column > 0)
             found = torch.where(first[..., None], clean[row % len(clean), before], found)
+            if clean_at is not None:
+                row, column = clean_at.nonzero(as_tuple=True)
+                found = torch.cat([found, clean[row, column - 1]])
         return self._read_out(found, targets)
 
     def _read_out(self, h: Tensor, targets: Tensor | None) -> DenoiserOutput:

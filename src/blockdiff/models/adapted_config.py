@@ -19,7 +19,7 @@ RECORDED = (
     *("block_size", "block_sizes", "length", "mask_token_id", "bos_token_id", "eos_token_id"),
     *("prediction", "clean_stream", "inside_block", "prompt_grid", "keep_first"),
     "remainder",
-    *("objective", "clip", "chain_rank"),
+    *("objective", "clip", "chain_rank", "draft_rank"),
 )
 
 
@@ -28,7 +28,8 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
 
     `record` is what config.json of an adapted folder keeps of it under "block_diffusion". `causal`:
     a plain autoregressive model, which has no such record. `length` is the context, which text
-    cannot outgrow (`slides` is false): a base model may know no position beyond it.
+    cannot outgrow (`slides` is false): a base model may know no position beyond it. `draft_rank`:
+    of the pairs that only noised tokens go through (`models.gated`); 0 is none.
     """
 
     model_type = "blockdiff_adapted"
@@ -55,6 +56,7 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         objective: str | None = None,
         clip: tuple[float, float] | None = None,
         chain_rank: int = 0,
+        draft_rank: int = 0,
         **kwargs: Any,
     ) -> None:
         if not causal and (prediction, prompt_grid) == ("shift", "prompt_end"):
@@ -83,6 +85,12 @@ class AdaptedConfig(BlockConfig, PreTrainedConfig):
         self.clip = None if clip is None else list(clip)
         self.objective = objective or self.kind
         self.chain_rank = whole_number("chain_rank", chain_rank, 0)
+        self.draft_rank = whole_number("draft_rank", draft_rank, 0)
+        if draft_rank and (prediction, clean_stream) != ("shift", "causal"):
+            raise InputError(
+                "`draft` leaves the clean stream what it was: it needs prediction shift and a "
+                "causal clean stream"
+            )
         super().__init__(**kwargs)
         # Last: transformers warns of an id behind the vocabulary's end, which AR has for no token.
         self.mask_token_id = mask_token_id

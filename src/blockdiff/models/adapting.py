@@ -42,6 +42,8 @@ def adapt(
     prediction: Literal["shift", "same"] = "shift",
     clean: Literal["causal", "block"] = "causal",
     length: int | None = None,
+    draft: int | None = None,
+    chain_rank: int = 64,
 ) -> Adapted:
     """A causal language model of transformers as a denoiser of blocks of `block_size` tokens.
 
@@ -49,8 +51,10 @@ def adapt(
     model's habit of predicting the next token; "same" makes the logits at i be for token i, which
     takes far longer to learn. `clean`: what a token of the clean text sees, everything before it
     ("causal", as the model was trained) or all of its block too ("block", the paper's). `length`:
-    the context, by default what the model's configuration says. The model's weights are used as
-    they are, not copied; train it then.
+    the context, by default what the model's configuration says. `draft`: the model stays what it
+    is, and gets low-rank pairs of this rank that only noised tokens go through, with a chain of
+    `chain_rank`; the objective `draft` trains them. The model's weights are used as they are, not
+    copied; train it then.
 
     Raises `InputError` for a model that cannot be adapted, with the reason, for a mask token
     outside its vocabulary, and for a context or blocks longer than the model's own context.
@@ -64,12 +68,15 @@ def adapt(
     """
     sizes = whole_numbers("block_size", block_size)
     known = context_of(lm.config.get_text_config())
+    ranks = {"draft": draft, "chain_rank": chain_rank} if draft is not None else {}
+    ranks = {name: whole_number(name, rank, name == "draft") for name, rank in ranks.items()}
     if length is not None and whole_number("length", length) > known:
         raise InputError(f"`length` is {length}, but the model's context is {known} tokens")
     return wrap(
         lm,
         block_size=max(sizes), block_sizes=sizes, mask_token_id=mask_token_id,
         prediction=prediction, clean_stream=clean, length=known if length is None else length,
+        draft_rank=ranks.get("draft", 0), chain_rank=ranks.get("chain_rank", 0),
     )  # fmt: skip
 
 

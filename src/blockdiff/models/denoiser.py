@@ -137,6 +137,8 @@ class Denoiser(Protocol):
         sigma: Tensor | None = None,
         context: Context | None = None,
         at: Tensor | None = None,
+        clean_at: Tensor | None = None,
+        previous: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> DenoiserOutput:
         """Logits, or nll of `targets` [P], at the positions `at` bool [R·B, L], or everywhere.
@@ -146,7 +148,10 @@ class Denoiser(Protocol):
         noised copy of row i of x_0. Without either, x_t is a single stream, under M_BD where the
         layout has one block, else under M_BC. `layout`: blocks, window and documents; the
         configuration's blocks when left out. `sigma` [R·B] or [R·B, N]: read where the network is
-        conditioned on time.
+        conditioned on time. `clean_at` bool [B, L], where the prediction is "shift": tokens, never
+        the first, that the clean stream is to predict as well, as AR does; their logits, or nll of
+        the Q further targets, come after those of `at`. `previous` int64 [P]: the tokens before
+        those at `at`; the chain, where there is one, adds its logits.
         """
         ...
 

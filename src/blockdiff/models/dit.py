@@ -8,6 +8,8 @@ One network, three uses, told apart by what it is given:
     model(x_t)            MDLM: x_t reads itself, everywhere
     model(x_0)            AR, when `config.causal`: a causal stream; logits at i are for i + 1
 
+With prediction "shift" block diffusion, too, has logits at i − 1 for i (`models.shifted`).
+
 With one noised copy per text both streams go through the layers side by side, as 2L tokens, and
 the clean one stops at the last layer's keys and values. The clean stream never depends on x_t.
 So where several copies share a text, or a text is written block by block, it runs first (`encode`,
@@ -19,7 +21,6 @@ N blocks, M layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, cast
@@ -28,29 +29,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import initialization as init
 
 from blockdiff.attention import Mask, attend, choose_backend, flex, make_mask, repeat
 from blockdiff.cache import BlockCache, LayerShape
 from blockdiff.device import cached, compile_every_shape
 from blockdiff.layout import BlockLayout
-from blockdiff.models.chain import Chain, chain_of
+from blockdiff.models.chain import chain_of
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.denoiser import Context, DenoiserOutput
+from blockdiff.models.initial import initialise
 from blockdiff.models.layers import (
     Chosen,
     DiTLayer,
     FoldedLayer,
     FoldedNorm,
-    LayerNorm,
-    Modulation,
     OutputLayer,
-    ResidualLinear,
     SigmaEmbedding,
     is_constant,
     rope,
 )
 from blockdiff.models.pretrained import DenoiserModel, register
+from blockdiff.models.shifted import Given, predicting
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], "Tensor | None"]
 
@@ -119,26 +118,8 @@ class DiT(DenoiserModel):
         made, own = cast(nn.Linear, value), self.output.linear
         own.weight, own.bias, own.out_features = made.weight, made.bias, made.out_features
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers initialises each tensor once, children first: what is special about a
-        # layer's linear map has to be told by the map's own class.
-        if isinstance(module, Chain):
-            module.reset()
-        elif isinstance(module, Modulation):
-            init.zeros_(module.weight)
-            init.copy_(module.bias, module.initial_bias(self.config))
-        elif isinstance(module, ResidualLinear):
-            # Residual branches start small, the deeper the network the smaller (GPT-2's rule).
-            init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.num_hidden_layers))
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear | nn.Embedding):
-            init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, LayerNorm):
-            init.ones_(module.weight)
+        initialise(module, self.config)
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compiles each layer around its attention, which runs its own kernels.
@@ -163,6 +144,7 @@ class DiT(DenoiserModel):
         sigma: Tensor | None = None,
         context: Context | None = None,
         at: Tensor | None = None,
+        clean_at: Tensor | None = None,
         targets: Tensor | None = None,
         backend: str | None = None,
     ) -> DenoiserOutput:
@@ -173,13 +155,16 @@ class DiT(DenoiserModel):
         blocks, by default the configuration's, and the documents. `sigma` [R·B] or [R·B, N], read
         only when `config.time_conditioning`. `at` bool [R·B, L]: where logits are wanted; nothing
         else goes through the output layer. With `targets` int64 [P] the result is their `nll` [P]
-        in place of logits. `backend`: of attention, the model's own when left out.
+        in place of logits. `clean_at`: see `Denoiser`. `backend`: of attention.
         """
         length, rows = x_t.shape[1], len(x_t)
         backend = backend or self.attention_backend
         alone = x_0 is None and context is None
         if layout is None:
             layout = self.own_layout(length, alone)
+        if self._reads_clean:
+            h = predicting(self, Given(x_t, x_0, layout, context, backend), at, clean_at)
+            return self._read_out(h, self.condition(), None, targets)
         if layout.blocks == 1 and backend != "dense":
             x_0 = context = None  # no block has one before it to look back on
         chosen = None if at is None else Chosen(at)
@@ -187,31 +172,24 @@ class DiT(DenoiserModel):
         # copies of a text share its clean stream, at whatever times they are: it has σ = 0.
         single = x_0 is not None and len(x_0) == rows and not self.config.time_conditioning
         if x_0 is not None and (single or backend == "dense"):
-            condition = self._condition(sigma, layout, clean_tokens=length)
-            h = self._two_streams(x_t, x_0, condition, layout, backend, chosen)
+            condition = self.condition(sigma, layout, clean_tokens=length)
+            h = self.two_streams(x_t, x_0, condition, layout, backend, chosen)
             return self._read_out(h, condition, chosen, targets)
-        condition = self._condition(sigma, layout)
+        condition = self.condition(sigma, layout)
         if x_0 is not None:
             context = self.encode(x_0, layout, backend=backend)
-        kind = "noised" if context is not None else "clean"
-        if context is None and layout.blocks == 1 and not self.config.causal:
-            kind = "alone"  # one noised block, whatever a clean stream sees
-        mask = self._mask(layout, kind, backend, rows)
-
-        def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if context is not None:
-                k = torch.cat([repeat(context.keys[i], rows), k], dim=2)
-                v = torch.cat([repeat(context.values[i], rows), v], dim=2)
-            return attend(q, k, v, mask)
-
-        cos, sin = _rope_table(length, self._head_dim, x_t.device)
-        h = self._run(x_t, cos, sin, condition, attention, chosen, whole=backend == "dense")
+        h = self.one_stream(x_t, layout, context, condition, backend, chosen)
         return self._read_out(h, condition, chosen, targets)
+
+    @property
+    def _reads_clean(self) -> bool:
+        """Whether the clean stream predicts tokens, beside a noised one."""
+        return self.config.prediction == "shift" and not self.config.causal
 
     def encode(
         self, x_0: Tensor, layout: BlockLayout | None = None, *, backend: str | None = None
     ) -> Context:
-        """The clean stream of x_0 [B, L] under M_BC; the last layer stops at keys and values."""
+        """The clean stream of x_0 [B, L] under M_BC; `hidden` where it predicts tokens."""
         layout = layout or self.own_layout(x_0.shape[1])
         backend = backend or self.attention_backend
         length, last = x_0.shape[1], len(self.layers) - 1
@@ -229,10 +207,12 @@ class DiT(DenoiserModel):
                 for kept, x in ((context.keys, k), (context.values, v)):
                     own = x[:, :, :length]
                     kept.append(own.clone() if self.graphs else own)
-            return None if i == last else attend(q, k, v, mask)
+            return None if i == last and not self._reads_clean else attend(q, k, v, mask)
 
         cos, sin = _rope_table(x_0.shape[1], self._head_dim, x_0.device)
-        self._run(x_0, cos, sin, self._condition(), attention)
+        h = self._run(x_0, cos, sin, self.condition(), attention)
+        if self._reads_clean:
+            context.hidden = h[:, :length].clone() if self.graphs else h[:, :length]
         return context
 
     def _mask(self, layout: BlockLayout, kind: str, backend: str, rows: int) -> Mask:
@@ -267,14 +247,12 @@ class DiT(DenoiserModel):
 
         if self.config.time_conditioning:
             noised = max(x.shape[1] - clean, 1)
-            condition = self._condition(sigma, BlockLayout(noised, noised), clean)
+            condition = self.condition(sigma, BlockLayout(noised, noised), clean)
         else:
             condition = cache.folded = cache.folded or self.fold()
         chosen = Chosen(at, x.shape)
         h = self._run(x, cos, sin, condition, attention, chosen)
-        logits = self._read_out(h, condition, chosen, None).logits
-        assert logits is not None
-        return logits
+        return cast(Tensor, self._read_out(h, condition, chosen, None).logits)
 
     def fold(self) -> Condition:
         """Every layer under constant conditioning, for any number of passes without a gradient.
@@ -286,7 +264,7 @@ class DiT(DenoiserModel):
         if self._folded is not None and self._folded[0] == weights:
             return self._folded[1]
         with torch.inference_mode(False), torch.no_grad():
-            constant = self._condition().final
+            constant = self.condition().final
             assert not isinstance(constant, FoldedNorm)
             folded = [cast(DiTLayer, layer).fold(constant) for layer in self.layers]
             condition = Condition(folded, self.output.fold(constant), True)
@@ -303,7 +281,7 @@ class DiT(DenoiserModel):
     def _head_dim(self) -> int:
         return self.config.hidden_size // self.config.num_attention_heads
 
-    def _condition(
+    def condition(
         self,
         sigma: Tensor | None = None,
         layout: BlockLayout | None = None,
@@ -354,7 +332,32 @@ class DiT(DenoiserModel):
             h = layer(h, cos, sin, own, partial(attention, i), few if last else None)
         return h if few is not None or chosen is None else chosen.of(h)
 
-    def _two_streams(
+    def one_stream(
+        self,
+        x_t: Tensor,
+        layout: BlockLayout,
+        context: Context | None,
+        condition: Condition,
+        backend: str,
+        chosen: Chosen | None,
+    ) -> Tensor:
+        """A pass over x_t alone, which reads the `context` if there is one; as `_run`."""
+        length, rows = x_t.shape[1], len(x_t)
+        kind = "noised" if context is not None else "clean"
+        if context is None and layout.blocks == 1 and not self.config.causal:
+            kind = "alone"  # one noised block, whatever a clean stream sees
+        mask = self._mask(layout, kind, backend, rows)
+
+        def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if context is not None:
+                k = torch.cat([repeat(context.keys[i], rows), k], dim=2)
+                v = torch.cat([repeat(context.values[i], rows), v], dim=2)
+            return attend(q, k, v, mask)
+
+        cos, sin = _rope_table(length, self._head_dim, x_t.device)
+        return self._run(x_t, cos, sin, condition, attention, chosen, whole=backend == "dense")
+
+    def two_streams(
         self,
         x_t: Tensor,
         x_0: Tensor,
@@ -363,12 +366,17 @@ class DiT(DenoiserModel):
         backend: str,
         chosen: Chosen | None,
     ) -> Tensor:
-        """One pass over x_0 ⊕ x_t under the whole 2L × 2L mask; the x_t half, as `_run`."""
+        """One pass over x_0 ⊕ x_t under the whole 2L × 2L mask; the x_t half, as `_run`.
+
+        Where the clean stream predicts tokens, `chosen` counts through both halves.
+        """
         length, rows, whole = layout.length, len(x_t), backend == "dense"
         cos, sin = _rope_table(length, self._head_dim, x_t.device)
         mask = self._mask(layout, "two_stream", backend, rows)
-        # Nothing reads the last layer's clean half.
-        mask_last = None if whole else self._mask(layout, "noised", backend, rows)
+        # Nothing reads the last layer's clean half, unless it predicts tokens.
+        mask_last = (
+            None if whole or self._reads_clean else self._mask(layout, "noised", backend, rows)
+        )
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if mask_last is None or i < len(self.layers) - 1:

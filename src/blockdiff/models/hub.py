@@ -29,11 +29,12 @@ from blockdiff.checks import whole_number
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError, first_line
 from blockdiff.models import lora
-from blockdiff.models.adapted import RECORD
+from blockdiff.models.adapted import RECORD, Adapted
 from blockdiff.models.adapting import is_causal_lm, open_adapted, with_record
 from blockdiff.models.card import write_card
 from blockdiff.models.config import DiTConfig
 from blockdiff.models.dit import DiT
+from blockdiff.models.gated import read_draft
 from blockdiff.models.recipe import Found, Recipe, renamed
 from blockdiff.models.released import find_recipe
 from blockdiff.models.released_lm import placed
@@ -115,6 +116,8 @@ def load_model(
             f"{folder}: model_type {found.raw.get('model_type')!r} is neither one of blockdiff, "
             "nor a causal language model of transformers, nor a published model that is known"
         )
+    if isinstance(model, Adapted) and (model.chain is not None or model.config.draft_rank):
+        read_draft(model, folder)
     _described(lambda it: _say(it, mask_token_id, block_size), model, f"{folder}")
     model.name_or_path = str(folder)
     generation = folder / GENERATION_CONFIG_NAME

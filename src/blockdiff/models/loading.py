@@ -169,6 +169,8 @@ def adapt_folder(
     block_size: int | Sequence[int] = 8,
     prediction: Literal["shift", "same"] = "shift",
     clean: Literal["causal", "block"] = "causal",
+    draft: int | None = None,
+    chain_rank: int = 64,
     mask_token: str | None = None,
     dtype: Literal["auto", "float32", "bf16"] = "auto",
     overwrite: bool = False,
@@ -176,8 +178,9 @@ def adapt_folder(
     """Adapts the model in a folder or hub repository and saves it, with its tokenizer, in `out`.
 
     The mask token is `mask_token`, else the tokenizer's own, else `<|mask|>`; one that the
-    tokenizer does not know is added to it, and a row to the model's tables. Raises `InputError`
-    before `out` is touched.
+    tokenizer does not know is added to it, and a row to the model's tables. `draft`: the rank of
+    pairs that only noised tokens go through, with a chain of `chain_rank` (`models.gated`). Raises
+    `InputError` before `out` is touched.
     """
     folder = resolve(source)
     if folder.resolve() == folders.local_path("out", out).resolve():
@@ -193,8 +196,9 @@ def adapt_folder(
         lm = before.lm
         mask = give_mask(lm, tokenizer, mask_token)
         model = adapt(
-            lm, mask_token_id=mask, block_size=block_size, prediction=prediction, clean=clean
-        )
+            lm, mask_token_id=mask, block_size=block_size, prediction=prediction, clean=clean,
+            draft=draft, chain_rank=chain_rank,
+        )  # fmt: skip
         model.config.bos_token_id, model.config.eos_token_id = bos_id(tokenizer), eos_id(tokenizer)
         folders.clear(target, kinds=("model", "tokenizer"))
         save_model(model, target, tokenizer)

@@ -51,6 +51,11 @@ def running(current: Pass | None) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
+def noised_from() -> int | None:
+    """The first column that is noised in the pass that is under way; None where none is."""
+    return getattr(_CURRENT.get(), "noised_from", None)
+
+
 def recomputed() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`context_fn` of torch's `checkpoint`: a layer that runs again does so in its own pass."""
     return nullcontext(), running(_CURRENT.get())
@@ -98,7 +103,8 @@ class Streams:
     """B clean rows and then R·B noised ones, either of which may be none.
 
     `layout`: of both. `context`: the clean stream's keys and values where it ran before, else they
-    are collected here, by layer. `noised`: the kind of mask of the noised rows.
+    are collected here, by layer. `noised`: the kind of mask of the noised rows. `noised_from`: 0
+    where all rows are noised (see `models.gated`).
     """
 
     layout: BlockLayout
@@ -106,6 +112,7 @@ class Streams:
     backend: str
     context: Context | None = None
     noised: str = "noised"
+    noised_from: int | None = None
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[tuple[str, int | None, torch.device], Mask] = field(default_factory=dict)
 
@@ -146,11 +153,15 @@ class Streams:
 
 @dataclass
 class Cached:
-    """T tokens [n, T] at `positions` after their cached prefixes; `seen` bool [n, 1, T, T + S]."""
+    """T tokens [n, T] at `positions` after their cached prefixes; `seen` bool [n, 1, T, T + S].
+
+    `noised_from`: how many columns of clean tokens come before the noised ones.
+    """
 
     cache: BlockCache
     positions: Tensor
     seen: Tensor | None
+    noised_from: int | None = None
     within: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(

@@ -95,6 +95,8 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         sigma: Tensor | None = None,
         context: Context | None = None,
         at: Tensor | None = None,
+        clean_at: Tensor | None = None,
+        previous: Tensor | None = None,
         targets: Tensor | None = None,
         backend: str | None = None,
         **unread: Any,
@@ -116,7 +118,8 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         _require_unread(unread)
         documents = _documents(input_ids, attention_mask, position_ids)
         others: dict[str, Any] = {"x_0": x_0, "layout": layout, "sigma": sigma}
-        others |= {"context": context, "at": at, "targets": targets}
+        others |= {"context": context, "at": at, "clean_at": clean_at, "targets": targets}
+        others |= {"previous": previous}
         if labels is not None:
             if told := [name for name, value in others.items() if value is not None]:
                 raise InputError(
@@ -129,7 +132,18 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
             if layout is None:
                 layout = self.own_layout(input_ids.shape[1], x_0 is None and context is None)
             others["layout"] = replace(layout, documents=documents)
-        return self.denoise(input_ids, **others, backend=backend)
+        return self._chained(input_ids, **others, backend=backend)
+
+    def _chained(
+        self, input_ids: Tensor, *, previous: Tensor | None = None, **others: Any
+    ) -> DenoiserOutput:
+        """`denoise`, and the chain where the tokens before are given."""
+        out = self.denoise(input_ids, **others)
+        if previous is not None and self.chain is not None and out.logits is not None:
+            count = len(previous)
+            own = out.logits[:count] + self.chain(previous).to(out.logits.dtype)
+            out.logits = torch.cat([own, out.logits[count:]])
+        return out
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compiles each layer; raises `InputError` where a network cannot be compiled."""
@@ -169,11 +183,15 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
             clip = None if config.clip is None else tuple(config.clip)
             unbiased = clip is None or not self.training
             estimator = self.estimator or ("exact_k" if unbiased else "clipped")
+            if objective.masks == "all":
+                estimator, clip = "clipped", (1.0, 1.0)
             draw = make_estimator(estimator, clip=clip)
             what = draw(x_0, layout, noise, what, config.mask_token_id)
         # Not the model itself: hooks on it, such as a sharded model's, run once a pass.
-        network = self.denoise if backend is None else partial(self.denoise, backend=backend)
-        nats = objective.nats(network, x_0, what, layout)
+        network = self._chained if backend is None else partial(self._chained, backend=backend)
+        found = objective.nats(network, x_0, what, layout)
+        parts = found if isinstance(found, dict) else {"": found}
+        nats = torch.stack([objective.parts.get(name, 1.0) * parts[name] for name in parts])
         return nats.sum() / torch.as_tensor(tokens, device=nats.device).clamp(min=1)
 
     def generate(  # type: ignore[override]

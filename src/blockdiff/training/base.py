@@ -19,11 +19,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from blockdiff.errors import InputError, RunStopped
+from blockdiff.registry import OBJECTIVES
 from blockdiff.training import parallel
 from blockdiff.training.arguments import training_arguments
-from blockdiff.training.blocks import LossBySize
+from blockdiff.training.blocks import LossByPart
 from blockdiff.training.callbacks import Bookkeeping, tensorboard
 from blockdiff.training.checkpoints import newest_checkpoint, prune, seal
 from blockdiff.training.config import TrainConfig
@@ -55,7 +57,7 @@ class RunTrainer(Trainer):
         self.ema = Average(model, config.ema) if config.ema else None
         self.ema_updates = 0  # of the average that another run left, where this one goes on from it
         self._first_bad_step = torch.tensor(NEVER)
-        self._losses = LossBySize()
+        self._losses = LossByPart()
         super().__init__(
             model=model,
             args=training_arguments(config, device),
@@ -106,7 +108,8 @@ class RunTrainer(Trainer):
         """Also the loss of each block size, where the run has several."""
         if "loss" in logs:
             found = self._losses.take(self.accelerator.gather)
-            logs |= found if len(self.run.block_sizes) > 1 else {}
+            several = len(self.run.block_sizes) > 1 or len(found) > 1
+            logs |= found if several else {}
         super().log(logs, start_time)
 
     @property
@@ -120,12 +123,18 @@ class RunTrainer(Trainer):
 
     # A run that diverges. A step's loss is not looked at in the step: that would wait for the GPU.
 
-    def note_loss(self, loss: Tensor, block_size: int) -> None:
-        """Remembers the first step whose loss was not finite, and the losses of each block size."""
-        self._losses.add(block_size, self.state.global_step, loss)
-        first = self._first_bad_step.to(loss.device)
-        bad = first.clamp(max=self.state.global_step + 1)
-        self._first_bad_step = torch.where(loss.detach().isfinite(), first, bad)
+    def note_losses(self, losses: dict[str, Tensor], block_size: int) -> None:
+        """Remembers the first step whose loss was not finite, and the losses of each block size.
+
+        `losses`: the parts of a step's loss, by name; the first is that of the blocks.
+        """
+        step, (first, *others) = self.state.global_step, losses
+        self._losses.add(str(block_size), step, losses[first])
+        for name in others:
+            self._losses.add(name, step, losses[name])
+        finite = torch.stack([*losses.values()]).detach().isfinite().all()
+        before = self._first_bad_step.to(finite.device)
+        self._first_bad_step = torch.where(finite, before, before.clamp(max=step + 1))
 
     def require_finite_loss(self) -> None:
         """Raises `RunStopped` when a step's loss, in any process, was not finite."""
@@ -173,6 +182,11 @@ class RunTrainer(Trainer):
             prune(folder, run.keep_last, run.keep_every, run.save_every)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if OBJECTIVES.has(self.run.objective, "trains"):  # the model to start from has the rest
+            network = self.accelerator.unwrap_model(self.model)
+            trained = {k: p.detach() for k, p in network.named_parameters() if p.requires_grad}
+            save_file(trained, Path(str(output_dir)) / SAFE_WEIGHTS_NAME)
+            return
         if self.run.lora is not None and state_dict is None:
             # Without one an adapted model would write its pairs added in, and not themselves.
             state_dict = self.accelerator.unwrap_model(self.model).state_dict()

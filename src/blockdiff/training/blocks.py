@@ -41,23 +41,27 @@ def block_size_of(config: TrainConfig, step: int) -> int:
     return next((size for size, end in zip(sizes, ends, strict=True) if place < end), sizes[-1])
 
 
-class LossBySize:
-    """The mean loss of the steps of each block size since the last log line; asks no device."""
+class LossByPart:
+    """The mean loss of the steps of each block size since the last log line; asks no device.
+
+    Parts of a loss that every size has, such as AR's, have names in the place of a size.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}
-        self._steps: dict[int, set[int]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._steps: dict[str, set[int]] = {}
 
-    def add(self, size: int, step: int, loss: Tensor) -> None:
-        """A micro-batch's part of the loss of step `step`."""
-        self._sums[size] = self._sums.get(size, 0) + loss.detach()
-        self._steps.setdefault(size, set()).add(step)
+    def add(self, part: str, step: int, loss: Tensor) -> None:
+        """A micro-batch's share of the loss of step `step`."""
+        self._sums[part] = self._sums.get(part, 0) + loss.detach()
+        self._steps.setdefault(part, set()).add(step)
 
     def take(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """`loss_4` and so on, over all processes (which call together), and forgets them."""
+        """`loss_4`, `part_ar` and so on, over all processes (which call together); forgets them."""
         found = {
-            f"loss_{size}": float(gather(self._sums[size]).mean()) / len(self._steps[size])
-            for size in sorted(self._sums)
+            f"{'loss' if part.isdigit() else 'part'}_{part}": float(gather(own).mean())
+            / len(self._steps[part])
+            for part, own in sorted(self._sums.items(), key=lambda one: (len(one[0]), one[0]))
         }
         self._sums, self._steps = {}, {}
         return found

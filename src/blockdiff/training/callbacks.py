@@ -159,8 +159,11 @@ class ProgressBar(TrainerCallback):
             since, step = self.begin
             tokens = (state.global_step - step) * self.tokens_per_step
             speed = tokens / max(time.perf_counter() - since, 1e-9)
-            sizes = [name for name in logs if name.startswith("loss_")]
-            each = ", ".join(f"L' {name[5:]}: {logs[name]:.3f}" for name in sizes)
+            each = ", ".join(
+                name.replace("loss_", "L' ").replace("part_", "") + f": {own:.3f}"
+                for name, own in logs.items()
+                if name.startswith(("loss_", "part_"))
+            )
             losses = f" ({each})" if each else ""
             status = f"loss {logs['loss']:.3f} nats{losses} · {speed:,.0f} tokens/s"
             self.bar.update(self.task, status=status)

@@ -80,7 +80,7 @@ def clip_variances(
     for beta, omega in clip_grid(layout.block_size):
         draws = make_estimator(estimator, clip=(beta, omega))
         draw = draws(x_0, layout, noise, maskable, config.mask_token_id)
-        nats = objective.nats(model, x_0, draw, layout, context)
+        nats = objective.drawn(model, x_0, draw, layout, context)
         per_block = layout.by_block(nats).sum(-1)
         per_token = (per_block / counted.clamp(min=1))[counted > 0]
         found.append(ClipVariance(beta, omega, float(per_token.cpu().double().var())))

@@ -19,51 +19,20 @@ from blockdiff.registry import (
     ObjectiveName,
     ScheduleName,
 )
+from blockdiff.training.limits import REAL_NUMBERS, WHOLE_NUMBERS
 
 Preset = Literal["nano", "slim", "micro", "small", "medium"]
 LrSchedule = Literal["constant", "linear", "cosine"]
 Precision = Literal["auto", "float32", "bf16"]
 Backend = Literal["auto", "dense", "blockwise", "flex"]
 Clean = Literal["block", "causal"]
+Prediction = Literal["same", "shift"]
 Format = Literal["text", "chat", "prompt"]
 Detokenizer = Literal["none", "wikitext", "ptb", "lm1b", "lambada", "scientific"]
 
 BLOCK_SIZE = 4  # where neither the options nor the model to start from say
 WHOLE = (0.0, 1.0)  # the clip that cuts nothing off
 REPORTERS = ("tensorboard", "wandb", "none")
-
-# option → the least and the most it can be, both included
-WHOLE_NUMBERS: dict[str, tuple[int, int]] = {
-    "vocab_size": (1, checks.LARGEST_VOCABULARY),
-    "length": (1, checks.LARGEST_SIZE),
-    "block_size": (1, checks.LARGEST_SIZE),
-    "lora": (1, checks.LARGEST_SIZE),
-    "timesteps": (1, checks.LARGEST_SIZE),
-    "steps": (1, checks.LARGEST_SIZE),
-    "batch_size": (1, checks.LARGEST_SIZE),
-    "accumulate": (1, checks.LARGEST_SIZE),
-    "warmup": (0, checks.LARGEST_SIZE),
-    "seed": checks.SEEDS,
-    "workers": (0, 1024),
-    "log_every": (1, checks.LARGEST_SIZE),
-    "eval_every": (0, checks.LARGEST_SIZE),
-    "eval_windows": (0, checks.LARGEST_SIZE),
-    "eval_draws": (1, checks.LARGEST_SIZE),
-    "save_every": (1, checks.LARGEST_SIZE),
-    "keep_last": (1, checks.LARGEST_SIZE),
-    "keep_every": (0, checks.LARGEST_SIZE),
-}
-# option → the ends of its range, and whether each end itself is left out
-REAL_NUMBERS: dict[str, tuple[float, float, bool, bool]] = {
-    "validation_fraction": (0, 1, True, True),
-    "initial_shift": (0, 1000, False, False),
-    "minutes": (0, 1e9, False, False),
-    "lr": (0, 10, True, False),
-    "weight_decay": (0, 1000, False, False),
-    "max_grad_norm": (0, 1e9, False, False),
-    "dropout": (0, 1, False, True),
-    "ema": (0, 1, False, True),
-}
 
 
 @dataclass(frozen=True)
@@ -112,6 +81,12 @@ class TrainConfig:
             said to be trained for.
         clean: What a clean token sees of its block: all of it, as in the paper, or, causal, the
             tokens up to itself, so that one cache serves every block size.
+        prediction: Whether the logits at i are for token i, as in the paper, or, with a causal
+            clean stream, for token i + 1 (shift): the first token of a block is then AR's, and
+            blocks of 1 are AR. A model to start from has its own.
+        ar_weight: Weight of the AR part of joint.
+        chain_rank: Rank of the chain over drafted tokens, which draft trains; 0 is none, or what a
+            model to start from has.
         preset: Network size.
         init_from: Model folder, hub id or starter to start from, for example an AR model of this
             package; of a run's folder the weights and their average are both carried on.
@@ -192,6 +167,9 @@ class TrainConfig:
     block_weights: str | None = None
     grow: bool = False
     clean: Clean = "block"
+    prediction: Prediction = "same"
+    ar_weight: float = 1.0
+    chain_rank: int = 0
     preset: Preset = "nano"
     init_from: str | None = None
     lora: int | None = None
@@ -276,6 +254,9 @@ class TrainConfig:
                 f"`clean` {self.clean} is for blocks with clean ones before them, which an "
                 f"{self.objective} model does not have; leave it out"
             )
+        shifts = OBJECTIVES.has(self.objective, "shifts")
+        if self.prediction == "shift" and self.clean != "causal" and not shifts:
+            raise InputError("`prediction` shift needs `clean` causal")
         needs_clip = ESTIMATORS.has(self.estimator, "needs_clip")
         if needs_clip and self.clip_range() is None and not self.searches_clip:
             raise InputError(
@@ -314,6 +295,10 @@ class TrainConfig:
                 )
         if self.block_weights is not None and not several:
             raise InputError("`block_weights` needs several sizes in `block_size`, or `grow`")
+        if OBJECTIVES.has(self.objective, "trains") and 1 in [size for size, _ in stages]:
+            raise InputError(
+                f"`objective` {self.objective}: blocks of 1 are not drafted; give more"
+            )
         if self.searches_clip and several:
             raise InputError("`clip` auto looks for the clip of one `block_size`; give two numbers")
 
@@ -385,8 +370,14 @@ class TrainConfig:
 
     @property
     def trained_sizes(self) -> tuple[int, ...]:
-        """The block sizes the model is for: of those it grew through, the last."""
-        return self.block_sizes[-1:] if self.grow else self.block_sizes
+        """The block sizes the model is for: of those it grew through, the last.
+
+        What also trains the clean stream trains blocks of 1.
+        """
+        sizes = self.block_sizes[-1:] if self.grow else self.block_sizes
+        if OBJECTIVES.has(self.objective, "shifts"):
+            sizes = tuple(sorted({1, *sizes}))
+        return sizes
 
 
 def as_typed(value: object) -> str:

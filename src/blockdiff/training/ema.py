@@ -27,7 +27,7 @@ class Average(AveragedModel):
         self.n_averaged = self.n_averaged.cpu()
         self.decay = decay
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:  # what is not trained is shared
                 path, _, leaf = name.rpartition(".")
                 self.module.get_submodule(path)._parameters[leaf] = parameter

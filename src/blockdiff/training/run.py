@@ -13,27 +13,22 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 from transformers.utils import is_torch_bf16_gpu_available
 
 from blockdiff import folders
-from blockdiff.data.tokenizers import bos_id, eos_id
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.estimators import make_estimator
 from blockdiff.layout import BlockLayout
 from blockdiff.models.adapted import Adapted
 from blockdiff.models.card import write_card
-from blockdiff.models.config import PRESETS, DiTConfig
-from blockdiff.models.dit import DiT
 from blockdiff.models.hub import WEIGHTS, load_model, save_model
-from blockdiff.models.loading import check_tokenizer, settle_mask
-from blockdiff.models.lora import add_lora
 from blockdiff.models.weights import resolve_precision
 from blockdiff.noising import stratified_noise
 from blockdiff.registry import OBJECTIVES
 from blockdiff.training.arguments import training_arguments
+from blockdiff.training.building import build_model, take_weights
 from blockdiff.training.callbacks import MetricsLog, ProgressBar
 from blockdiff.training.checkpoints import (
     checkpoint_step,
@@ -42,7 +37,7 @@ from blockdiff.training.checkpoints import (
 )
 from blockdiff.training.config import BLOCK_SIZE, Precision, TrainConfig
 from blockdiff.training.data import check_data, prepare_data
-from blockdiff.training.parallel import gathered, recompute_activations
+from blockdiff.training.parallel import gathered
 from blockdiff.training.record import begin
 from blockdiff.training.resume import announce_rate, last_validation, restore
 from blockdiff.training.signals import stopped_by
@@ -177,11 +172,18 @@ def _train(
             remove_unfinished(out)
         processes.wait_for_everyone()
         checkpoint = newest_checkpoint(out, say=processes.is_main_process)
-    # The checkpoints of a LoRA run hold what is trained, and go on top of where it began.
-    begun = checkpoint if config.lora is None else None
-    start, average, updates = _start(config.init_from, begun)
+    # The checkpoints of a run that trains a part go on top of where it began.
+    partly = OBJECTIVES.find(config.objective).trains is not None
+    begun = checkpoint if config.lora is None and not partly else None
+    start, average, updates = _start(config.init_from, begun, averaged=partly)
+    if partly and (start is None or start.config.causal):
+        raise InputError(
+            f"`objective` {config.objective} trains what drafts for a block diffusion model: name "
+            "one as `init_from`"
+        )
     if config.block_size is None:
-        known = start.config.block_sizes if isinstance(start, Adapted) else (BLOCK_SIZE,)
+        known = start.config.block_sizes if isinstance(start, Adapted) or partly else (BLOCK_SIZE,)
+        known = known if not partly else [size for size in known if size > 1] or (BLOCK_SIZE,)
         config = replace(config, block_size=",".join(map(str, known)))
     with processes.main_process_first():  # the others find the corpus packed
         place = processes.process_index, processes.num_processes
@@ -199,7 +201,7 @@ def _train(
         model, config, data.train, data.validation, where, [log, *([bar] if progress else [])]
     )
     if average is not None and trainer.ema is not None:
-        _take_weights(trainer.averaged_model, average)
+        take_weights(trainer.averaged_model, average)
         trainer.ema_updates = updates
     before = checkpoint_step(checkpoint) if checkpoint else 0
     seconds = 0.0
@@ -266,117 +268,20 @@ def _with_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
     return replace(config, precision=cast(Precision, chosen[0]))
 
 
-def _start(source: str | None, checkpoint: Path | None) -> tuple[Any, Any, int]:
+def _start(
+    source: str | None, checkpoint: Path | None, averaged: bool = False
+) -> tuple[Any, Any, int]:
     """(weights, their moving average, how many updates made it) to start from.
 
     A run of ours keeps both, the weights in its last checkpoint; another folder has one set only,
-    which then stands for both. A run that has a `checkpoint` of its own goes on from that alone.
+    which then stands for both; so does the average where only that is wanted. A run that has a
+    `checkpoint` of its own goes on from that alone.
     """
     if source is None:
         return None, None, 0
     if checkpoint is not None:
         return load_model(checkpoint), None, 0
-    average, newest = load_model(source), newest_checkpoint(Path(source))
-    if newest is None:
+    average, newest = load_model(source), None if averaged else newest_checkpoint(Path(source))
+    if newest is None or not (newest / "config.json").is_file():  # it holds a part only
         return average, None, 0
     return load_model(newest), average, checkpoint_step(newest)
-
-
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: Any) -> Any:
-    """The network to train, new or continued, as the configuration would have it."""
-    if isinstance(start, Adapted):
-        model: Any = rewrapped(start, config)
-        check_tokenizer(start, tokenizer)
-    elif config.lora is not None:
-        raise InputError("`lora` is for adapted models: name one as `init_from`")
-    else:
-        model = _build_dit(config, tokenizer, start)
-        if config.compile:
-            model.compile_layers()
-    model.attention_backend = config.backend
-    if config.checkpoint_activations:
-        recompute_activations(model)
-    return model
-
-
-def rewrapped(start: Adapted, config: TrainConfig) -> Adapted:
-    """An adapted model that goes on under the run's block size and context."""
-    if start.config.causal:
-        raise InputError(
-            f"{config.init_from} is a plain causal model; make it a block diffusion model first: "
-            f"blockdiff adapt {config.init_from} OUT"
-        )
-    objective = OBJECTIVES.find(config.objective)
-    own = [name for name in ("compile", "time_conditioning") if getattr(config, name)]
-    if own or objective.network or not objective.noised:
-        option = own[0] if own else f"objective {objective.name}"
-        raise InputError(f"`{option}` is for the package's own networks; leave it out")
-    if config.length > start.config.length:
-        raise InputError(
-            f"`length` is {config.length}, but the model's context is {start.config.length} tokens"
-        )
-    # What a text does not reach, such as a part that sees images, would wait for gradients in DDP.
-    text = nn.ModuleList([start.lm.get_decoder(), start.get_output_embeddings()])
-    reached = {id(parameter) for parameter in text.parameters()}
-    for parameter in start.parameters():
-        parameter.requires_grad_(id(parameter) in reached)
-    if objective.blocks == "whole":
-        start.config.length = config.length
-    start.config.use_blocks(config.trained_sizes)
-    start.config.objective = objective.name
-    clip = config.clip_range()
-    start.config.clip = None if clip is None else list(clip)
-    if config.lora is not None:
-        source = Path(str(config.init_from)).expanduser()
-        base = str(source.resolve()) if source.is_dir() else str(source)
-        add_lora(start, config.lora, config.lora_targets, base)
-    return start
-
-
-def _build_dit(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: DiT | None) -> DiT:
-    """A new network, or one that continues from `start` under another objective or block size.
-
-    From an AR model a block diffusion model takes every weight; its adaLN, which AR does not have,
-    starts with open gates and no shift or scale, so at first it computes exactly what AR did.
-    """
-    objective = OBJECTIVES.find(config.objective)
-    sizes: dict[str, Any] = dict(PRESETS[config.preset])
-    adaln = config.adaln
-    if start is not None:
-        sizes = {name: getattr(start.config, name) for name in sizes}
-        settle_mask(start, tokenizer)
-        check_tokenizer(start, tokenizer)
-        adaln = adaln or start.config.adaln
-    model = DiT(
-        DiTConfig(
-            vocab_size=start.config.vocab_size if start is not None else len(tokenizer),
-            length=config.length,
-            block_size=config.effective_block_size,
-            block_sizes=config.trained_sizes,
-            adaln=adaln,
-            dropout=config.dropout,
-            keep_first=True,
-            mask_token_id=tokenizer.mask_token_id,
-            bos_token_id=bos_id(tokenizer),
-            eos_token_id=eos_id(tokenizer),
-            initial_shift=config.initial_shift,
-            initial_gate=0.0 if start is None else 1.0,
-            clip=config.clip_range(),
-            objective=objective.name,
-            clean_stream=config.clean,
-            **{"time_conditioning": config.time_conditioning, **objective.network, **sizes},
-        )
-    )
-    if start is not None:
-        _take_weights(model, start)
-    return model
-
-
-def _take_weights(model: nn.Module, start: nn.Module) -> None:
-    """Copies every weight both networks have; only adaLN may be on one side alone."""
-    own, given = model.state_dict(), start.state_dict()
-    for name, tensor in own.items():
-        if name in given:
-            tensor.copy_(given[name])
-        elif "modulation" not in name and not name.startswith("sigma."):
-            raise InputError(f"the model to start from has no {name}")

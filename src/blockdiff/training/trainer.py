@@ -27,16 +27,17 @@ from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.models.denoiser import Conventions, Denoiser
 from blockdiff.noising import Draw, stratified_noise
-from blockdiff.objectives import objective_of
+from blockdiff.registry import OBJECTIVES
 from blockdiff.training import parallel
 from blockdiff.training.base import RunTrainer
 from blockdiff.training.blocks import block_size_of
 from blockdiff.training.clipping import search_clip
 from blockdiff.training.config import TrainConfig
+from blockdiff.training.parts import parts_of
 
 
 class BlockDiffusionTrainer(RunTrainer):
-    """Trains a network, a `Denoiser`, by the objective its own configuration names."""
+    """Trains a network, a `Denoiser`, by the run's objective."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class BlockDiffusionTrainer(RunTrainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         """`eval_windows`: x_0 [B, L]; documents and maskable [B, L] as the windows have them."""
-        self.eval_windows = eval_windows
+        self.eval_windows, self.trained_by = eval_windows, OBJECTIVES.find(config.objective)
         validates = eval_windows is not None
         super().__init__(model, config, train_dataset, device, callbacks, validates=validates)
         self.use_clip(config.first_clip)
@@ -57,7 +58,10 @@ class BlockDiffusionTrainer(RunTrainer):
     def use_clip(self, clip: tuple[float, float] | None) -> None:
         """Draws masks within `clip` from now on."""
         run, self.clip = self.run, clip
-        self.estimator = make_estimator(run.estimator, run.schedule, clip, run.timesteps)
+        if self.trained_by.masks == "all":
+            self.estimator = make_estimator("clipped", clip=(1.0, 1.0))
+        else:
+            self.estimator = make_estimator(run.estimator, run.schedule, clip, run.timesteps)
 
     @property
     def conventions(self) -> Conventions:
@@ -66,10 +70,9 @@ class BlockDiffusionTrainer(RunTrainer):
 
     def counted(self, x_0: Tensor, documents: Tensor | None) -> Tensor:
         """bool [B, L]: the tokens the loss is a mean over, by the objective; never padding."""
-        config = self.conventions
-        return objective_of(config).counted(x_0, config.keep_first, documents)
+        return self.trained_by.counted(x_0, self.conventions.keep_first, documents)
 
-    def _maskable(self, windows: dict[str, Tensor]) -> Tensor:
+    def maskable(self, windows: dict[str, Tensor]) -> Tensor:
         """What is `counted` of windows; of conversations only what they name `maskable`."""
         counted = self.counted(windows["x_0"], windows.get("documents"))
         return counted & windows.get("maskable", counted)
@@ -84,11 +87,10 @@ class BlockDiffusionTrainer(RunTrainer):
         """The loss of a micro-batch: its part of the step's mean nats per token."""
         x_0 = inputs["x_0"]
         first = self._begin_micro_batch(len(x_0))
-        config = self.conventions
-        objective = objective_of(config)
+        config, objective = self.conventions, self.trained_by
         size = block_size_of(self.run, self.state.global_step)
         layout = config.layout_of(x_0.shape[1], size, documents=inputs.get("documents"))
-        maskable = self._maskable(inputs)
+        maskable = self.maskable(inputs)
         what: Tensor | Draw = maskable
         if objective.noised:
             seed = fold_seed(self.run.seed, self.state.global_step)
@@ -96,18 +98,22 @@ class BlockDiffusionTrainer(RunTrainer):
             noise = stratified_noise(self.run.batch_size, layout, generator)
             noise = noise.rows(first, first + len(x_0))
             what = self.estimator(x_0, layout, noise, maskable, config.mask_token_id)
-        nats = objective.nats(model, x_0, what, layout)
+        found = objective.nats(model, x_0, what, layout)
+        parts = found if isinstance(found, dict) else {"": found}
         # The processes' gradients are averaged, not summed: hence the factor.
-        tokens = torch.as_tensor(num_items_in_batch, device=nats.device, dtype=torch.float32)
-        loss = nats.sum() * self.accelerator.num_processes / tokens.clamp(min=1)
-        self.note_loss(loss, size)
-        return (loss, {"nats": nats}) if return_outputs else loss
+        tokens = torch.as_tensor(num_items_in_batch, device=x_0.device, dtype=torch.float32)
+        share = self.accelerator.num_processes / tokens.clamp(min=1)
+        losses = {name: nats.sum() * share for name, nats in parts.items()}
+        self.note_losses(losses, size)
+        weights = objective.parts if "ar" not in losses else {"ar": self.run.ar_weight}
+        loss = torch.stack([weights.get(name, 1.0) * losses[name] for name in losses]).sum()
+        return (loss, {"nats": next(iter(parts.values()))}) if return_outputs else loss
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
     ) -> Tensor:
         """Tokens that count in the whole step; padding makes its micro-batches unequal."""
-        counts = [self._maskable(own).sum() for own in batch_samples]
+        counts = [self.maskable(own).sum() for own in batch_samples]
         tokens = torch.stack(counts).sum().float().to(device)
         return cast(Tensor, self.accelerator.reduce(tokens, reduction="sum"))
 
@@ -146,6 +152,7 @@ class BlockDiffusionTrainer(RunTrainer):
                 "eval_stderr": found.stderr,
                 "eval_perplexity": found.perplexity,
             }
+            metrics |= parts_of(self, model, windows)
             if run.searches_clip:
                 seed = fold_seed(run.seed, self.state.global_step)
                 best = search_clip(model, x_0, seed, documents, run.estimator, maskable)
