@@ -80,7 +80,8 @@ class Columns:
                 known = not same and i == 0
                 rows.append((a + i + same, a + same, k + 1 + a, a if known else -1, a, i))
             wanted += range(begin + 1, begin + k + 1)
-        return cls(*np.array(rows).T, np.array(wanted))
+        offset, reach, block, copies, after, number = np.array(rows).T
+        return cls(offset, reach, block, copies, after, number, np.array(wanted))
 
 
 class Verifier:
