@@ -24,6 +24,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -129,7 +130,7 @@ def constrain(
     else:
         shown = "the regular expression" if name == "regex" else "the list of choices"
         pattern = _pattern(regex) if regex is not None else _of_choices(choices or ())
-        pattern = library.regex_to_lark(pattern, "dws")
+        pattern = library.lark(pattern, "dws")
         grammar = library.LLMatcher.grammar_from_lark(f"start: /{pattern}/")
     vocabulary = _vocabulary(library, tokenizer, vocab_size, eos_token_id, banned)
     return _Compiled(library, vocabulary, grammar, f"`{name}`: {shown}")
@@ -153,8 +154,9 @@ def _library() -> Any:
         raise InputError(
             "constraints need llguidance: pip install 'blockdiff[constrain]'"
         ) from None
-    llguidance.regex_to_lark, llguidance.of_hf = _lib.regex_to_lark, hf.from_tokenizer
-    return llguidance
+    return SimpleNamespace(
+        LLMatcher=llguidance.LLMatcher, lark=_lib.regex_to_lark, of_hf=hf.from_tokenizer
+    )
 
 
 class _Vocabulary:
@@ -214,6 +216,15 @@ def _read(
     return _Vocabulary(made, never, [end for end in ends if end < size])
 
 
+def follow(automaton: Automaton, tokens: Sequence[int]) -> int | None:
+    """Advances by new tokens of a row; how many of them make up its text, where they end it."""
+    for taken, token in enumerate(tokens, 1):
+        automaton.advance(token)
+        if automaton.finished:
+            return taken
+    return None
+
+
 class _Compiled:
     """A grammar for a vocabulary."""
 
@@ -224,7 +235,12 @@ class _Compiled:
         if self._matcher.is_error():
             raise InputError(f"{shown} is refused: {_reason(self._matcher.get_error())}")
         begin = self.begin()
-        some = begin.allowed()
+        try:
+            some = begin.allowed()
+        except InputError:
+            if begin.stop_reason.startswith("NoExtension"):
+                raise InputError(f"{shown} allows nothing") from None
+            raise
         some = some.sum() - some[vocabulary.ends].sum()
         if not some:
             what = "only the empty text" if begin.accepting else "nothing"
@@ -240,6 +256,10 @@ class _Matching:
     def __init__(self, matcher: Any, vocabulary: _Vocabulary, shown: str) -> None:
         self._matcher, self._vocabulary, self._shown = matcher, vocabulary, shown
         self._allowed: Array | None = None
+
+    @property
+    def stop_reason(self) -> str:
+        return str(self._matcher.stop_reason())
 
     @property
     def accepting(self) -> bool:
@@ -259,11 +279,12 @@ class _Matching:
         return self._allowed
 
     def advance(self, token: int) -> None:
-        if not (0 <= token < len(self._vocabulary.never) and self.allowed()[token]):
+        vocabulary = self._vocabulary
+        known = 0 <= token < len(vocabulary.never)
+        known = known and (not vocabulary.never[token] or token in vocabulary.ends)
+        if not (known and self._matcher.consume_token(token)):
             raise InputError(f"{self._shown} does not allow the token {token} there")
-        self._matcher.consume_token(token)
         self._allowed = None
-        self._refuse_errors()
 
     def copy(self) -> _Matching:
         made = _Matching(self._matcher.deep_copy(), self._vocabulary, self._shown)

@@ -1,24 +1,24 @@
 """What changes or restricts the logits before an order sees them.
 
     logit_bias           adds to the logits of some tokens; −inf bans one
-    repetition_penalty   of tokens that the row holds: z/p where z > 0, else z·p (Keskar et al. 2019)
+    repetition_penalty   z/p of tokens that the row holds where z > 0, else z·p (CTRL, 2019)
     logits_processor     transformers' own, or a callable (input_ids [m, T], scores [m, V]) → scores
     constraint           a text that has to match (`sampling.constraints`)
 
-in this order; classifier-free guidance comes before them all (`sampling.twins`). A guide is told, of
-each position, the tokens of its row that are fixed. Some are `in_order`: for them that must be all
-the tokens before the position and no others, so the positions of such a row are fixed from left to
-right, and one with something unknown before it waits. A constraint is, and so is a processor, which
-was written for left-to-right texts, unless it reads no context (`reads_context = False` on it, or
-one of those of transformers that look at scores alone).
+in this order; classifier-free guidance comes before them all (`sampling.twins`). A guide is told,
+of each position, the tokens of its row that are fixed. Some are `in_order`: for them that must be
+all the tokens before the position and no others, so the positions of such a row are fixed from left
+to right, and one with something unknown before it waits. A constraint is, and so is a processor,
+which was written for left-to-right texts, unless it reads no context (`reads_context = False` on
+it, or one of those of transformers that look at scores alone).
 
 Shapes: n rows, P positions, V vocabulary, k drafted tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,8 +27,10 @@ from torch import Tensor
 
 from blockdiff.categorical import Array
 from blockdiff.errors import InputError
-from blockdiff.sampling.constraints import Automaton, allowed_along
-from blockdiff.sampling.options import SamplingOptions
+from blockdiff.models.denoiser import Denoiser
+from blockdiff.sampling.constraints import Automaton, Constraint, allowed_along, constrain
+from blockdiff.sampling.options import NEED_TOKENIZER, SamplingOptions, stop_parts
+from blockdiff.sampling.stopping import StopAtText
 
 
 class Guide(Protocol):
@@ -125,15 +127,12 @@ _SCORES_ONLY = {
 
 
 class Processor:
-    """A `LogitsProcessor` of transformers, a list of them, or any callable of that kind."""
+    """A `LogitsProcessor` of transformers, or any callable of that kind."""
 
     def __init__(self, call: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.call = call
-        members: Any = call if isinstance(call, list) else [call]
-        self.in_order = any(
-            getattr(one, "reads_context", type(one).__name__ not in _SCORES_ONLY)
-            for one in members
-        )
+        default = type(call).__name__ not in _SCORES_ONLY
+        self.in_order = bool(getattr(call, "reads_context", default))
 
     def __call__(self, logits: Tensor, texts: Sequence[Array]) -> Tensor:
         found = logits.clone()
@@ -143,25 +142,123 @@ class Processor:
             ids = torch.from_numpy(np.stack([texts[place] for place in places])).to(logits.device)
             scores = self.call(ids, found[places])
             if not isinstance(scores, Tensor) or scores.shape != (len(places), logits.shape[1]):
+                name = getattr(self.call, "__name__", type(self.call).__name__)
                 raise InputError(
-                    f"`logits_processor` {_shown(self.call)} must give scores "
-                    f"{[len(places), logits.shape[1]]}, as many as it was given"
+                    f"`logits_processor` {name} must give scores for {len(places)} positions and "
+                    f"{logits.shape[1]} tokens, as many as it was given"
                 )
             found[places] = scores.to(found.dtype)
         return found
 
 
-def _shown(call: Any) -> str:
-    return getattr(call, "__name__", type(call).__name__)
+@dataclass(frozen=True)
+class Guides:
+    """What guides rows with the same options."""
+
+    guides: Sequence[Guide]
+    constraint: Constraint | None
+
+    @classmethod
+    def of(cls, options: SamplingOptions) -> Guides:
+        found: list[Guide] = []
+        bias: Any = options.logit_bias
+        if bias:
+            found.append(LogitBias(bias))
+        if options.repetition_penalty not in (None, 1):
+            found.append(RepetitionPenalty(options.repetition_penalty))
+        calls = options.logits_processor or ()
+        calls = calls if isinstance(calls, list | tuple) else [calls]
+        return cls([*found, *map(Processor, calls)], options.constraint)
+
+    def __bool__(self) -> bool:
+        return bool(self.guides) or self.constraint is not None
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the positions of the rows are fixed from left to right."""
+        return self.constraint is not None or any(guide.in_order for guide in self.guides)
 
 
-def guides_of(options: SamplingOptions) -> list[Guide]:
-    """What guides the rows with these options, but for constraint and twin."""
-    found: list[Guide] = []
-    if options.logit_bias:
-        found.append(LogitBias(options.logit_bias))
-    if options.repetition_penalty not in (None, 1):
-        found.append(RepetitionPenalty(options.repetition_penalty))
-    if options.logits_processor:
-        found.append(Processor(options.logits_processor))
-    return found
+def chosen_in_order(
+    choose: Callable[[Tensor, Array, Array], tuple[Tensor | None, Tensor]],
+    logits: Tensor,
+    wanted: Array,
+    rows: Sequence[RowGuides],
+) -> tuple[Tensor, Tensor]:
+    """(which are fixed bool [P], tokens int64 [P]) of positions that are decided one by one.
+
+    In each row from left to right: position p is fixed where the order, asked with the guided
+    logits of the wanted positions up to p, would fix them all; the next one sees p's token. The row
+    stops at the first position that the order declines, and where its constraint lets nothing
+    follow. `choose(logits, wanted, places)` asks it of those of the n rows.
+    """
+    owner, device = wanted.nonzero()[0], logits.device
+    first = np.searchsorted(owner, np.arange(len(rows)))  # places of the rows' positions in P
+    count = wanted.sum(1)
+    ahead = [row.automaton.copy() if row.automaton is not None else None for row in rows]
+    texts = [row.text for row in rows]
+    all_guided, fixed, drawn = logits.clone(), np.zeros(len(owner), bool), np.zeros_like(owner)
+    going = np.arange(len(rows))
+    for step in range(int(count.max())):
+        going = going[count[going] > step]
+        if not len(going):
+            break
+        now = first[going] + step
+        allowed = None
+        if ahead[0] is not None:
+            allowed = np.stack([one.allowed() for one in (ahead[i] for i in going) if one])
+        at = torch.from_numpy(now).to(device)
+        new = guided(rows[0].guides, logits[at], [texts[i] for i in going], allowed)
+        if allowed is not None and not bool((new > -torch.inf).any(1).all()):
+            raise InputError("the constraint and what else changes the logits leave no token")
+        all_guided[at] = new
+        asked = np.zeros_like(wanted[going])
+        for place, row in enumerate(going):
+            asked[place, wanted[row].nonzero()[0][: step + 1]] = True
+        every = np.concatenate([np.arange(first[i], first[i] + step + 1) for i in going])
+        chosen, tokens = choose(all_guided[torch.from_numpy(every).to(device)], asked, going)
+        took = np.ones(len(every), bool) if chosen is None else chosen.cpu().numpy()
+        took = np.asarray(took.reshape(len(going), step + 1).all(1))
+        new_tokens = tokens.cpu().numpy().reshape(len(going), step + 1)[:, -1]
+        fixed[now], drawn[now] = took, new_tokens
+        for row, token in zip(going[took].tolist(), new_tokens[took].tolist(), strict=True):
+            texts[row] = np.append(texts[row], token)
+            automaton = ahead[row]
+            if automaton is not None:
+                automaton.advance(token)
+                took[going == row] = not automaton.finished
+        going = going[took]
+    return torch.from_numpy(fixed), torch.from_numpy(drawn).to(device)
+
+
+def bound(
+    options: SamplingOptions,
+    model: Denoiser,
+    tokenizer: Any,
+    ends: Collection[int] | None = None,
+) -> SamplingOptions:
+    """The options with what needs a tokenizer made ready: constraint and stop strings.
+
+    `ends`: the ids that end a text, the model's by default. Raises `InputError` for what cannot be
+    written, before any evaluation.
+    """
+    changes: dict[str, Any] = {}
+    config = model.config
+    needs = [name for name in NEED_TOKENIZER if getattr(options, name) is not None]
+    if needs and tokenizer is None:
+        raise InputError(f"`{needs[0]}` needs the model's tokenizer; give `tokenizer`")
+    for name in needs:
+        value, changes[name] = getattr(options, name), None
+        if name == "stop_strings":
+            changes["stop"] = [*stop_parts(options.stop), StopAtText(value, tokenizer.decode)]
+            continue
+        if ends is None:
+            ends = () if config.eos_token_id is None else (config.eos_token_id,)
+        banned = [config.mask_token_id]
+        if model.drawable is not None:
+            banned += (~model.drawable).nonzero().squeeze(-1).tolist()
+        changes["constraint"] = constrain(
+            tokenizer, **{name: value}, vocab_size=config.vocab_size, eos_token_id=sorted(ends),
+            banned=banned,
+        )  # fmt: skip
+    return replace(options, **changes) if changes else options
