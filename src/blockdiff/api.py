@@ -23,6 +23,7 @@ from blockdiff.evaluation.score import score_tokens
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
 from blockdiff.sampling.generate import Generation, generate_tokens, stream_tokens
+from blockdiff.sampling.guides import bound
 from blockdiff.sampling.options import (
     SamplingKeywords,
     SamplingOptions,
@@ -108,7 +109,8 @@ def stream(
         4 1 True
     """
     ids = encode_prompts(model, prompts, tokenizer, samples)
-    return stream_tokens(model, ids, merge_options(options, **changes), rows)
+    wish = bound(merge_options(options, **changes), model, tokenizer)
+    return stream_tokens(model, ids, wish, rows)
 
 
 @_listed
@@ -140,7 +142,7 @@ def generate(
         [8, 8]
     """
     ids = encode_prompts(model, prompts, tokenizer, samples)
-    wish = merge_options(options, **changes)
+    wish = bound(merge_options(options, **changes), model, tokenizer)
     return to_text(generate_tokens(model, ids, wish, rows), ids, tokenizer)
 
 

@@ -23,6 +23,7 @@ from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import end_ids
 from blockdiff.sampling.generate import stream_tokens
+from blockdiff.sampling.guides import bound
 from blockdiff.sampling.options import SamplingOptions, stop_parts
 from blockdiff.sampling.step import Step
 from blockdiff.sampling.stopping import StopAtText, StopAtTokens, StoppingRule
@@ -121,9 +122,9 @@ class Conversation:
     ) -> None:
         """`system`: what the system says first. Raises `InputError` where the template cannot."""
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.options, self.context = options, model.config.length
         model.config.sampling_blocks(options.block_size)
-        self.ends = template.turn_end.ids | end_ids(model)
+        self.ends, self.context = template.turn_end.ids | end_ids(model), model.config.length
+        self.options = bound(options, model, tokenizer, self.ends)
         self.messages: list[Message] = []
         self.answers = 0
         self.instruct(system)
@@ -168,7 +169,8 @@ class Conversation:
             self.messages = [*reply.messages, {"role": "assistant", "content": content}]
         finish = "interrupted"
         if reply.ended:
-            by_itself = len(new) < reply.longest or (new and new[-1] in self.ends)
+            stopped = last is not None and last.stopped is not None and bool(last.stopped[0])
+            by_itself = stopped or len(new) < reply.longest
             finish = "stop" if by_itself else "length"
         nfe = 0 if last is None else int(last.nfe[0])
         return Answer(content, nfe, len(new), reply.steps.seconds, finish, reply.dropped)

@@ -30,7 +30,7 @@ from blockdiff.evaluation.score import score_tokens
 from blockdiff.models.denoiser import Conventions, Denoiser
 from blockdiff.sampling.engine import Engine
 from blockdiff.sampling.generate import steps_of
-from blockdiff.sampling.options import SamplingKeywords, SamplingOptions
+from blockdiff.sampling.options import NEED_TOKENIZER, SamplingKeywords, SamplingOptions
 
 _GAP = re.compile(r"\[\[gap(?::([^\]]*))?\]\]")
 _LENGTHS = re.compile(r"\s*(\d{1,9})\s*(?:(?:-|\.\.)\s*(\d{1,9})\s*)?")
@@ -144,6 +144,9 @@ def infill(
         if name in changes:
             raise InputError(f"`{name}` is said by the gaps of the text; leave it out")
     wish = replace(merge_options(options, **changes), stop="none")
+    for name in (*NEED_TOKENIZER, "constraint"):
+        if getattr(wish, name) is not None:
+            raise InputError(f"a gap is filled with as many tokens as it has: leave `{name}` out")
     between, lengths = parse_gaps(text)
     longest = max(most for _, most in lengths)
     if longest >= model.config.length:

@@ -23,6 +23,7 @@ from blockdiff.printing import plain_console, printable
 from blockdiff.progress import advance
 from blockdiff.replay import Recorder, write_page
 from blockdiff.sampling.generate import collect, stream_tokens
+from blockdiff.sampling.guides import bound
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.step import Step
 from blockdiff.training.signals import Signals, signal_name
@@ -53,7 +54,7 @@ def write_texts(
     recorder = Recorder(tokenizer, len(ids[0]), block_size, prompt_grid=model.config.prompt_grid)
     given = [prompt for prompt in prompts for _ in range(wish.samples)]
 
-    made: Iterable[Step] = stream_tokens(model, ids, options)
+    made: Iterable[Step] = stream_tokens(model, ids, bound(options, model, tokenizer))
     if wish.page is not None:
         made = recorder.follow(made)
     steps = Timed(made)

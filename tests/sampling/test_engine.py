@@ -10,10 +10,9 @@ from torch.overrides import TorchFunctionMode
 import blockdiff
 from blockdiff import Engine, SamplingOptions, registry
 from blockdiff.errors import InputError
-from blockdiff.sampling import rows as rows_module
 from blockdiff.sampling import stopping
 from blockdiff.sampling.generate import generate_tokens
-from blockdiff.sampling.orders import scheduled
+from blockdiff.sampling.orders import base, scheduled
 from helpers import Operators, random_tokens, tiny_model
 
 KINDS = {
@@ -333,7 +332,7 @@ def test_an_order_from_outside():
 @pytest.mark.parametrize("sampler", ["first_hitting", "analytic", "threshold"])
 def test_what_the_host_knows_is_moved_without_waiting(monkeypatch, sampler):
     """And never in float64, which MPS lacks: here a device that takes float32 only."""
-    for room in (rows_module, scheduled):
+    for room in (base, scheduled):
         monkeypatch.setattr(room, "real_dtype", lambda device: torch.float32)
     moved, waited = [], []
 

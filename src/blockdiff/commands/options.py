@@ -188,6 +188,7 @@ def options_of(kind: type, places: Sequence[str] = ()) -> list[Option]:
     return [
         Option(f.name, texts[f.name], hints[f.name], f.default, f.name in places)
         for f in fields(kind)
+        if not f.metadata.get("from_python")
     ]
 
 

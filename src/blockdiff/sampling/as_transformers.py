@@ -1,9 +1,8 @@
 """`model.generate` in transformers' words: a GenerationConfig in, ids out, a streamer on the way.
 
 The rows are the engine's: the tokens are those of `blockdiff.generate` under the same options and
-seed. What a GenerationConfig asks for and block diffusion has no such thing of (beams, penalties,
-logits processors, …) is refused where the caller asked, and told where a folder's
-generation_config.json did.
+seed. What a GenerationConfig asks for and block diffusion has no such thing of (beams, an assistant
+model, …) is refused where the caller asked, and told where a folder's generation_config.json did.
 
 Shapes: B rows, P prompt, T prompt and text.
 """
@@ -11,26 +10,38 @@ Shapes: B rows, P prompt, T prompt and text.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor
 from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
-from blockdiff.checks import SEEDS, whole_number
+from blockdiff.checks import SEEDS, real_number, whole_number
 from blockdiff.errors import InputError
 from blockdiff.registry import GENERATION
 from blockdiff.sampling.generate import stream_tokens
-from blockdiff.sampling.options import SETTINGS, SamplingOptions, stop_parts, translated
-from blockdiff.sampling.stopping import StopAtText, StopAtTokens
+from blockdiff.sampling.guides import bound
+from blockdiff.sampling.options import SETTINGS, SamplingOptions, translated
+from blockdiff.sampling.stopping import StopAtTokens
 
 _OURS = frozenset(field.name for field in fields(SamplingOptions))
 _THEIRS = {
     *("max_length", "do_sample", "eos_token_id", "pad_token_id", "bos_token_id"),
-    *("num_return_sequences", "return_dict_in_generate", "stop_strings", "tokenizer"),
+    *("num_return_sequences", "return_dict_in_generate", "tokenizer"),
+    *("guidance_scale", "sequence_bias", "no_repeat_ngram_size", "bad_words_ids"),
+    *("suppress_tokens", "min_new_tokens", "prefix_allowed_tokens_fn"),
 }
 # How transformers computes, which is not how this package does: the text is the same.
 _UNREAD = {
@@ -41,14 +52,13 @@ _UNREAD = {
 }
 # Arguments of transformers' `generate` that are no settings.
 _ARGUMENTS = {
-    *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "custom_generate"),
+    *("stopping_criteria", "custom_generate"),
     *("assistant_model", "assistant_tokenizer", "inputs_embeds"),
     *("negative_prompt_ids", "negative_prompt_attention_mask"),
 }
 # Settings that change nothing at 1.
 _NEUTRAL_AT_ONE = {
-    *("num_beams", "num_beam_groups", "repetition_penalty", "encoder_repetition_penalty"),
-    *("typical_p", "top_h", "guidance_scale"),
+    *("num_beams", "num_beam_groups", "encoder_repetition_penalty", "typical_p", "top_h"),
 }
 
 
@@ -96,6 +106,17 @@ def _generate(
     if streamer is not None and len(prompts) > 1:
         raise InputError("a streamer shows one text: give one prompt and no copies of it")
     options = _options(wish, input_ids.shape[1], ends)
+    processors = _processors(wish, prompts, sorted(ends))
+    if processors:  # theirs come first, in their order
+        if options.repetition_penalty is not None:
+            processors.insert(
+                bool(wish.get("sequence_bias")),
+                RepetitionPenaltyLogitsProcessor(options.repetition_penalty),
+            )
+        calls = options.logits_processor or []
+        calls = calls if isinstance(calls, list | tuple) else [calls]
+        options = replace(options, logits_processor=[*processors, *calls], repetition_penalty=None)
+    options = bound(options, model, wish.get("tokenizer"), ends)
     texts = _write(model, prompts, options, streamer)
     pad = next(token for token in (pad, config.eos_token_id, *ends, 0) if token is not None)
     longest = max(map(len, texts))
@@ -202,17 +223,44 @@ def _options(wish: Mapping[str, Any], prompt: int, ends: set[int]) -> SamplingOp
         del own["top_k"]
     if own.get("stop", "eos") == "eos":
         own["stop"] = [StopAtTokens(frozenset(ends))] if ends else ["none"]
-    if texts := wish.get("stop_strings"):
-        tokenizer = wish.get("tokenizer")
-        if tokenizer is None:
-            raise InputError("`stop_strings` needs the `tokenizer` that decodes the text")
-        listed = (texts,) if isinstance(texts, str) else tuple(texts)
-        own["stop"] = [*stop_parts(own["stop"]), StopAtText(listed, tokenizer.decode)]
+    if (guidance := wish.get("guidance_scale")) is not None:
+        if "cfg_scale" in own:
+            raise InputError("`guidance_scale` and `cfg_scale` were both given; leave one out")
+        # Theirs is s + 1: un + g·(cond − un), off at 1.
+        own["cfg_scale"] = real_number("guidance_scale", guidance, 1, 1e6) - 1
     if own.get("temperature") == 0:  # the same text every time: the order is drawn, too
         own.setdefault("seed", 0)
     elif "seed" not in own:
         own["seed"] = int(torch.randint(SEEDS[1], ()))
     return SamplingOptions(**own)
+
+
+def _processors(
+    wish: Mapping[str, Any], prompts: list[list[int]], ends: list[int]
+) -> list[Callable[..., Tensor]]:
+    """transformers' own processors for what its words ask for, in its order."""
+    found: list[Callable[..., Tensor]] = []
+    if bias := wish.get("sequence_bias"):
+        found.append(SequenceBiasLogitsProcessor(bias))
+    if size := wish.get("no_repeat_ngram_size"):
+        found.append(NoRepeatNGramLogitsProcessor(size))
+    if words := wish.get("bad_words_ids"):
+        found.append(NoBadWordsLogitsProcessor(words, ends or None))
+    if (least := wish.get("min_new_tokens")) and ends:
+        starts = set(map(len, prompts))
+        if len(starts) > 1:
+            raise InputError("`min_new_tokens` takes prompts of one length; write them one by one")
+        found.append(MinNewTokensLengthLogitsProcessor(starts.pop(), least, ends))
+    if allowed := wish.get("prefix_allowed_tokens_fn"):
+        if len(prompts) > 1:
+            raise InputError(
+                "`prefix_allowed_tokens_fn` is told which row it is asked of: give one prompt and "
+                "no copies of it"
+            )
+        found.append(PrefixConstrainedLogitsProcessor(allowed, 1))
+    if tokens := wish.get("suppress_tokens"):
+        found.append(SuppressTokensLogitsProcessor(tokens))
+    return found
 
 
 def _write(

@@ -32,6 +32,7 @@ from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.orders.base import Order, RowState, answered, asked
 from blockdiff.sampling.rows import Rows
 from blockdiff.sampling.step import Step
+from blockdiff.sampling.twins import join, leaders, with_twins
 from blockdiff.sampling.verifying import Verifier
 
 
@@ -98,21 +99,22 @@ class Engine:
             self._verifier.admit(places)
         else:
             self.cache.admit(places, rows["size"], rows["capacity"])
-        names: list[int] = rows["name"].tolist()
+        names: list[int] = rows["name"][rows["name"] >= 0].tolist()
         return names
 
     @torch.inference_mode()
     def drop(self, name: int) -> None:
         """Forgets a row, finished or not; raises `InputError` where there is none of that name."""
-        places = (self.rows.state["name"] == name).nonzero()[0].tolist()
-        if not places:
+        names = self.rows.state["name"]
+        if name < 0 or name not in names:
             raise InputError(f"there is no row {name}; give what `admit` returned")
-        self.rows.drop(places[0])
-        if self._verifier is not None:
-            self._verifier.drop(places[0])
-        for cache in self._caches:
-            cache.drop((cache.rows == places[0]).nonzero()[0])
-            cache.rows -= cache.rows > places[0]
+        for place in np.isin(names, [name, -1 - name]).nonzero()[0][::-1].tolist():
+            self.rows.drop(place)
+            if self._verifier is not None:
+                self._verifier.drop(place)
+            for cache in self._caches:
+                cache.drop((cache.rows == place).nonzero()[0])
+                cache.rows -= cache.rows > place
 
     @property
     def _caches(self) -> list[BlockCache]:
@@ -152,8 +154,10 @@ class Engine:
 
     def _step_blocks(self) -> Step:
         rows, state = self.cache.rows, self.rows.state
-        live = (state["length"][rows] < 0).nonzero()[0]
+        leader = leaders(state["name"][rows])  # a twin does as its row does
+        live = ((state["length"][rows] < 0) & (state["name"][rows] >= 0)).nonzero()[0]
         position, unfixed = self.rows.look(rows)
+        unfixed = unfixed[leader]
         part = self.rows.part(rows, position, unfixed)
         if part is not unfixed:  # one that is full may be edited still, before the next
             part &= self.rows.new[rows, : part.shape[1]]
@@ -161,25 +165,27 @@ class Engine:
         views = self.rows.views(rows, live, position, masked)
         wanted, rate = np.zeros_like(masked), np.zeros(len(rows))
         for place, order, view in views:
-            own, rate[place] = asked(order, view)
-            wanted[place, : own.shape[1]] = own
+            asks, rate[place] = asked(order, view)
+            wanted[place, : asks.shape[1]] = asks
         if self._timed and part is not unfixed:  # an order knows of no masks behind the part
             rate = np.where(state["part"][rows] > 0, unfixed.sum(1) / state["size"][rows], rate)
-        logits, noised = self._evaluate(rows, position, wanted, rate)
+        logits, noised = self._evaluate(rows, position, wanted[leader], rate[leader])
+        logits, own, wanted = join(logits, wanted[leader], leader, self.rows.scales(rows))
         state["evaluations"][rows[live]] += 1
         which, tokens = self._choose(logits, wanted, views)
         place, column = (index[which] for index in wanted.nonzero())
+        self._note_logprobs(own, which, tokens, rows[place], position[place, column])
+        place, column, tokens = with_twins(leader, place, column, tokens)
         written, at, edited = rows[place], position[place, column], ~unfixed[place, column]
         self.rows.fix(written, at, tokens)
         self.rows.revised[written, column] |= edited
-        self._note_logprobs(logits, which, tokens, written, at)
         done = state["uncached"][rows] > 0
         if self.rows.shifted:  # a block whose next token is not fixed yet is run again
             done &= np.isin(np.arange(len(rows)), place[column == 0])
         self._store(rows, done, noised)
         unfixed[place, column] = False
         changed = np.isin(np.arange(len(rows)), place)
-        settled = self.rows.settled(rows, part & unfixed, changed)
+        settled = self.rows.settled(rows, part & unfixed, changed)[leader]
         final = np.where(state["edits"][rows] > 0, settled, changed)[live]
         step = self.rows.step(rows[live], written, at, edited, rows[live][final])
         self.rows.require_end(rows)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Conventions
-from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.options import NEED_TOKENIZER, SamplingOptions
 from blockdiff.sampling.orders.base import Order
 
 
@@ -27,6 +29,19 @@ def check_options(config: Conventions, options: SamplingOptions, order: Order) -
             f"the {order.name} sampler asks how probable a token is that the network sees, of "
             "which this model says nothing: use threshold"
         )
+    for name in NEED_TOKENIZER:
+        if getattr(options, name) is not None:
+            raise InputError(
+                f"`{name}` needs a tokenizer: use `generate` or `stream` with one, or give what "
+                "`sampling.guides.bound` makes of the options"
+            )
+    biased: Any = options.logit_bias or {}
+    if biased and max(biased) >= config.vocab_size:
+        raise InputError(
+            f"`logit_bias` names the token {max(biased)}; the model has {config.vocab_size}"
+        )
+    if list(biased.values()).count(-math.inf) >= config.vocab_size - 1:
+        raise InputError("`logit_bias` bans every token; leave some")
     if order.verifies:
         check_verifiable(config, options)
         return 1, 0
@@ -46,6 +61,8 @@ def check_verifiable(config: Conventions, options: SamplingOptions) -> None:
             "the verified sampler writes what L' = 1 would: leave `block_size` out (`drafts` says "
             "how many tokens it drafts)"
         )
+    if options.cfg_scale:
+        raise InputError("the verified sampler takes no `cfg_scale`; leave it out")
     if config.causal:
         if options.drafter == "masks":
             raise InputError("an AR model has no masks to draft with: use the `drafter` table")

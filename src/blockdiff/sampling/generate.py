@@ -64,9 +64,9 @@ class Generation:
     """Finished rows.
 
     `tokens`: new ids of each row, EOS included. `finish`: "eos", "length", "low_entropy" for a text
-    that the rule of that name gave up, or "stop" where another rule ended it. `path_logprobs`: of
-    each new token log p_θ in the evaluation that fixed it, where `logprobs` was asked for. Their
-    sum depends on the path; that of the text is bounded by `score_tokens`.
+    that the rule of that name gave up, or "stop" where another rule or a constraint ended it.
+    `path_logprobs`: of each new token log p_θ in the evaluation that fixed it, where `logprobs` was
+    asked for. Their sum depends on the path; that of the text is bounded by `score_tokens`.
     """
 
     tokens: list[list[int]]
@@ -118,14 +118,16 @@ def collect(
         for row, prompt in enumerate(prompts)
     ]
 
-    def ended(new: list[int], given_up: bool) -> str:
+    def ended(new: list[int], given_up: bool, stopped: bool) -> str:
         if given_up:
             return "low_entropy"
         if new and new[-1] == eos_token_id:
             return "eos"
-        return "stop" if len(new) < max_new_tokens else "length"
+        return "stop" if stopped or len(new) < max_new_tokens else "length"
 
-    finish = [ended(*row) for row in zip(tokens, step.rejected.tolist(), strict=True)]
+    stopped = step.rejected if step.stopped is None else step.stopped
+    facts = zip(tokens, step.rejected.tolist(), stopped.tolist(), strict=True)
+    finish = [ended(*row) for row in facts]
     logprobs = None
     if step.logprobs is not None:
         starts = map(len, prompts)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from blockdiff import checks
@@ -33,7 +33,15 @@ REAL_NUMBERS = {
     "margin": (0, 1, False, False),
     "entropy_bound": (0, 1e30, False, False),
     "edit_threshold": (0, 1, False, False),
+    "repetition_penalty": (0, 1e6, True, False),
+    "cfg_scale": (0, 1e6, False, False),
 }
+# Fields of which the command line knows nothing.
+FROM_PYTHON = {"from_python": True}
+# Fields that `guiding` checks; of the CONSTRAINTS a row has one at most.
+CONSTRAINTS = ("regex", "json_schema", "choices", "constraint")
+NEED_TOKENIZER = ("stop_strings", "regex", "json_schema", "choices")
+GUIDING = ("logit_bias", "stop_strings", "logits_processor", *CONSTRAINTS)
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,20 @@ class SamplingOptions:
             whole block all the same (Fast-dLLM v2's small blocks).
         logprobs: Also give the log-probability of each new token in the evaluation that fixed it,
             before temperature and cuts: the path's own, whose sum is not that of the text.
+        repetition_penalty: Makes tokens of prompt and text less likely: their logits are divided by
+            this where they are above 0, else multiplied [1].
+        logit_bias: Adds to the logits of a token, ID=NUMBER; -inf bans it.
+        cfg_scale: Classifier-free guidance by the text without its prompt: logits become
+            un + (s + 1)·(cond − un); 0 is off.
+        stop_strings: Texts that end a row with the token that completes one.
+        regex: Regular expression that the new text has to match as a whole.
+        json_schema: JSON schema, or a file with one, that the new text has to be valid by; written
+            without free white space.
+        choices: Texts of which the new one has to be one.
+        logits_processor: transformers' LogitsProcessor, a list of them, or a callable (input_ids
+            [m, T], scores [m, V]) → scores. One that reads `input_ids` has the row written from
+            left to right; `reads_context = False` on it says that it does not.
+        constraint: What `constrain` made, or an object with its `begin`, in the place of `regex`.
 
     Example:
         >>> import blockdiff
@@ -108,10 +130,21 @@ class SamplingOptions:
     block_size: int | None = None
     sub_block: int | None = None
     logprobs: bool = False
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | list[str] | None = None
+    cfg_scale: float | None = None
+    stop_strings: list[str] | str | None = None
+    regex: str | None = None
+    json_schema: dict[str, Any] | str | None = None
+    choices: list[str] | str | None = None
+    logits_processor: Any = field(default=None, metadata=FROM_PYTHON)
+    constraint: Any = field(default=None, metadata=FROM_PYTHON)
 
     def __post_init__(self) -> None:
         """Raises `InputError` for numbers and names that cannot be meant."""
-        checks.options(self, WHOLE_NUMBERS, REAL_NUMBERS, own=["stop"])
+        checks.options(self, WHOLE_NUMBERS, REAL_NUMBERS, own=["stop", *GUIDING])
+        for name, value in guiding(self).items():
+            object.__setattr__(self, name, value)
         given = given_settings(vars(self))
         if self.sampler == "auto":
             object.__setattr__(self, "sampler", implied_sampler(given))
@@ -145,6 +178,15 @@ class SamplingKeywords(TypedDict, total=False):
     block_size: int | None
     sub_block: int | None
     logprobs: bool
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | list[str] | None
+    cfg_scale: float | None
+    stop_strings: Sequence[str] | str | None
+    regex: str | None
+    json_schema: Mapping[str, Any] | str | None
+    choices: Sequence[str] | str | None
+    logits_processor: Any
+    constraint: Any
 
 
 # What other programs call our options. `steps` here are those of a block: a word that elsewhere
@@ -203,6 +245,68 @@ def translated(given: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"`{ours}` is given twice, once as `{name}`; leave one out")
         found |= parts
     return found
+
+
+def guiding(options: SamplingOptions) -> dict[str, Any]:
+    """What guides the logits, as the sampler reads it; `InputError` for what cannot be meant.
+
+    Whether a tokenizer can spell it is asked when there is one (`sampling.guides.bound`).
+    """
+    given = [f"`{name}`" for name in CONSTRAINTS if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} exclude each other; give one constraint")
+    for name, kinds in (("regex", str), ("json_schema", str | Mapping)):
+        value = getattr(options, name)
+        if not isinstance(value, kinds | None):
+            what = "text" if kinds is str else "a schema: a mapping, its text, or a file's name"
+            raise InputError(f"`{name}` is {type(value).__name__}; it must be {what}")
+    if options.constraint is not None and not hasattr(options.constraint, "begin"):
+        raise InputError("`constraint` has no `begin`; give what `constrain` made, or `regex`")
+    found = {name: _texts(name, getattr(options, name)) for name in ("choices", "stop_strings")}
+    calls = options.logits_processor
+    for call in calls if isinstance(calls, list | tuple) else [calls] * (calls is not None):
+        if not callable(call):
+            raise InputError(
+                f"`logits_processor` {call!r} cannot be called; give a LogitsProcessor"
+            )
+    return {**found, "logit_bias": _biases(options.logit_bias), "logits_processor": calls or None}
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple) or not all(isinstance(one, str) for one in listed):
+        raise InputError(f"`{name}` is {value!r}; it must be text, or a list of texts")
+    if not listed or "" in listed:
+        raise InputError(f"`{name}` {'holds an empty text' if listed else 'is empty'}; give texts")
+    return tuple(listed)
+
+
+def _biases(given: Any) -> dict[int, float] | None:
+    """id → number; what the command line has is `id=number`."""
+    if given is None:
+        return None
+    pairs = given.items() if isinstance(given, Mapping) else given
+    if isinstance(given, str):
+        pairs = [given]
+    if not isinstance(pairs, Iterable):
+        raise InputError(f"`logit_bias` is {type(given).__name__}; it must map ids to numbers")
+    found: dict[int, float] = {}
+    for pair in pairs:
+        try:
+            token, number = pair.split("=") if isinstance(pair, str) else pair
+            token, number = checks.whole_number("logit_bias", int(token), 0), float(number)
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"`logit_bias` {pair!r} is no id with a number; write 17=-5, or 17=-inf to ban it"
+            ) from None
+        if not number < float("inf"):
+            raise InputError(f"`logit_bias` of {token} is {number}; it must be a number, or -inf")
+        found[token] = number
+    return found or None
 
 
 # What some orders read and others do not.

@@ -20,29 +20,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from blockdiff.categorical import Array, draw, host_uniform, real_dtype, signed
+from blockdiff.categorical import Array, host_uniform, signed
 from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Conventions
 from blockdiff.registry import ORDERS
+from blockdiff.sampling.constraints import Automaton, follow
 from blockdiff.sampling.fitting import check_options, check_prompt
+from blockdiff.sampling.guides import Guides
 from blockdiff.sampling.options import SamplingOptions
-from blockdiff.sampling.orders.base import ORDER, TOKEN, Order, RowState
+from blockdiff.sampling.orders.base import ORDER, Order, RowState, sample_tokens
 from blockdiff.sampling.step import Step
 from blockdiff.sampling.stopping import StoppingRule, rules_of
+from blockdiff.sampling.twins import leaders, prompt_of_twin
 
-# name: what `admit` called it. number, seed: its part of the address of random numbers. group: that
-# of rows with equal options. start, end: where its text begins and ends. known: tokens before the
-# first masked one. first: where its block begins. size: K. stride: from one block to the next.
-# part: so many of its positions are fixed before the next are looked at; 0 for all alike.
-# limit: up to which position blocks are filled. capacity: C. prompt: tokens of it still to be
-# cached. uncached: whether the block before its own is. evaluations: those of its block. nfe: all.
-# rejected: whether a rule gave it up. edits: whether its order does. length: −1 until finished.
+# name: what `admit` called it, −1 − that of its row where it is a twin. number, seed: its part of
+# the address of random numbers. group: that of rows with equal options. start, end: where its text
+# begins and ends. known: tokens before the first masked one. first: where its block begins. size:
+# K. stride: from one block to the next. part: so many of its positions are fixed before the next
+# are looked at; 0 for all alike. limit: up to which position blocks are filled. capacity: C.
+# prompt: tokens of it still to be cached. uncached: whether the block before its own is.
+# evaluations: those of its block. nfe: all. rejected: whether a rule gave it up. stopped: whether
+# one, or its constraint, ended it. edits: whether its order does. length: −1 until finished.
 _FIELDS = (
     "name number seed group start end known first size stride part limit capacity prompt uncached "
-    "evaluations nfe rejected edits length"
+    "evaluations nfe rejected stopped edits length"
 )
 # A block in which something is masked still, this many evaluations beyond its positions and steps,
 # has an order that does not end.
@@ -63,6 +66,8 @@ class Rows:
         self.new = np.empty((0, 0), bool)  # what was masked as it, or its part, began
         self.revised = np.empty((0, 0), bool)  # and what was written over since
         self.groups: list[tuple[SamplingOptions, Order, list[StoppingRule]]] = []
+        self.guides: list[Guides] = []  # of each group
+        self.automata: list[Automaton | None] = []  # of each row, where its constraint stands
         self.admitted = 0
 
     def admit(
@@ -71,22 +76,28 @@ class Rows:
         options: SamplingOptions,
         numbers: Sequence[int] | None,
         after: Sequence[Sequence[int]] | None = None,
+        twins: Array | None = None,
     ) -> Array:
-        """Adds a row for each prompt; their places, which are the last.
+        """Adds a row for each prompt, and its twin; their places, which are the last.
 
         `after`: of each row the text behind what is written; the mask token where that is unknown.
+        `twins`: names of such rows that are twins of others.
         """
         if not isinstance(options, SamplingOptions):
             raise InputError(f"`options` is {type(options).__name__}; give a SamplingOptions")
         config, order = self.config, ORDERS.find(options.sampler, "sampler")
-        names = self.admitted + np.arange(len(prompts))
+        names: Array = self.admitted + np.arange(len(prompts)) if twins is None else twins
         if numbers is not None:
             numbers = [whole_number("number", number, 0) for number in numbers]
         sizes: Any = check_options(config, options, order)
         size, part = sizes
         behind = np.array([len(one) for one in after or ()] or [0] * len(prompts))
-        for prompt, tail in zip(prompts, behind.tolist(), strict=True):
-            check_prompt(config, prompt, options, tail)
+        others: list[list[int]] = []
+        if twins is None:
+            for prompt, tail in zip(prompts, behind.tolist(), strict=True):
+                check_prompt(config, prompt, options, tail)
+            if options.cfg_scale:
+                others = [prompt_of_twin(config, prompt, size) for prompt in prompts]
         rows, places = np.zeros(len(prompts), _STATE), len(self.state) + np.arange(len(prompts))
         start = np.array([len(prompt) for prompt in prompts])
         end = start + options.max_new_tokens
@@ -113,8 +124,12 @@ class Rows:
         # before, which is run once more: of AR the last token.
         again = (self.shifted | order.verifies) & cached & (first == start)
         rows["prompt"] = first - size * again if cached else 0
-        rows["uncached"], rows["edits"], rows["length"] = again, order.edits, -1
-        self.admitted += len(prompts)
+        guides = self.guides[rows["group"][0]]
+        rows["edits"] = order.edits and not guides.in_order
+        rows["uncached"], rows["length"] = again, -1
+        constraint = guides.constraint
+        self.automata += [constraint.begin() if constraint else None for _ in prompts]
+        self.admitted += len(prompts) * (twins is None)
         self.state = np.append(self.state, rows)
         width = int(np.maximum(whole, end + behind).max())
         self.canvas = _grown(self.canvas, len(prompts), width, self.mask_token_id)
@@ -131,6 +146,9 @@ class Rows:
         self.new = _grown(self.new, len(prompts), self.u.shape[1], False)
         self.revised = _grown(self.revised, len(prompts), self.u.shape[1], False)
         self._begin(places, *self.look(places))
+        if others:
+            twins = self.admit(others, options, rows["number"].tolist(), after, -1 - names)
+            return np.append(places, twins)
         return places
 
     def drop(self, place: int) -> None:
@@ -138,6 +156,8 @@ class Rows:
         self.state = np.delete(self.state, place)
         if not len(self.state):
             self.groups.clear()  # no row names one by its number
+            self.guides.clear()
+        del self.automata[place]
         self.canvas, self.u = np.delete(self.canvas, place, 0), np.delete(self.u, place, 0)
         if self.logprobs is not None:
             self.logprobs = np.delete(self.logprobs, place, 0)
@@ -149,7 +169,13 @@ class Rows:
             if known == shared:
                 return number
         self.groups.append((shared, order, rules_of(options.stop)))
+        self.guides.append(Guides.of(options))
         return len(self.groups) - 1
+
+    def scales(self, rows: Array) -> Array:
+        """float64 [n]: how strongly each row is guided by its twin."""
+        found = np.array([float(options.cfg_scale or 0) for options, *_ in self.groups])
+        return found[self.state["group"][rows]]
 
     def look(self, rows: Array) -> tuple[Array, Array]:
         """Positions [n, K] of the rows' blocks, and which of them are still to be fixed."""
@@ -283,6 +309,12 @@ class Rows:
             if order.edits:
                 tokens = self.read(row, view.positions)
                 view = replace(view, tokens=tokens, revisable=self.revisable(row, tokens))
+            if self.guides[number]:
+                known, automata = self.state["known"][row], [self.automata[one] for one in row]
+                view = view.guided(
+                    self.guides[number], self.canvas[row], known, self.new[row, :size], automata,
+                    self.mask_token_id,
+                )  # fmt: skip
             found.append((place, order, view))
         return found
 
@@ -322,8 +354,13 @@ class Rows:
                         f"number from {start}, the prompt's, to {now}, the text's so far"
                     )
                 found.append((int(length), rule.rejects))
+        automaton = self.automata[row]
+        if automaton is not None:
+            length = follow(automaton, self.canvas[row, known:now].tolist())
+            found += [] if length is None else [(known + length, False)]
         if found:  # the first end there is
             self.state["length"][row], self.state["rejected"][row] = min(found)
+            self.state["stopped"][row] = 1
             return
         if now == end:
             self.state["length"][row] = end
@@ -342,6 +379,7 @@ class Rows:
         for row in final.tolist():
             self.finish(row)
         state, found = self.state, [self.canvas.copy(), changed[0]]
+        state["length"] = state["length"][leaders(state["name"])]
         found += [state["nfe"].copy(), state["length"].copy(), state["rejected"] > 0]
         step = Step(*map(torch.from_numpy, [*found, state["name"].copy()]))
         if self.logprobs is not None:
@@ -349,7 +387,9 @@ class Rows:
         if state["edits"].any():
             settled = torch.from_numpy(state["known"].copy())
             step = replace(step, edited=torch.from_numpy(changed[1]), settled=settled)
-        return step
+        step = replace(step, stopped=torch.from_numpy(state["stopped"] > 0))
+        shown = state["name"] >= 0
+        return step if shown.all() else step.of(torch.from_numpy(shown))
 
 
 def _grown(table: Array, rows: int, width: int, fill: float) -> Array:
@@ -357,23 +397,3 @@ def _grown(table: Array, rows: int, width: int, fill: float) -> Array:
     grown = np.full((len(table) + rows, max(width, table.shape[1])), fill, table.dtype)
     grown[: len(table), : table.shape[1]] = table
     return grown
-
-
-def sample_tokens(
-    options: SamplingOptions, logits: Tensor, seeds: Array, numbers: Array, positions: Array
-) -> Tensor:
-    """A token for each row of logits [P, V]; its random number is that of seed, row, position."""
-
-    def uniforms(which: Tensor, attempt: int) -> Tensor:
-        own = slice(None) if attempt == 0 else which.numpy()  # later attempts are a CPU's
-        u = host_uniform(seeds[own], numbers[own], positions[own], TOKEN + attempt)
-        return torch.from_numpy(u).to(logits.device, real_dtype(logits.device), non_blocking=True)
-
-    return draw(
-        logits,
-        uniforms,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        top_p_rule=options.top_p_rule,
-    )

@@ -22,7 +22,8 @@ class Step:
     [B, S]: log p_θ of a token in the evaluation that fixed it, before temperature and cuts, where
     `SamplingOptions.logprobs` asks for it, else NaN; None where no row asks. Where the order of a
     row edits, `edited` bool [B, S] are the positions whose token this step wrote over, and
-    `settled` int64 [B] is how many tokens from each row's beginning are final.
+    `settled` int64 [B] is how many tokens from each row's beginning are final. `stopped` bool [B]:
+    rows that a rule or their constraint ended, and not `max_new_tokens`.
 
     Example:
         >>> import blockdiff
@@ -41,10 +42,16 @@ class Step:
     logprobs: Tensor | None = None
     edited: Tensor | None = None
     settled: Tensor | None = None
+    stopped: Tensor | None = None
 
     @property
     def done(self) -> Tensor:
         return self.lengths >= 0
+
+    def of(self, rows: Tensor) -> Step:
+        """The state of some rows."""
+        parts = {name: value for name, value in vars(self).items() if value is not None}
+        return Step(**{name: value[rows] for name, value in parts.items()})
 
     def final(self, row: int, start: int, mask_token_id: int) -> list[int]:
         """The tokens of `row` from position `start` on that no later step changes.

@@ -38,7 +38,9 @@ from torch import Tensor
 from blockdiff.cache import BlockCache
 from blockdiff.categorical import Array, host_uniform, invert, real_dtype, warp
 from blockdiff.models.denoiser import Denoiser
+from blockdiff.sampling.constraints import Automaton
 from blockdiff.sampling.drafters import table_of
+from blockdiff.sampling.guides import RowGuides
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.rows import Rows
 
@@ -144,8 +146,9 @@ class Verifier:
         valid = (columns.after <= counts[:, None]) & (columns.number <= blocks[:, None])
         logits = self._evaluate(rows, known, valid, columns)
         taken, tokens = np.zeros(len(rows), np.int64), np.zeros((len(rows), k + 1), np.int64)
+        guided = self._guided(rows, known, counts, logits)
         for own, options, _ in plans:
-            taken[own], tokens[own] = self._verify(rows, known, logits, own, options)
+            taken[own], tokens[own] = self._verify(rows, known, guided, own, options)
         place, offset = (np.arange(k + 1) <= taken[:, None]).nonzero()
         at, new = known[place] + offset, tokens[place, offset]
         self.rows.fix(rows[place], at, new)
@@ -191,6 +194,24 @@ class Verifier:
         return torch.zeros(seen.shape, dtype=cache.dtype, device=device).masked_fill_(
             ~seen, -torch.inf
         )
+
+    def _guided(self, rows: Array, known: Array, counts: Array, logits: Tensor) -> Tensor:
+        """Logits of p after what changes or restricts those of some rows."""
+        found = logits
+        for place, row in enumerate(rows):
+            guides = self.rows.guides[self.rows.state["group"][row]]
+            if not guides:
+                continue
+            found = logits.clone() if found is logits else found
+            own = RowGuides(
+                guides.guides, self.rows.canvas[row, : known[place]], self.rows.automata[row]
+            )
+            plain = logits[place, : counts[place] + 1]
+            new = own.along(plain, self.tokens[row, : counts[place]].tolist())
+            # Behind a draft that ends the text, or is not allowed, nothing is asked.
+            dead = (new == -torch.inf).all(-1, keepdim=True)
+            found[place, : counts[place] + 1] = torch.where(dead, plain, new)
+        return found
 
     def _verify(
         self, rows: Array, known: Array, logits: Tensor, own: Array, options: SamplingOptions
@@ -245,6 +266,8 @@ class Verifier:
         """Draws what the rows at `own` try next, as far as there is room for it."""
         begin, rows, device = (known + taken + 1)[own], rows[own], logits.device
         counts = np.clip(self.rows.state["end"][rows] - begin - 1, 0, drafts)
+        automata = [self._ahead(row, end) for row, end in zip(rows, begin, strict=True)]
+        counts *= [one is None or not one.finished for one in automata]
         self.counts[rows] = counts
         drafts = int(counts.max(initial=0))
         self._room(drafts)
@@ -266,6 +289,7 @@ class Verifier:
                 table = np.stack([one.distribution(int(a), int(b)) for one, a, b in pairs])
                 found = torch.from_numpy(np.log(table)).float().to(device)
             found = found.masked_fill(self.blocked[: found.shape[-1]], -torch.inf)
+            found = self._allowed(found, automata)
             q = warped(found, options).softmax(-1)
             u = self._uniforms(rows, begin + i, DRAFT)
             token = invert(q, u)
@@ -273,6 +297,31 @@ class Verifier:
             self.tokens[rows, i] = token.cpu().numpy()
             self.waits += 1
             before = [before[1], self.tokens[rows, i]]
+            for automaton, new in zip(automata, before[1].tolist(), strict=True):
+                if automaton is not None and not automaton.finished:
+                    automaton.advance(new)
+
+    def _ahead(self, row: int, end: int) -> Automaton | None:
+        """The row's automaton behind the first `end` tokens, of which some were just fixed."""
+        automaton = self.rows.automata[row]
+        if automaton is None:
+            return None
+        ahead = automaton.copy()
+        for token in self.rows.canvas[row, self.rows.state["known"][row] : end].tolist():
+            if ahead.finished:
+                break
+            ahead.advance(token)
+        return ahead
+
+    @staticmethod
+    def _allowed(logits: Tensor, automata: list[Automaton | None]) -> Tensor:
+        """Logits [n, V] without what the rows' automata do not allow: it would be refused."""
+        for place, automaton in enumerate(automata):
+            if automaton is not None and not automaton.finished:
+                may = torch.from_numpy(automaton.allowed()).to(logits.device)
+                logits[place, : len(may)].masked_fill_(~may[: logits.shape[1]], -torch.inf)
+                logits[place, len(may) :] = -torch.inf
+        return logits
 
     def _note(
         self, logits: Tensor, rows: Array, place: Array, offset: Array, at: Array, tokens: Array

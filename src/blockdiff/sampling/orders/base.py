@@ -14,16 +14,19 @@ positions in row-major order, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blockdiff.categorical import Array, host_uniform
+from blockdiff.categorical import Array, draw, host_uniform, real_dtype
 from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Remainder
+from blockdiff.sampling.constraints import Automaton
+from blockdiff.sampling.guides import Guides, RowGuides, chosen_in_order, guided
 from blockdiff.sampling.options import SamplingOptions
 
 # What a random number is for, the last part of its address; a token drawn anew counts on.
@@ -43,7 +46,9 @@ class RowState:
     `numbers` int64 [n]: the rows' own numbers, with `seeds` int64 [n] a part of the address of all
     random numbers. `options`: what the rows share; its `seed` and `max_new_tokens` mean nothing.
     `sample`: what `draw` calls. Only where the order `edits`: `tokens` int64 [n, K], what the block
-    holds, and `revisable` bool [n, K], which of these may be written over.
+    holds, and `revisable` bool [n, K], which of these may be written over. `guides`: what changes
+    the logits of each row before the order sees them, none where nothing does; `in_order`: whether
+    positions are fixed from left to right for their sake (`sampling.guides`).
     """
 
     masked: Array
@@ -58,6 +63,41 @@ class RowState:
     remainder: Remainder = "first"
     tokens: Array = field(default_factory=lambda: np.empty((0, 0), np.int64))
     revisable: Array = field(default_factory=lambda: np.empty((0, 0), bool))
+    guides: Sequence[RowGuides] = ()
+    in_order: bool = False
+
+    def of(self, places: Array) -> RowState:
+        """Some of the rows."""
+        found: dict[str, Any] = {"guides": [self.guides[place] for place in places.tolist()]}
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray) and len(value) == len(self.masked):
+                found[name] = value[places]
+        return replace(self, **found)
+
+    def guided(
+        self,
+        guides: Guides,
+        canvas: Array,
+        known: Array,
+        new: Array,
+        automata: Sequence[Automaton | None],
+        mask_token_id: int,
+    ) -> RowState:
+        """These rows with what `guides` are told of each; in order, where these want them so.
+
+        `canvas` int64 [n, S]: all of their texts, of which the first `known` [n] tokens are fixed.
+        `new` bool [n, K]: what was masked as the block, or its part, began.
+        """
+        if not guides.in_order:
+            texts = [text[text != mask_token_id] for text in canvas]
+            return replace(self, guides=[RowGuides(guides.guides, text) for text in texts])
+        rows = zip(canvas, known.tolist(), automata, strict=True)
+        found = [RowGuides(guides.guides, text[:end], one) for text, end, one in rows]
+        u = self.u.copy()
+        for own, masked in zip(u, new, strict=True):  # an order that reads u goes left to right
+            own[masked] = -np.sort(-own[masked])
+        none = np.zeros_like(self.revisable)
+        return replace(self, guides=found, u=u, revisable=none, in_order=True)
 
     def draw(self, logits: Tensor, wanted: Array) -> Tensor:
         """A token for each position of `wanted` bool [n, K], int64 [P], from its logits [P, V].
@@ -72,6 +112,26 @@ class RowState:
         """Uniform numbers [n, K] of the positions; `address` says what for, behind 0 and 1."""
         seeds, numbers = self.seeds[:, None], self.numbers[:, None]
         return host_uniform(seeds, numbers, self.positions, *address)
+
+
+def sample_tokens(
+    options: SamplingOptions, logits: Tensor, seeds: Array, numbers: Array, positions: Array
+) -> Tensor:
+    """A token for each row of logits [P, V]; its random number is that of seed, row, position."""
+
+    def uniforms(which: Tensor, attempt: int) -> Tensor:
+        own = slice(None) if attempt == 0 else which.numpy()  # later attempts are a CPU's
+        u = host_uniform(seeds[own], numbers[own], positions[own], TOKEN + attempt)
+        return torch.from_numpy(u).to(logits.device, real_dtype(logits.device), non_blocking=True)
+
+    return draw(
+        logits,
+        uniforms,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        top_p_rule=options.top_p_rule,
+    )
 
 
 class Order:
@@ -141,13 +201,32 @@ def asked(order: Order, rows: RowState) -> tuple[Array, Array]:
     rate = np.asarray(order.mask_rate(rows, wanted), dtype=np.float64)
     if rate.shape != (len(masked),) or not ((rate >= 0) & (rate <= 1)).all():
         raise _wrong(order, "mask_rate", f"{len(masked)} numbers from 0 to 1")
+    if rows.in_order:  # as many, but the first
+        wanted = masked & (masked.cumsum(1) <= wanted.sum(1, keepdims=True))
     return wanted, rate
 
 
 def answered(
     order: Order, logits: Tensor, wanted: Array, rows: RowState
 ) -> tuple[Tensor | None, Tensor]:
-    """What an order's `choose` gives; raises `InputError` for other types or shapes."""
+    """What an order's `choose` gives for guided logits.
+
+    Raises `InputError` for other types or shapes.
+    """
+    if rows.in_order:
+        return chosen_in_order(
+            lambda logits, wanted, places: _answered(order, logits, wanted, rows.of(places)),
+            logits, wanted, rows.guides,
+        )  # fmt: skip
+    if rows.guides:
+        texts = [rows.guides[row].text for row in wanted.nonzero()[0].tolist()]
+        logits = guided(rows.guides[0].guides, logits, texts)
+    return _answered(order, logits, wanted, rows)
+
+
+def _answered(
+    order: Order, logits: Tensor, wanted: Array, rows: RowState
+) -> tuple[Tensor | None, Tensor]:
     match order.choose(logits, wanted, rows):
         case (None | Tensor() as chosen, Tensor() as tokens) if (
             tokens.dtype,
