@@ -143,7 +143,7 @@ def infill(
     for name in ("max_new_tokens", "stop"):
         if name in changes:
             raise InputError(f"`{name}` is said by the gaps of the text; leave it out")
-    wish = replace(merge_options(options, **changes), stop="none")
+    wish = replace(merge_options(options, model=model, **changes), stop="none")
     between, lengths = parse_gaps(text)
     longest = max(most for _, most in lengths)
     if longest >= model.config.length:
