@@ -89,7 +89,7 @@ def test_options_are_few_and_known() -> None:
     assert counts == {
         "train": 66, "evaluate": 28, "score": 17, "zero-shot": 17, "variance": 29,
         "evaluate-samples": 13, "generate": 34, "chat": 30, "tokenizer": 5, "benchmark": 16,
-        "reproduce": 6, "demo": 5, "adapt": 8, "export": 4, "infill": 29,
+        "reproduce": 6, "demo": 5, "adapt": 8, "export": 4, "infill": 29, "tune": 37,
     }  # fmt: skip
 
 
