@@ -22,6 +22,7 @@ from blockdiff.errors import InputError
 from blockdiff.evaluation.score import score_tokens
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
+from blockdiff.sampling.defaults import options_for
 from blockdiff.sampling.generate import Generation, generate_tokens, stream_tokens
 from blockdiff.sampling.guides import bound
 from blockdiff.sampling.options import (
@@ -109,7 +110,7 @@ def stream(
         4 1 True
     """
     ids = encode_prompts(model, prompts, tokenizer, samples)
-    wish = bound(merge_options(options, **changes), model, tokenizer)
+    wish = bound(merge_options(options, model=model, **changes), model, tokenizer)
     return stream_tokens(model, ids, wish, rows)
 
 
@@ -129,8 +130,10 @@ def generate(
     `prompts`: a text, several, rows of token ids, or nothing to start at the beginning of a text;
     any lengths. `samples`: rows per prompt. The fields of `SamplingOptions` are given as keywords
     (max_new_tokens=64, top_p=0.9, seed=1, …), in `options` (a `SamplingOptions` or a mapping), or
-    both: keywords come first. A row's text depends on the seed and its number only: `rows=[3]`
-    gives the fourth row of a batch alone. Raises `InputError` on bad input.
+    both: keywords come first. What neither says is as the model's folder asks (the key `blockdiff`
+    of its generation_config.json), except that a `SamplingOptions` says everything. A row's text
+    depends on the seed and its number only: `rows=[3]` gives the fourth row of a batch alone.
+    Raises `InputError` on bad input.
 
     Example:
         >>> import blockdiff
@@ -142,17 +145,20 @@ def generate(
         [8, 8]
     """
     ids = encode_prompts(model, prompts, tokenizer, samples)
-    wish = bound(merge_options(options, **changes), model, tokenizer)
+    wish = bound(merge_options(options, model=model, **changes), model, tokenizer)
     return to_text(generate_tokens(model, ids, wish, rows), ids, tokenizer)
 
 
 def merge_options(
-    options: Options | None = None, **changes: Unpack[SamplingKeywords]
+    options: Options | None = None, *, model: Any = None, **changes: Unpack[SamplingKeywords]
 ) -> SamplingOptions:
     """`options` with the keywords' changes; raises `InputError` for what is no option.
 
-    Other programs' words are understood, too: see `ALIASES` in `blockdiff.sampling.options`.
+    What neither says is what the folder of `model` asks for (`sampling.defaults`), but for a
+    `SamplingOptions`, which says everything. Other programs' words are understood, too: see
+    `ALIASES` in `blockdiff.sampling.options`.
     """
+    whole = isinstance(options, SamplingOptions)
     if isinstance(options, SamplingOptions):
         options = vars(options)
         chosen = options["sampler"]
@@ -167,7 +173,7 @@ def merge_options(
     known = [field.name for field in fields(SamplingOptions)]
     for name in wish.keys() - known:
         raise InputError(f"there is no sampling option {name!r}; there are {', '.join(known)}")
-    return SamplingOptions(**wish)
+    return SamplingOptions(**wish) if whole else options_for(model, wish)
 
 
 def to_text(

@@ -13,7 +13,7 @@ import difflib
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +26,7 @@ from blockdiff.models.loading import load
 from blockdiff.models.weights import convert, resolve_precision
 from blockdiff.outputs import to_json
 from blockdiff.printing import plain_console, printable
+from blockdiff.sampling.defaults import filled
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.step import Step
 from blockdiff.training.signals import Signals
@@ -44,9 +45,18 @@ _ALIASES = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/clear": "/reset"
 
 
 def chat(
-    source: str, wish: Any, options: SamplingOptions, device: str | None = None, **opening: Any
+    source: str,
+    wish: Any,
+    options: SamplingOptions,
+    device: str | None = None,
+    *,
+    told: Collection[str] | None = None,
+    **opening: Any,
 ) -> None:
     """Holds a conversation; `wish` is the command line's `ChatOptions`, `opening` goes to `load`.
+
+    `told`: those of the `options` that were given, None for all; the others are the folder's where
+    it has them.
 
     Where standard input and output are a terminal, messages are typed there; else each line of
     standard input is one. Raises `InputError` for what cannot be meant, and, outside a terminal,
@@ -59,6 +69,7 @@ def chat(
     model, tokenizer = load(
         source, tokenizer=wish.tokenizer, device=choose_device(device), **opening
     )
+    options = filled(model, options, told)
     plain = given is None and tokenizer.chat_template is None
     template = ChatTemplate(tokenizer, PLAIN if plain else given)
     talk = Conversation(model, tokenizer, template, options, wish.system)

@@ -102,6 +102,17 @@ def whole_numbers(name: str, value: object, low: int = 1) -> tuple[int, ...]:
     return found
 
 
+def real_numbers(name: str, text: str) -> tuple[float, ...]:
+    """The numbers in a text such as "0.5,0.9", none twice; raises `InputError` for another."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found):
+        raise InputError(f"`{name}` is {text!r}; it must be different numbers like 0.5,0.9")
+    return found
+
+
 def shares(name: str, value: str | None, count: int, of: str) -> list[float]:
     """Shares, with sum 1, of a text of `count` weights above 0; equal ones for None.
 

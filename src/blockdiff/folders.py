@@ -41,7 +41,9 @@ TOKENIZER: Tree = {
     r"vocab\.txt|merges\.txt|chat_template\.jinja": None,
     r"(spiece|tokenizer|sentencepiece\.bpe)\.model": None,
 }
+TUNING: Tree = {r"tuning\.(json|png)": None}
 MODEL: Tree = TOKENIZER | {
+    r"tuning": TUNING,
     r"(generation_)?config\.json|modeling_blockdiff\.py": None,
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?": None,
     r"README\.md": CARD_MARK,
@@ -71,6 +73,7 @@ KINDS: dict[str, tuple[str, Tree]] = {
     "demo": ("ar/run.json", DEMO),
     "model": ("config.json", MODEL),
     "tokenizer": ("tokenizer_config.json", TOKENIZER),
+    "tuning": ("tuning.json", TUNING),
 }
 # What one of these finds of another's in its place, `overwrite` replaces as well.
 RUNS = ("run", "reproduction", "demo")

@@ -143,7 +143,7 @@ def infill(
     for name in ("max_new_tokens", "stop"):
         if name in changes:
             raise InputError(f"`{name}` is said by the gaps of the text; leave it out")
-    wish = replace(merge_options(options, **changes), stop="none")
+    wish = replace(merge_options(options, model=model, **changes), stop="none")
     for name in (*NEED_TOKENIZER, "constraint"):
         if getattr(wish, name) is not None:
             raise InputError(f"a gap is filled with as many tokens as it has: leave `{name}` out")

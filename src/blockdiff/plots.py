@@ -1,4 +1,4 @@
-"""Loss curves, and the noise of estimators."""
+"""Loss curves, the noise of estimators, and what speed costs in quality."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
+from matplotlib.lines import Line2D
 from matplotlib.ticker import (
     EngFormatter,
     FormatStrFormatter,
@@ -250,3 +251,75 @@ def _variance_panel(axes: Axes, records: Sequence[Mapping[str, Any]], kind: str)
         axes.annotate("0", (0.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axes.set_ylim(-0.6, len(values) - 0.4)
     bare(axes)
+
+
+_MARKERS = "osD^vP"
+
+
+@words_as_written
+def frontier_plot(record: Mapping[str, Any], path: Path | None = None) -> Figure:
+    """Draws perplexity over tokens/s and over tokens an evaluation, as a PNG.
+
+    `record`: that of `evaluation.tuning.tune`. An order is a colour, a block size a marker, hollow
+    where the texts are duller than allowed; beside it are its settings. The line is the frontier,
+    the green band what the tolerance allows, the ring the choice. Returns the figure, and writes no
+    file where `path` is None.
+    """
+    figure, panels = new_figure(11, 5.4, columns=2)
+    points, settings = record["points"], record["settings"]
+    orders = list(dict.fromkeys(one["options"]["sampler"] for one in points))
+    sizes = sorted({one["options"]["block_size"] for one in points})
+    colours = dict(zip(orders, cycle((*COLOURS, "0.45")), strict=False))
+    markers = dict(zip(sizes, cycle(_MARKERS), strict=False))
+    base, chosen = points[record["reference"]], points[record["chosen"]]
+    most = base["perplexity"]["value"] * (1 + record["tuned"]["tolerance"])
+    # What is worse than this is drawn at the edge.
+    top = min(4 * most, 1.2 * max(most, *(one["perplexity"]["value"] for one in points)))
+    figures = ("tokens_per_second", "tokens/s"), ("tokens_per_nfe", "tokens an evaluation (TPF)")
+    for axes, (figure_of, name) in zip(panels, figures, strict=True):
+        axes.axhspan(0, most, color=COLOURS[2], alpha=0.08, linewidth=0)
+        line = [(one[figure_of], one["perplexity"]["value"]) for one in points if one["frontier"]]
+        axes.plot(*zip(*sorted(line), strict=True), color="0.7", linewidth=1.2, zorder=1)
+        for one in points:
+            options, value = one["options"], one["perplexity"]["value"]
+            colour, above = colours[options["sampler"]], not value < top
+            if not above:
+                axes.errorbar(one[figure_of], value, one["perplexity"]["stderr"] or 0, fmt="none",
+                              ecolor=colour, elinewidth=0.8, alpha=0.6, zorder=2)  # fmt: skip
+            axes.plot(one[figure_of], min(value, top), markers[options["block_size"]],
+                      color=colour, markerfacecolor=colour if one["lively"] else "white",
+                      markersize=6.5, alpha=0.9, zorder=3, clip_on=False)  # fmt: skip
+            label = _point_label(options) + (f" ↑ {value:.0f}" if above else "")
+            axes.annotate(label, (one[figure_of], min(value, top)), (6, 4),
+                          textcoords="offset points", fontsize=7.5, color=colour)  # fmt: skip
+        axes.plot(chosen[figure_of], chosen["perplexity"]["value"], "o", markersize=16, zorder=3,
+                  markerfacecolor="none", color="black", markeredgewidth=1.3)  # fmt: skip
+        axes.set_xlabel(name)
+        axes.margins(x=0.1)
+        axes.set_yscale("log")
+        logarithmic(axes.yaxis)
+        least = min(most / 1.5, *(one["perplexity"]["value"] for one in points))
+        axes.set_ylim(least / 1.2, top)
+    panels[0].set_ylabel(f"perplexity (judge: {settings['judge']})")
+    panels[1].tick_params(labelleft=False)
+    figure.suptitle(f"{settings['model']} on {settings['data']}", x=0.01, ha="left")
+    key = [_entry(order.replace("_", " "), "o", colours[order]) for order in orders]
+    if len(sizes) > 1:
+        key += [_entry(f"L' = {size}", markers[size], "0.35") for size in sizes]
+    if not all(one["lively"] for one in points):
+        key.append(_entry("duller than allowed", "o", "0.35", markerfacecolor="white"))
+    key.append(_entry("chosen", "o", "black", markersize=12, markerfacecolor="none"))
+    rows = -(-len(key) // 8)
+    figure.legend(handles=key, loc="outside lower center", ncols=-(-len(key) // rows),
+                  frameon=False, fontsize=9)  # fmt: skip
+    return save_figure(figure, path)
+
+
+def _entry(label: str, marker: str, colour: str, **style: Any) -> Line2D:
+    return Line2D([], [], color=colour, marker=marker, linestyle="", label=label, **style)
+
+
+def _point_label(options: Mapping[str, Any]) -> str:
+    values = [f"{value:g}" for name, value in options.items()
+              if name not in ("sampler", "block_size", "temperature")]  # fmt: skip
+    return ", ".join(values)

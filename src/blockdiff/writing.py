@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from types import FrameType
 from typing import Any
@@ -22,6 +22,7 @@ from blockdiff.outputs import local_path, new_file, to_json
 from blockdiff.printing import plain_console, printable
 from blockdiff.progress import advance
 from blockdiff.replay import Recorder, write_page
+from blockdiff.sampling.defaults import filled
 from blockdiff.sampling.generate import collect, stream_tokens
 from blockdiff.sampling.guides import bound
 from blockdiff.sampling.options import SamplingOptions
@@ -31,10 +32,17 @@ from blockdiff.watch import Timed, new_tokens, watch
 
 
 def write_texts(
-    source: str, wish: Any, options: SamplingOptions, device: str | None = None, **opening: Any
+    source: str,
+    wish: Any,
+    options: SamplingOptions,
+    device: str | None = None,
+    *,
+    told: Collection[str] | None = None,
+    **opening: Any,
 ) -> None:
     """Generates as asked and prints; `wish` is the command line's `GenerateOptions`, `opening`
-    how `load` opens the model.
+    how `load` opens the model. `told`: those of the `options` that were given, None for all; the
+    others are the folder's where it has them.
 
     A single text is printed while it is written where standard output is a terminal. Raises
     `RunStopped` on Ctrl-C or SIGTERM, with what was written until then printed.
@@ -49,6 +57,7 @@ def write_texts(
     model, tokenizer, precision = open_to_write(source, wish, device, **opening)
     if wish.compile:
         model.compile_layers()
+    options = filled(model, options, told)
     ids = encode_prompts(model, prompts, tokenizer, wish.samples)
     block_size = model.config.sampling_blocks(options.block_size)[1]
     recorder = Recorder(tokenizer, len(ids[0]), block_size, prompt_grid=model.config.prompt_grid)

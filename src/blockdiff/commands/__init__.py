@@ -14,6 +14,7 @@ from blockdiff.commands import (
     score,
     tokenizer,
     train,
+    tune,
     variance,
     zero_shot,
 )
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate-samples": evaluate_samples.COMMAND,
     "export": export.COMMAND,
     "generate": generate.COMMAND,
+    "tune": tune.COMMAND,
     "infill": infill.COMMAND,
     "chat": chat.COMMAND,
     "tokenizer": tokenizer.COMMAND,

@@ -56,7 +56,7 @@ def _run(given: Given) -> None:
     from blockdiff.chat import chat
 
     model = given.make(ModelOptions)
-    chat(model.model, wish, options, device=model.device, **model.opening)
+    chat(model.model, wish, options, device=model.device, told=given.named, **model.opening)
 
 
 COMMAND = Command(

@@ -48,7 +48,7 @@ def _run(given: Given) -> None:
     from blockdiff.writing import write_texts
 
     model = given.make(ModelOptions)
-    write_texts(model.model, wish, options, device=model.device, **model.opening)
+    write_texts(model.model, wish, options, device=model.device, told=given.named, **model.opening)
 
 
 COMMAND = Command(

@@ -136,6 +136,7 @@ _COMMANDS = {
     "zero-shot": "zeroshot zero",
     "evaluate-samples": "eval-samples judge mauve genppl gen-ppl quality sample-eval score-samples",
     "variance": "var noise",
+    "tune": "tuning autotune calibrate sweep frontier pareto search optimize optimise",
     "tokenizer": "tokenize tokenise tok train-tokenizer bpe",
     "benchmark": "bench speed time timing profile",
     "demo": "quickstart tutorial example try",

@@ -52,7 +52,12 @@ def _run(given: Given) -> None:
     model, tokenizer, precision = open_to_write(place.model, wish, place.device, **place.opening)
     told = False
     for done in infill(
-        model, text, tokenizer=tokenizer, samples=wish.samples, tries=wish.tries, options=options
+        model,
+        text,
+        tokenizer=tokenizer,
+        samples=wish.samples,
+        tries=wish.tries,
+        options={name: getattr(options, name) for name in given.named & vars(options).keys()},
     ):
         line = done.blind(model.config)
         if line and not told:

@@ -21,7 +21,7 @@ from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
 from blockdiff.evaluation.likelihood import likelihood
-from blockdiff.evaluation.options import EvaluateOptions, Opening, TextOptions
+from blockdiff.evaluation.options import EvaluateOptions, Opening, TextOptions, TuneOptions
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
 from blockdiff.models.weights import convert, resolve_precision
@@ -84,7 +84,7 @@ def options_of_run(
     return data, settings, part
 
 
-def text_options(wish: TextOptions) -> dict[str, Any]:
+def text_options(wish: TextOptions | TuneOptions) -> dict[str, Any]:
     """What was said of the options of `DEFAULTS`; None for the others."""
     return {name: getattr(wish, name, None) for name in DEFAULTS}
 
@@ -223,12 +223,20 @@ def evaluate_corpus(
 
 
 def open_to_measure(
-    model: str | Path, wish: Opening, device: str | None, **opening: Any
+    model: str | Path,
+    wish: Opening,
+    device: str | None,
+    *,
+    few_tokens: bool = False,
+    **opening: Any,
 ) -> tuple[Denoiser, PreTrainedTokenizerBase, str]:
-    """(model, tokenizer, what `precision` became), its weights in that precision."""
+    """(model, tokenizer, what `precision` became), its weights in that precision.
+
+    `few_tokens`: as `convert` has it, for a model that writes.
+    """
     network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device), **opening)
     precision = resolve_precision(wish.precision, network.device)
-    convert(network, precision, network.device)
+    convert(network, precision, network.device, few_tokens=few_tokens)
     if precision == "float32" and network.dtype == torch.bfloat16:
         precision = "bf16"  # as its weights were read
     return network, words, precision

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from blockdiff import checks
-from blockdiff.registry import BoundName
+from blockdiff.errors import InputError
+from blockdiff.registry import ORDERS, BoundName
+from blockdiff.sampling.options import SamplingOptions
 from blockdiff.training.config import Detokenizer, Format
 
 Part = Literal["all", "train", "validation"]
@@ -202,3 +204,135 @@ class SampleOptions:
         """Raises `InputError` for sizes and names that cannot be meant."""
         numbers = ("window", "words", "seed", "split_seed", "validation_fraction")
         checks.numbers(**{name: getattr(self, name) for name in numbers})
+
+
+# Lists of the command line → the setting whose values they are.
+LISTS = {
+    "tokens_per_step": "tokens_per_step",
+    "steps": "steps",
+    "thresholds": "threshold",
+    "margins": "margin",
+    "entropy_bounds": "entropy_bound",
+}
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """Choose how a model decodes: quality against speed over orders and their settings.
+
+    Attributes:
+        data: Corpus whose texts are continued: pydoc, files, a folder, or a hub id; may be given
+            several times.
+        part: all, or the train or validation documents of the split training made; of the text
+            the model was trained on, what its run held out, else all.
+        validation_fraction: Share of the text held out in that split; else 0.05.
+        split_seed: Seed of that split; else 0.
+        text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
+        split: Split of a hub data set.
+        subset: Subset of a hub data set.
+        detokenizer: What undoes a benchmark's own marks.
+        samples: Texts that each setting writes.
+        prompt_tokens: Tokens of real text that each begins with.
+        max_new_tokens: New tokens of each.
+        orders: Orders to try, with commas; all that the model allows when left out.
+        block_sizes: Block sizes L', for example 1,4,16; those the model was trained with when left
+            out.
+        temperatures: Temperatures, for example 0.7,1; the first is the reference's. The chosen one
+            is written only where this is given.
+        tokens_per_step: Tokens an evaluation of confidence and entropy, for example 2,4.
+        steps: Steps per block, in the place of tokens_per_step.
+        thresholds: Thresholds, for example 0.9,0.7.
+        margins: Margins.
+        entropy_bounds: Entropy bounds, in nats.
+        judge: Causal language model (folder or hub id) that measures perplexity; when left out the
+            model itself, at L' = 1 where it has that, else by its own bound.
+        window: Tokens the judge reads at once; 1024, moved by half, or what it was made for.
+        tolerance: By what share a setting's perplexity may exceed the reference's.
+        entropy_tolerance: By what share its texts' entropy may fall short of the reference's.
+        batch_size: Texts written at once where speed is measured.
+        repeats: Times that speed is measured, all settings in turn; the median counts.
+        seed: Seed of the prompts and texts.
+        precision: Weights: float32, bf16, int8, or auto (bf16 where the processor is made for it).
+        tokenizer: Folder or hub id of the tokenizer, where the model has none.
+        out: Folder for tuning.json and tuning.png; `tuning` in the model's folder when left out.
+            What is there already is not measured again.
+        overwrite: Measure everything anew.
+        write: Write the choice into the model folder's generation_config.json.
+    """
+
+    data: str | list[str]
+    part: Part | None = None
+    validation_fraction: float | None = None
+    split_seed: int | None = None
+    text_column: str | None = None
+    split: str | None = None
+    subset: str | None = None
+    detokenizer: Detokenizer | None = None
+    samples: int = 64
+    prompt_tokens: int = 32
+    max_new_tokens: int = 128
+    orders: str | None = None
+    block_sizes: str | None = None
+    temperatures: str | None = None
+    tokens_per_step: str | None = None
+    steps: str | None = None
+    thresholds: str | None = None
+    margins: str | None = None
+    entropy_bounds: str | None = None
+    judge: str | None = None
+    window: int | None = None
+    tolerance: float = 0.05
+    entropy_tolerance: float = 0.02
+    batch_size: int = 1
+    repeats: int = 3
+    seed: int = 0
+    precision: Precision = "auto"
+    tokenizer: str | None = None
+    out: str | None = None
+    overwrite: bool = False
+    write: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for numbers, names and lists that cannot be meant."""
+        whole = {
+            "samples": (2, checks.LARGEST_TEXT),
+            "prompt_tokens": (1, checks.LARGEST_SIZE),
+            "max_new_tokens": (2, checks.LARGEST_TEXT),
+            "repeats": (1, checks.LARGEST_TEXT),
+        }
+        shares = {"tolerance": (0, 1e3, False, False), "entropy_tolerance": (0, 1, False, False)}
+        checks.options(self, whole, shares)
+        if self.steps is not None and self.tokens_per_step is not None:
+            raise InputError("`steps` and `tokens_per_step` both say how many tokens: give one")
+        names = self.order_names
+        for name, setting in LISTS.items():
+            values = self.values(name)
+            readers = [one for one in ORDERS if setting in ORDERS.words("reads", one)]
+            if values and names and not set(names) & set(readers):
+                raise InputError(
+                    f"`{name}` is read by none of the `orders`; add {' or '.join(readers)}"
+                )
+            for value in values:
+                SamplingOptions(**{setting: value})
+        for value in self.values("temperatures"):
+            SamplingOptions(temperature=value)
+        self.values("block_sizes")
+
+    @property
+    def order_names(self) -> list[str]:
+        """Those asked for; none where the choice is left to the model."""
+        if self.orders is None:
+            return []
+        names = [name.strip() for name in self.orders.split(",")]
+        for name in names:
+            checks.one_of("orders", name, [*ORDERS])
+        return list(dict.fromkeys(names))
+
+    def values(self, name: str) -> tuple[Any, ...]:
+        """The numbers in a list, none twice; none where it was left out."""
+        text = getattr(self, name)
+        if text is None:
+            return ()
+        if name in ("block_sizes", "steps", "tokens_per_step"):
+            return checks.whole_numbers(name, text)
+        return checks.real_numbers(name, text)

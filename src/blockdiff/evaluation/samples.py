@@ -136,7 +136,7 @@ def sample_quality(
         perplexity=perplexity,
         entropy=Measured(entropy, mean_error(entropies)),
         distinct={n: _spread(rows, partial(distinct, n=n), seed) for n in ORDERS},
-        divergence=None if real is None else _divergences(rows, real, seed),
+        divergence=None if real is None else divergences(rows, real, seed),
         length_median=float(np.median(lengths)),
         length_max=int(max(lengths)),
         rejection_rate=cost.get("rejection_rate") if cost else None,
@@ -196,7 +196,8 @@ def _spread(rows: Sequence[Ids], statistic: Callable[[list[Ids]], float], seed: 
     return Measured(value, float(np.std(half, ddof=1)))
 
 
-def _divergences(rows: Sequence[Ids], real: Sequence[Ids], seed: int) -> dict[int, Measured]:
+def divergences(rows: Sequence[Ids], real: Sequence[Ids], seed: int) -> dict[int, Measured]:
+    """`divergence` of single tokens and of pairs, with their errors."""
     return {n: _spread(rows, partial(divergence, reference=real, n=n), seed) for n in (1, 2)}
 
 

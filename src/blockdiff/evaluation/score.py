@@ -63,6 +63,7 @@ def score_tokens(
     timesteps: int = 1000,
     seed: int = 0,
     greedy: bool = True,
+    block_size: int | None = None,
     batch_size: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Score]:
@@ -70,11 +71,13 @@ def score_tokens(
 
     Of a row that is longer than the model's context L its last L tokens are taken. Masks, and the
     order in which a block diffusion model decodes greedily (its sampler is first_hitting), depend
-    on `seed` and the row's own tokens, not on the other rows. `progress` is called with the number
-    of rows that are measured. Raises `InputError` for an empty part, or a continuation that leaves
-    no room for a token before it.
+    on `seed` and the row's own tokens, not on the other rows. `block_size`: L' of the bound, the
+    model's own when left out. `progress` is called with the number of rows that are measured.
+    Raises `InputError` for an empty part, or a continuation that leaves no room for a token before
+    it.
     """
-    length, size = model.config.length, model.config.block_size
+    length = model.config.length
+    size = model.config.block_size if block_size is None else block_size
     rows: list[tuple[list[int], int]] = []
     for number, (before, after) in enumerate(zip(beginnings, continuations, strict=True), start=1):
         if not len(before) or not len(after):
@@ -108,6 +111,7 @@ def score_tokens(
             maskable[place, len(row) - new : len(row)] = True
         found = likelihood(
             model, x_0, estimator, draws, seed, timesteps=timesteps, maskable=maskable,
+            block_size=block_size,
             rows=torch.tensor([addresses[i] for i in members]), batch_size=batch_size,
             progress=progress,
         )  # fmt: skip

@@ -94,7 +94,7 @@ def load_model(
             base, dtype=dtype, mask_token_id=mask_token_id, block_size=block_size,
             device_map=device_map,
         )  # fmt: skip
-        return lora.open_adapter(opened, folder).eval()
+        return _with_generation(lora.open_adapter(opened, folder), folder).eval()
     found = Found(folder, _read_config(folder), find_tensors(folder), mask_token_id, block_size)
     kind = stored_dtype(found.files) if dtype == "auto" else dtype
     if found.raw.get("model_type") == DiTConfig.model_type:
@@ -120,13 +120,18 @@ def load_model(
         read_draft(model, folder)
     _described(lambda it: _say(it, mask_token_id, block_size), model, f"{folder}")
     model.name_or_path = str(folder)
+    return _with_generation(model, folder).eval()
+
+
+def _with_generation(model: Any, folder: Path) -> Any:
+    """The model with what generation_config.json says, where there is one."""
     generation = folder / GENERATION_CONFIG_NAME
     if generation.is_file():
         raw = read_json(generation)
         own = _described(GenerationConfig.from_dict, raw, f"{generation}")
         for network in (model, getattr(model, "lm", model)):
             network.generation_config = own
-    return model.eval()
+    return model
 
 
 def stored_mask(folder: Path) -> int | None:

@@ -31,9 +31,10 @@ from transformers.generation.logits_process import (
 from blockdiff.checks import SEEDS, real_number, whole_number
 from blockdiff.errors import InputError
 from blockdiff.registry import GENERATION
+from blockdiff.sampling.defaults import KEY, ORDERING, options_for, stored_options, without
 from blockdiff.sampling.generate import stream_tokens
 from blockdiff.sampling.guides import bound
-from blockdiff.sampling.options import SETTINGS, SamplingOptions, translated
+from blockdiff.sampling.options import SamplingOptions, translated
 from blockdiff.sampling.stopping import StopAtTokens
 
 _OURS = frozenset(field.name for field in fields(SamplingOptions))
@@ -133,14 +134,14 @@ def _settings(
     """All that is said: by the caller, else by the folder; what means nothing here is left out."""
     if not isinstance(config, GenerationConfig | None):
         raise InputError(f"`generation_config` is {type(config).__name__}, not a GenerationConfig")
-    told = {} if config is None else config.to_diff_dict()
-    told |= {name: value for name, value in given.items() if value is not None}
-    told = translated(told)
-    own = {name: value for name, value in model.generation_config.to_diff_dict().items()
-           if name not in told}  # fmt: skip
-    # How to order is one choice: the caller's, else the folder's where it names a sampler.
-    if "sampler" not in own or told.keys() & {"sampler", *SETTINGS}:
-        own = {name: value for name, value in own.items() if name not in {"sampler", *SETTINGS}}
+    given = translated({name: value for name, value in given.items() if value is not None})
+    told = {} if config is None else translated(_flat(config))
+    told = without(told, given) | given
+    # What the folder's own key cannot mean is refused with the file's name.
+    options_for(model, {name: value for name, value in told.items() if name in ORDERING})
+    own = without(_flat(model.generation_config, folder=True), told)
+    if told.get("do_sample") and own.get("temperature") == 0:
+        del own["temperature"]
     known = _OURS | _THEIRS | _UNREAD | _ARGUMENTS | GenerationConfig().to_dict().keys()
     for name in told.keys() - known:
         raise InputError(
@@ -160,6 +161,21 @@ def _settings(
         if _asks(name, value):
             warnings.warn(f"generation_config.json: {name} {value!r} is not read", stacklevel=4)
     return {name: value for name, value in (own | told).items() if name in _OURS | _THEIRS}
+
+
+def _flat(config: GenerationConfig, folder: bool = False) -> dict[str, Any]:
+    """All that a configuration says, what stands under our own key before the rest.
+
+    In a `folder`'s, other words for an order are ours only where a sampler is named among them:
+    what others call steps may be those of the whole text.
+    """
+    said = {name: value for name, value in config.to_diff_dict().items() if name != KEY}
+    if folder and "sampler" not in said:
+        said = {name: value for name, value in said.items() if name not in ORDERING}
+    own = stored_options(config)
+    if "temperature" in own:
+        said.pop("do_sample", None)
+    return without(said, own) | own
 
 
 def _asks(name: str, value: Any) -> bool:

@@ -14,7 +14,7 @@ positions in row-major order, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -139,11 +139,12 @@ class Order:
 
     `reads`: the names of those settings of `SamplingOptions` it takes; others that some order reads
     are refused. `needs`: those it cannot do without. `only`: the kind of model it samples; None for
-    every kind. `fills_block`: whether it also fixes the positions of a window that lie behind the
-    text that is wanted. `edits`: whether it also writes over tokens of the block, each once at
-    most: its `wanted` may name `revisable` positions, and a block ends with the first evaluation
-    that leaves it as it is. `verifies`: whether its rows are drafted and verified at L' = 1, by
-    `sampling.verifying`, in the place of `choose`.
+    every kind. `tunes`: setting → the values `blockdiff tune` tries; an order without (None) it
+    tries where it is named. `fills_block`: whether it also fixes the positions of a window that lie
+    behind the text that is wanted. `edits`: whether it also writes over tokens of the block, each
+    once at most: its `wanted` may name `revisable` positions, and a block ends with the first
+    evaluation that leaves it as it is. `verifies`: whether its rows are drafted and verified at
+    L' = 1, by `sampling.verifying`, in the place of `choose`.
 
     Example:
         >>> import torch, blockdiff
@@ -164,6 +165,7 @@ class Order:
     reads: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     only: str | None = None
+    tunes: Mapping[str, Sequence[Any]] | None = None
     fills_block = False
     edits = False
     verifies = False

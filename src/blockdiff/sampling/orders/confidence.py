@@ -29,6 +29,7 @@ Shapes: n rows, K positions of the block, P wanted positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -49,6 +50,7 @@ class Confidence(Order):
 
     name = "confidence"
     reads: tuple[str, ...] = ("steps", "tokens_per_step", "remasking")
+    tunes: Mapping[str, Sequence[float]] | None = {"tokens_per_step": (2, 4)}
 
     def wanted(self, rows: RowState) -> Array:
         if rows.options.remasking != "random":
@@ -92,6 +94,7 @@ class Threshold(Confidence):
 
     name = "threshold"
     reads: tuple[str, ...] = ("steps", "tokens_per_step", "threshold")
+    tunes: Mapping[str, Sequence[float]] | None = {"threshold": (0.9, 0.6, 0.3)}
 
     def besides(self, sureness: Tensor, rows: RowState) -> Tensor:
         given = rows.options.threshold
@@ -103,6 +106,7 @@ class Margin(Confidence):
 
     name = "margin"
     reads = ("steps", "tokens_per_step", "margin")
+    tunes: Mapping[str, Sequence[float]] = {"margin": (0.5, 0.2)}
 
     def sureness(self, logits: Tensor, tokens: Tensor) -> Tensor:
         first, second = logits.softmax(-1).topk(2, dim=-1).values.unbind(-1)
@@ -118,6 +122,7 @@ class Entropy(Confidence):
 
     name = "entropy"
     reads: tuple[str, ...] = ("steps", "tokens_per_step")
+    tunes: Mapping[str, Sequence[float]] = {"tokens_per_step": (2,)}
 
     def sureness(self, logits: Tensor, tokens: Tensor) -> Tensor:
         return -torch.special.entr(logits.softmax(-1)).sum(-1)
@@ -128,6 +133,7 @@ class EntropyBound(Entropy):
 
     name = "entropy_bound"
     reads = ("steps", "tokens_per_step", "entropy_bound")
+    tunes: Mapping[str, Sequence[float]] = {"entropy_bound": (0.1, 0.5, 2.0)}
 
     def besides(self, sureness: Tensor, rows: RowState) -> Tensor:
         given = rows.options.entropy_bound

@@ -33,6 +33,7 @@ class Editing(Threshold):
 
     name = "editing"
     reads = (*Threshold.reads, "edit_threshold")
+    tunes = None  # for networks that were trained for it
     edits = True
 
     def wanted(self, rows: RowState) -> Array:
