@@ -7,6 +7,7 @@ process it does nothing. It stands outside the package, which is not imported fo
 """
 
 import sys
+from importlib import import_module
 
 
 def autoload() -> None:
@@ -17,7 +18,7 @@ def autoload() -> None:
 
 def register() -> None:
     """Names the model to lm_eval; it is imported when it is asked for."""
-    import lm_eval.models  # else these were not registered, for lm_eval has one name already
+    import_module("lm_eval.models")  # lm_eval would not, once a name is registered
     from lm_eval.api.registry import model_registry
 
     if "blockdiff" not in model_registry:

@@ -1,8 +1,8 @@
 """LAMBADA for lm_eval from a file of passages, without the hub: `!function` of the tasks beside.
 
 The file, JSON lines with a `text` each (.xz and .gz too), is named by the environment variable
-LAMBADA. A passage is its words up to the last, which is asked for; for the choice three others stand
-beside it, the last words of other passages, drawn with a fixed seed.
+LAMBADA. A passage is its words up to the last, which is asked for; for the choice three others
+stand beside it, the last words of other passages, drawn with a fixed seed.
 """
 
 import os

@@ -1,5 +1,5 @@
-"""`import blockdiff` is enough for `AutoConfig` and `AutoModel` of `transformers` to know a `DiT`, and
-for lm-evaluation-harness to know `blockdiff`.
+"""`import blockdiff` is enough for `AutoConfig` and `AutoModel` of `transformers` to know a `DiT`,
+and for lm-evaluation-harness to know the model `blockdiff`.
 
 What is registered needs torch, which the package loads when it is used: so it is registered when
 the Auto classes themselves are loaded, or at once where they are already.
@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Module that others look names up in → ours, which registers itself there, or its function that does.
+# Module where others look names up → ours, which registers itself there, or a function that does.
 _HOMES = {
     "transformers.models.auto.configuration_auto": "blockdiff.models.config",
     "transformers.models.auto.modeling_auto": "blockdiff.models.dit",

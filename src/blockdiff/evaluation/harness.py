@@ -68,8 +68,8 @@ class LogLikelihood(float):
         made.error = error
         return made
 
-    def __getnewargs__(self) -> tuple[float, float]:
-        return float(self), self.error
+    def __reduce__(self) -> tuple[type[LogLikelihood], tuple[float, float]]:
+        return LogLikelihood, (float(self), self.error)
 
     def __str__(self) -> str:
         return f"{float(self)}" + (f" ± {self.error:.3g}" if self.error != 0 else "")
@@ -144,7 +144,7 @@ def read_arguments(given: Mapping[str, Any]) -> tuple[HarnessOptions, SamplingOp
         raise InputError("`pretrained` is missing: name a model folder, pretrained=FOLDER")
     # The harness reads a folder that is called 7 as a number.
     texts = {n for n, field in own.items() if str(field.type) in ("str", "str | None")}
-    mine = {n: str(v) if n in texts else v for n, v in wish.items() if n in own}
+    mine: dict[str, Any] = {n: str(v) if n in texts else v for n, v in wish.items() if n in own}
     options = HarnessOptions(**mine)
     return options, SamplingOptions(**{n: v for n, v in wish.items() if n in sampling})
 
@@ -298,8 +298,11 @@ class BlockDiffusionLM(LM):
 
     def _stopping(self, options: SamplingOptions, until: Sequence[str]) -> SamplingOptions:
         """`options` that also end at the texts `until`, special tokens or not."""
-        special = {one: self.tokenizer.convert_tokens_to_ids(one) for one in until
-                   if one in self.tokenizer.all_special_tokens}  # fmt: skip
+        special: dict[str, Any] = {
+            one: self.tokenizer.convert_tokens_to_ids(one)
+            for one in until
+            if one in self.tokenizer.all_special_tokens
+        }
         words = tuple(one for one in until if one not in special)
         rules: list[Any] = list(stop_parts(options.stop))
         rules.append(StopAtTokens(end_ids(self.model) | frozenset(special.values())))
