@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any, TypeVar, Unpack
@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from blockdiff.checks import numbers
-from blockdiff.data.tokenizers import bos_id
 from blockdiff.errors import InputError
 from blockdiff.evaluation.score import score_tokens
 from blockdiff.models.denoiser import Denoiser
@@ -32,6 +31,8 @@ from blockdiff.sampling.options import (
     implied_sampler,
     translated,
 )
+from blockdiff.sampling.prompts import continuation as continuation
+from blockdiff.sampling.prompts import encode, encode_pair, listing
 from blockdiff.sampling.step import Step
 
 __all__ = ["TextGeneration", "encode_prompts", "generate", "load", "stream", "to_text"]
@@ -189,26 +190,6 @@ def to_text(
     return TextGeneration(**vars(done), texts=texts)
 
 
-def continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]
-) -> str:
-    """The text of the `new` tokens as it reads after the prompt.
-
-    Tokenizers that mark words rather than spaces (WordPiece, SentencePiece) drop the space before
-    the first token they are given, so the new tokens are decoded along with the prompt's last.
-    """
-    special = set(tokenizer.all_special_ids)
-    before = [token for token in prompt if token not in special][-8:]
-    alone = str(tokenizer.decode(before, clean_up_tokenization_spaces=False))
-    both = tokenizer.decode(
-        before + [token for token in new if token not in special],
-        clean_up_tokenization_spaces=False,
-    )
-    if not str(both).startswith(alone):  # a character whose bytes the prompt only begins
-        return str(tokenizer.decode(list(new), skip_special_tokens=True))
-    return str(both)[len(alone) :]
-
-
 def encode_prompts(
     model: Denoiser,
     prompts: Prompts,
@@ -231,57 +212,14 @@ def encode_prompts(
     numbers(samples=samples)
     if prompts is None:
         prompts = ""
-    given = [prompts] if isinstance(prompts, str) else _listing(prompts)
+    given = [prompts] if isinstance(prompts, str) else listing(prompts)
     if given and all(isinstance(prompt, Integral) for prompt in given):
         raise InputError(
             "`prompts` is a list of ids; it must be a text, several, or rows of ids: put the ids "
             "of a row in a list of their own, [[1, 2, 3]]"
         )
-    rows = [_encode(model, prompt, tokenizer) for prompt in given]
+    rows = [encode(model, prompt, tokenizer) for prompt in given]
     return [row for row in rows for _ in range(samples)]
-
-
-def _listing(values: Any) -> list[Any]:
-    """What is in a list, tuple, tensor or array of prompts or ids, as Python's own."""
-    if hasattr(values, "tolist"):
-        values = values.tolist()
-    if isinstance(values, bytes | Mapping | set) or not isinstance(values, Iterable):
-        raise InputError(
-            f"`prompts` holds {type(values).__name__}; it must be a text, several, or rows of ids"
-            + (": give its input_ids" if isinstance(values, Mapping) else "")
-        )
-    return list(values)
-
-
-def _encode(
-    model: Denoiser, prompt: str | Sequence[int], tokenizer: PreTrainedTokenizerBase | None
-) -> list[int]:
-    if not isinstance(prompt, str):
-        ids = _listing(prompt)
-        for token in ids:
-            if isinstance(token, bool) or not isinstance(token, Integral):
-                raise InputError(
-                    f"`prompts` holds a row with {token!r}; it must be a text, or a row of ids, "
-                    "which are whole numbers"
-                )
-        return [int(token) for token in ids]
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise InputError("the prompt is not valid UTF-8; save or type it as UTF-8") from None
-    first = bos_id(tokenizer) if tokenizer is not None else model.config.bos_token_id
-    start = [] if first is None else [first]
-    if not prompt:
-        if not start:
-            raise InputError("the tokenizer has no token to begin a text with; give a prompt")
-        return start
-    if tokenizer is None:
-        raise InputError("a text prompt needs the model's tokenizer")
-    if tokenizer.mask_token and tokenizer.mask_token in prompt:
-        raise InputError(
-            f"the prompt contains the mask token {tokenizer.mask_token!r}; take it out"
-        )
-    return start + list(tokenizer.encode(prompt, add_special_tokens=False))
 
 
 def score(
@@ -310,8 +248,8 @@ def score(
         (True, 0.0)
     """
     single = isinstance(context, str) and isinstance(continuation, str)
-    before = [context] if isinstance(context, str) else _listing(context)
-    after = [continuation] if isinstance(continuation, str) else _listing(continuation)
+    before = [context] if isinstance(context, str) else listing(context)
+    after = [continuation] if isinstance(continuation, str) else listing(continuation)
     if isinstance(context, str):
         before = before * len(after)
     elif isinstance(continuation, str):
@@ -320,24 +258,6 @@ def score(
         raise InputError(
             f"there are {len(before)} contexts and {len(after)} continuations; give as many"
         )
-    pairs = [_encode_pair(model, *pair, tokenizer) for pair in zip(before, after, strict=True)]
+    pairs = [encode_pair(model, *pair, tokenizer) for pair in zip(before, after, strict=True)]
     found = score_tokens(model, [pair[0] for pair in pairs], [pair[1] for pair in pairs], **options)
     return found[0] if single else found
-
-
-def _encode_pair(
-    model: Denoiser, context: Any, continuation: Any, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[list[int], list[int]]:
-    """The tokens of a beginning and of what follows it."""
-    if not isinstance(context, str) or not isinstance(continuation, str):
-        raise InputError("`context` and `continuation` must be texts, or lists of texts")
-    bare = context.rstrip()
-    continuation = context[len(bare) :] + continuation
-    before = _encode(model, bare, tokenizer)
-    if not continuation:
-        return before, []
-    whole = _encode(model, bare + continuation, tokenizer)
-    if whole[: len(before)] == before:
-        return before, whole[len(before) :]
-    start = len(_encode(model, "", tokenizer))  # a token reaches across the seam: both apart
-    return before, _encode(model, continuation, tokenizer)[start:]

@@ -1,4 +1,5 @@
-"""`import blockdiff` is enough for `AutoConfig` and `AutoModel` of `transformers` to know a `DiT`.
+"""`import blockdiff` is enough for `AutoConfig` and `AutoModel` of `transformers` to know a `DiT`,
+and for lm-evaluation-harness to know the model `blockdiff`.
 
 What is registered needs torch, which the package loads when it is used: so it is registered when
 the Auto classes themselves are loaded, or at once where they are already.
@@ -13,10 +14,11 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Module with an Auto class → ours, which registers itself there.
+# Module where others look names up → ours, which registers itself there, or a function that does.
 _HOMES = {
     "transformers.models.auto.configuration_auto": "blockdiff.models.config",
     "transformers.models.auto.modeling_auto": "blockdiff.models.dit",
+    "lm_eval.models": "lm_eval_blockdiff:register",
 }
 
 
@@ -29,9 +31,12 @@ def register() -> None:
 
 
 def _load(name: str) -> None:
+    home, _, function = _HOMES[name].partition(":")
+    if function:
+        getattr(import_module(home), function)()
     # One that is being loaded right now registers itself at its end.
-    if _HOMES[name] not in sys.modules:
-        import_module(_HOMES[name])
+    elif home not in sys.modules:
+        import_module(home)
 
 
 class _Follower(MetaPathFinder):

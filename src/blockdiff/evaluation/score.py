@@ -20,7 +20,7 @@ import torch
 
 from blockdiff.errors import InputError
 from blockdiff.estimators import Estimator
-from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.evaluation.likelihood import likelihood, tokens_per_pass
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.options import SamplingOptions
@@ -118,7 +118,7 @@ def score_tokens(
         assert found.errors is not None
         pairs = zip(found.nats.tolist(), found.errors.tolist(), strict=True)
         measured |= dict(zip(members, pairs, strict=True))
-    same = _greedy(model, rows, addresses, seed) if greedy else {}
+    same = _greedy(model, rows, addresses, seed, batch_size) if greedy else {}
     return [Score(*measured[i], rows[i][1], same.get(i)) for i in range(len(rows))]
 
 
@@ -128,7 +128,11 @@ def address(row: Sequence[int]) -> int:
 
 
 def _greedy(
-    model: Denoiser, rows: Sequence[tuple[list[int], int]], addresses: Sequence[int], seed: int
+    model: Denoiser,
+    rows: Sequence[tuple[list[int], int]],
+    addresses: Sequence[int],
+    seed: int,
+    batch_size: int | None,
 ) -> dict[int, bool]:
     """Whether each row is what greedy decoding makes of its beginning."""
     groups: dict[int, list[int]] = defaultdict(list)
@@ -137,8 +141,12 @@ def _greedy(
     same = {}
     for new, members in groups.items():
         options = SamplingOptions(max_new_tokens=new, temperature=0.0, seed=seed, stop="none")
-        prompts = [rows[i][0][:-new] for i in members]
-        done = generate_tokens(model, prompts, options, [addresses[i] for i in members])
-        for i, tokens in zip(members, done.tokens, strict=True):
-            same[i] = list(tokens) == rows[i][0][-new:]
+        longest = max(len(rows[i][0]) for i in members)
+        at_once = batch_size or max(1, tokens_per_pass(model) // (2 * longest))
+        for start in range(0, len(members), at_once):
+            part = members[start : start + at_once]
+            prompts = [rows[i][0][:-new] for i in part]
+            done = generate_tokens(model, prompts, options, [addresses[i] for i in part])
+            for i, tokens in zip(part, done.tokens, strict=True):
+                same[i] = list(tokens) == rows[i][0][-new:]
     return same
