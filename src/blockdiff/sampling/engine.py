@@ -16,7 +16,6 @@ are wanted, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from blockdiff.categorical import Array
 from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import total_noise
+from blockdiff.sampling.logprobs import note_logprobs
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.orders.base import Order, RowState, answered, asked
 from blockdiff.sampling.rows import Rows
@@ -130,12 +130,8 @@ class Engine:
         busy = [cache for cache in self._caches if (state["length"][cache.rows] < 0).any()]
         if not busy:
             raise InputError("no row is left to go on with; admit one first")
-        steps = [self._step(cache) for cache in busy]
-        if len(steps) == 1:
-            return steps[0]
-        first, last = steps
-        edited = None if first.edited is None or last.edited is None else first.edited | last.edited
-        return replace(last, fixed=first.fixed | last.fixed, edited=edited)
+        *before, last = (self._step(cache) for cache in busy)
+        return last.after(*before)
 
     def _step(self, cache: BlockCache) -> Step:
         state = self.rows.state
@@ -174,7 +170,7 @@ class Engine:
         state["evaluations"][rows[live]] += 1
         which, tokens = self._choose(logits, wanted, views)
         place, column = (index[which] for index in wanted.nonzero())
-        self._note_logprobs(own, which, tokens, rows[place], position[place, column])
+        note_logprobs(self.rows, own, (which,), tokens, rows[place], position[place, column])
         place, column, tokens = with_twins(leader, place, column, tokens)
         written, at, edited = rows[place], position[place, column], ~unfixed[place, column]
         self.rows.fix(written, at, tokens)
@@ -268,19 +264,6 @@ class Engine:
         taken, drawn = torch.cat(found, 1).cpu().numpy()  # one wait for all
         self.waits += 1
         return np.concatenate(indices)[taken > 0], drawn[taken > 0]
-
-    def _note_logprobs(
-        self, logits: Tensor, which: Array, tokens: Array, rows: Array, at: Array
-    ) -> None:
-        """Keeps log p of the fixed tokens, of those rows that want them; waits once more."""
-        if self.rows.logprobs is None:
-            return
-        groups = self.rows.state["group"][rows]
-        wish = np.array([options.logprobs for options, *_ in self.rows.groups])[groups]
-        index = torch.from_numpy(np.stack([which, tokens])[:, wish]).to(logits.device)
-        found = logits[index[0]].log_softmax(-1).gather(-1, index[1][:, None]).squeeze(-1)
-        self.waits += 1
-        self.rows.logprobs[rows[wish], at[wish]] = found.double().cpu().numpy()
 
     def _prefill(self, cache: BlockCache, rows: Array) -> None:
         """Caches the prompts' whole blocks, in one evaluation for each grid of blocks."""

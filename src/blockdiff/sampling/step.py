@@ -5,8 +5,9 @@ Shapes: B rows, S length of the longest row's canvas.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -47,6 +48,15 @@ class Step:
     @property
     def done(self) -> Tensor:
         return self.lengths >= 0
+
+    def after(self, *others: Step) -> Step:
+        """This state with what `others`, of the same engine just before it, changed as well."""
+        changed: dict[str, Tensor] = {}
+        for name in ("fixed", "edited"):
+            parts = [getattr(step, name) for step in (self, *others)]
+            if parts[0] is not None:
+                changed[name] = torch.stack(parts).any(0)
+        return replace(self, **changed)
 
     def of(self, rows: Tensor) -> Step:
         """The state of some rows."""

@@ -41,6 +41,7 @@ from blockdiff.models.denoiser import Denoiser
 from blockdiff.sampling.constraints import Automaton
 from blockdiff.sampling.drafters import table_of
 from blockdiff.sampling.guides import RowGuides
+from blockdiff.sampling.logprobs import note_logprobs
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.rows import Rows
 
@@ -152,7 +153,7 @@ class Verifier:
         place, offset = (np.arange(k + 1) <= taken[:, None]).nonzero()
         at, new = known[place] + offset, tokens[place, offset]
         self.rows.fix(rows[place], at, new)
-        self._note(logits, rows[place], place, offset, at, new)
+        note_logprobs(self.rows, logits, (place, offset), new, rows[place], at)
         self.cache.append_first(np.arange(len(rows)), taken + 1, len(columns.offset))
         for own, options, drafts in plans:
             self._draft(rows, known, taken, logits, own, options, drafts)
@@ -322,18 +323,6 @@ class Verifier:
                 logits[place, : len(may)].masked_fill_(~may[: logits.shape[1]], -torch.inf)
                 logits[place, len(may) :] = -torch.inf
         return logits
-
-    def _note(
-        self, logits: Tensor, rows: Array, place: Array, offset: Array, at: Array, tokens: Array
-    ) -> None:
-        """Keeps log p of fixed tokens [m] at L' = 1, of those rows that want them."""
-        if self.rows.logprobs is None:
-            return
-        asks = np.array([options.logprobs for options, *_ in self.rows.groups])
-        wish = asks[self.rows.state["group"][rows]]
-        index = torch.from_numpy(np.stack([place, offset, tokens])[:, wish]).to(logits.device)
-        found = logits[index[0], index[1]].log_softmax(-1).gather(-1, index[2][:, None])
-        self.rows.logprobs[rows[wish], at[wish]] = found.squeeze(-1).double().cpu().numpy()
 
     def _uniforms(self, rows: Array, positions: Array, purpose: int) -> Tensor:
         state = self.rows.state[rows]
