@@ -18,8 +18,8 @@ from blockdiff import Engine, SamplingOptions, cli
 from blockdiff.categorical import warp
 from blockdiff.errors import InputError
 from blockdiff.models.chain import Chain
+from blockdiff.models.ngrams import KAPPA, Table
 from blockdiff.sampling import verifying
-from blockdiff.sampling.drafters import KAPPA, Table
 from blockdiff.sampling.generate import generate_tokens, stream_tokens
 from helpers import tiny_model
 

@@ -34,6 +34,7 @@ from transformers.utils import ModelOutput
 from blockdiff.cache import BlockCache
 from blockdiff.layout import BlockLayout
 from blockdiff.models.chain import Chain
+from blockdiff.models.ngrams import Table
 
 Remainder = Literal["first", "rounded", "last"]
 
@@ -115,6 +116,7 @@ class Denoiser(Protocol):
 
     # Which ids of the vocabulary stand for a token, bool [V]; None where all do. `load` sets it.
     drawable: Tensor | None
+    draft_table: Table | None
     # Whether its layers are CUDA graphs, which are recorded anew for every shape of a pass.
     graphs: bool
     # What a drafter adds to its logits, by the token before (`models.chain`); None where untrained.

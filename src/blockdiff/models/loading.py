@@ -26,6 +26,7 @@ from blockdiff.models.adapted import Adapted
 from blockdiff.models.adapting import adapt, give_mask
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.hub import DeviceMap, Dtype, load_model, resolve, save_model, stored_mask
+from blockdiff.models.ngrams import Table
 from blockdiff.models.pretrained import DenoiserModel
 
 
@@ -74,6 +75,7 @@ def load(
     settle_mask(model, loaded)
     check_tokenizer(model, loaded)
     model.drawable = drawable(loaded, model.config.vocab_size)
+    model.draft_table = Table.read(folder, model.config.vocab_size)
     if model.config.eos_token_id is None:
         model.config.eos_token_id = loaded.eos_token_id
     return model, loaded

@@ -29,6 +29,7 @@ from blockdiff.layout import BlockLayout
 from blockdiff.models.card import CARD, card_to_push
 from blockdiff.models.chain import Chain
 from blockdiff.models.denoiser import Context, DenoiserOutput
+from blockdiff.models.ngrams import Table
 from blockdiff.noising import stratified_noise
 from blockdiff.registry import GENERATION, OBJECTIVES
 
@@ -60,6 +61,7 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
             the configuration names while training, else `exact_k`, which is unbiased.
         graphs: Whether layers are CUDA graphs, which need the same shapes each pass.
         drawable: bool [V], which ids have a token; `load` knows.
+        draft_table: What the order `verified` may draft with; `load` reads it from the folder.
     """
 
     supports_gradient_checkpointing: ClassVar[bool] = True  # type: ignore[misc]
@@ -76,6 +78,7 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         self.attention_backend = "auto"
         self.graphs = False
         self.drawable: Tensor | None = None
+        self.draft_table: Table | None = None
         ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")}
         self.generation_config = GenerationConfig(do_sample=True, temperature=1.0, **ids)
         if config.causal or config.keep_first:

@@ -38,8 +38,8 @@ from torch import Tensor
 from blockdiff.cache import BlockCache
 from blockdiff.categorical import Array, host_uniform, invert, real_dtype, warp
 from blockdiff.models.denoiser import Denoiser
+from blockdiff.models.ngrams import table_of
 from blockdiff.sampling.constraints import Automaton
-from blockdiff.sampling.drafters import table_of
 from blockdiff.sampling.guides import RowGuides
 from blockdiff.sampling.logprobs import note_logprobs
 from blockdiff.sampling.options import SamplingOptions
