@@ -145,7 +145,7 @@ def test_above_the_networks_nobody_names_their_class():
 
 def test_the_readers_path_is_short_and_never_looks_back():
     lines = {name: len(MODULES[name].read_text("utf-8").splitlines()) for name in READERS_PATH}
-    assert sum(lines.values()) < 930, lines
+    assert sum(lines.values()) < 1000, lines
     for place, module in enumerate(READERS_PATH):
         assert not GRAPH[module] & set(READERS_PATH[place + 1 :]), module
     shown = " → ".join(f"{name.replace('.', '/')}.py" for name in READERS_PATH)
