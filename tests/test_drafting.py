@@ -396,6 +396,24 @@ def test_bad_input(base, tmp_path, changes, message):
         run(base, tmp_path / "run", **changes)
 
 
+def test_joint_on_an_adapted_model(base, tmp_path):
+    """Its clean stream is the base model's: AR's loss is that of the model itself."""
+    lm = LlamaForCausalLM.from_pretrained(base.parent / "plain")
+    model = blockdiff.adapt(lm, mask_token_id=MASK, block_size=4)
+    x_0 = torch.randint(20, 200, (2, 16), generator=torch.Generator().manual_seed(1))
+    found = OBJECTIVES["joint"].nats(model, x_0, *drawn(model, x_0))
+    torch.testing.assert_close(found["bound"], bd3lm(model, x_0, *drawn(model, x_0)))
+    own = LlamaForCausalLM.from_pretrained(base.parent / "plain")(x_0).logits
+    own[..., MASK] = -torch.inf
+    exact = -own.log_softmax(-1)[:, :-1].gather(-1, x_0[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(found["ar"][:, 1:], exact, rtol=1e-4, atol=1e-4)
+    adapt_folder(base.parent / "plain", tmp_path / "adapted", block_size=8)
+    run(base, tmp_path / "run", init_from=str(tmp_path / "adapted"), objective="joint", steps=2)
+    assert blockdiff.load_model(tmp_path / "run").config.block_sizes == (1, 8)
+    with pytest.raises(InputError, match="train it with `objective` draft"):
+        run(base, tmp_path / "other", objective="joint")
+
+
 def test_a_draft_needs_a_clean_stream_that_stays(base):
     lm = LlamaForCausalLM.from_pretrained(base.parent / "plain")
     with pytest.raises(InputError, match="needs prediction shift and a causal clean stream"):

@@ -56,6 +56,11 @@ def rewrapped(start: Adapted, config: TrainConfig) -> Adapted:
     if own or other or not objective.noised:
         option = own[0] if own else f"objective {objective.name}"
         raise InputError(f"`{option}` is for the package's own networks; leave it out")
+    if start.config.draft_rank:
+        raise InputError(
+            f"{config.init_from} has a drafter beside a model that stays what it is: train it with "
+            "`objective` draft"
+        )
     if config.length > start.config.length:
         raise InputError(
             f"`length` is {config.length}, but the model's context is {start.config.length} tokens"

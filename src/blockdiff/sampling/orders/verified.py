@@ -12,6 +12,7 @@ class Verified(Order):
     name = "verified"
     reads = ("drafts", "drafter")
     verifies = True
+    tunes = {"drafts": (2, 3, 4)}  # noqa: RUF012
 
 
 register_order(Verified())
