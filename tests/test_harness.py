@@ -16,7 +16,9 @@ import torch
 import blockdiff
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
+from blockdiff.evaluation.harness_options import generation_options, read_arguments
 from blockdiff.models.hub import save_model
+from blockdiff.sampling.options import SamplingOptions
 from helpers import tiny_model
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -26,13 +28,7 @@ from lm_eval.loggers import EvaluationTracker  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import lm_eval_blockdiff  # noqa: E402
-from blockdiff.evaluation.harness import (  # noqa: E402
-    BlockDiffusionLM,
-    LogLikelihood,
-    generation_options,
-    read_arguments,
-)
-from blockdiff.sampling.options import SamplingOptions  # noqa: E402
+from blockdiff.evaluation.harness import BlockDiffusionLM, LogLikelihood  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PASSAGES = [
@@ -251,6 +247,9 @@ def test_what_is_longer_than_the_context_is_read_from_its_end(folders, caplog):
     assert one == pytest.approx(other, abs=1e-5)
     assert lm.get_model_info()["left_truncated"] == 2 and "from their end on" in caplog.text
     assert lm.loglikelihood([request("loglikelihood", "a", "")]) == [(0.0, True)]
+    assert "trained with" not in caplog.text
+    BlockDiffusionLM(pretrained=str(folders / "four"), device="cpu", block_size=2)
+    assert "trained with L' = 4, not 2" in caplog.text
     with pytest.raises(InputError, match=r"continuation 1 has .* more than the 16"):
         lm.loglikelihood([request("loglikelihood", "the", " dog" * 20)])
     (text,) = lm.generate_until([request("generate_until", long, {"max_gen_toks": 40})])
