@@ -42,9 +42,10 @@ def folders(tokenizer, tmp_path_factory):
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(home / "gpt2")
     tokenizer.save_pretrained(home / "gpt2")
-    settings = {"vocab_size": len(tokenizer), "length": 64, "mask_token_id": tokenizer.mask_token_id,
-                "bos_token_id": tokenizer.bos_token_id,
-                "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    ids = {name: getattr(tokenizer, name) for name in (
+        "mask_token_id", "bos_token_id", "eos_token_id"
+    )}  # fmt: skip
+    settings = {"vocab_size": len(tokenizer), "length": 64, **ids}
     ar = {"objective": "ar", "causal": True, "block_size": 1}
     save_model(tiny_model(**settings, **ar), home / "ar", tokenizer)
     save_model(tiny_model(**settings, block_size=4), home / "four", tokenizer)
