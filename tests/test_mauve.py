@@ -147,7 +147,7 @@ def test_perplexity_over_temperatures(folders, tmp_path, capsys, tokenizer):
         assert own["cost"]["nfe"] == pytest.approx(np.mean(done.nfe))
     axes = temperature_plot(found).axes[0]
     assert {text.get_text() for text in axes.texts} == set(found)
-    curve, point = axes.lines[0], axes.lines[3]
+    curve, point = (container.lines[0] for container in axes.containers)
     assert list(curve.get_xdata()) == [found[t]["entropy"]["value"] for t in ("T = 0.3", "T = 1")]
     assert list(point.get_ydata()) == [found["real text"]["perplexity"]["value"]]
     cli.main(command)

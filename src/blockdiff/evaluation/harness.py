@@ -269,6 +269,7 @@ class BlockDiffusionLM(LM):
     def get_model_info(self) -> dict[str, Any]:
         """What stands in the results' `config`; of the standard errors the mean and the largest."""
         config, errors = self.model.config, [e for e in self._errors if math.isfinite(e)]
+        exact = config.causal or config.block_size == 1  # which is one order of the tokens
         return {
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_precision": self.precision,
@@ -277,7 +278,7 @@ class BlockDiffusionLM(LM):
             "max_length": self.max_length,
             "estimator": "exact" if config.causal else self.options.estimator,
             "draws": self.options.draws,
-            "likelihood_is": "exact" if config.causal else "a lower bound on log p",
+            "likelihood_is": "exact" if exact else "a lower bound on log p",
             "likelihood_stderr_mean": sum(errors) / len(errors) if errors else None,
             "likelihood_stderr_max": max(errors, default=None),
             "left_truncated": self._cut,
