@@ -298,6 +298,21 @@ def test_bad_arguments_are_refused_in_one_line(given, message):
     assert "\n" not in str(refused.value)
 
 
+def test_lm_evals_own_command_says_it_in_one_line(monkeypatch, capsys):
+    given = ({"pretrained": "x", "draws": 0}, {})
+    told = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: told.append(error))
+    for program, lines in (("/usr/bin/my_script", 0), ("/usr/bin/lm-eval", 1)):
+        monkeypatch.setattr(sys, "argv", [program])
+        try:
+            BlockDiffusionLM.create_from_arg_obj(*given)
+        except InputError:
+            sys.excepthook(*sys.exc_info())
+        assert capsys.readouterr().err.count("\n") == lines and len(told) == 1
+    sys.excepthook(KeyError, KeyError(), None)
+    assert len(told) == 2, "what is no bad input is told as ever"
+
+
 def test_arguments_as_the_harness_reads_them():
     options, sampling = read_arguments(
         {"pretrained": 7, "batch_size": "auto:4", "dtype": "torch.bfloat16", "temperature": 1,

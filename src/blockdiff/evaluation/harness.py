@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -95,6 +97,9 @@ class BlockDiffusionLM(LM):
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> BlockDiffusionLM:
         """What `model_args` says comes before lm_eval's own `--device` and `--batch_size`."""
+        program = Path(sys.argv[0])
+        if "lm_eval" in (program.name.replace("-", "_"), program.parent.name):  # not from Python
+            sys.excepthook = partial(_tell, sys.excepthook)
         return cls(**{**(additional_config or {}), **arg_dict})
 
     # likelihoods
@@ -296,3 +301,10 @@ class BlockDiffusionLM(LM):
                 "results says how many)", self.options.pretrained, self.max_length,
             )  # fmt: skip
         self._cut += count
+
+
+def _tell(others: Callable[..., Any], kind: type[BaseException], error: Any, trace: Any) -> None:
+    """Prints bad input as the line that it is, without the way through the harness."""
+    if not isinstance(error, InputError):
+        return others(kind, error, trace)
+    print(f"blockdiff: error: {' '.join(str(error).split())}", file=sys.stderr)
