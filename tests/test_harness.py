@@ -16,7 +16,9 @@ import torch
 import blockdiff
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.errors import InputError
+from blockdiff.evaluation.harness_options import generation_options, read_arguments
 from blockdiff.models.hub import save_model
+from blockdiff.sampling.options import SamplingOptions
 from helpers import tiny_model
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -26,13 +28,7 @@ from lm_eval.loggers import EvaluationTracker  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import lm_eval_blockdiff  # noqa: E402
-from blockdiff.evaluation.harness import (  # noqa: E402
-    BlockDiffusionLM,
-    LogLikelihood,
-    generation_options,
-    read_arguments,
-)
-from blockdiff.sampling.options import SamplingOptions  # noqa: E402
+from blockdiff.evaluation.harness import BlockDiffusionLM, LogLikelihood  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PASSAGES = [
@@ -251,6 +247,9 @@ def test_what_is_longer_than_the_context_is_read_from_its_end(folders, caplog):
     assert one == pytest.approx(other, abs=1e-5)
     assert lm.get_model_info()["left_truncated"] == 2 and "from their end on" in caplog.text
     assert lm.loglikelihood([request("loglikelihood", "a", "")]) == [(0.0, True)]
+    assert "trained with" not in caplog.text
+    BlockDiffusionLM(pretrained=str(folders / "four"), device="cpu", block_size=2)
+    assert "trained with L' = 4, not 2" in caplog.text
     with pytest.raises(InputError, match=r"continuation 1 has .* more than the 16"):
         lm.loglikelihood([request("loglikelihood", "the", " dog" * 20)])
     (text,) = lm.generate_until([request("generate_until", long, {"max_gen_toks": 40})])
@@ -297,6 +296,21 @@ def test_bad_arguments_are_refused_in_one_line(given, message):
     with pytest.raises(InputError, match=message) as refused:
         get_model("blockdiff").create_from_arg_obj(given, {"batch_size": None, "device": None})
     assert "\n" not in str(refused.value)
+
+
+def test_lm_evals_own_command_says_it_in_one_line(monkeypatch, capsys):
+    given = ({"pretrained": "x", "draws": 0}, {})
+    told = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: told.append(error))
+    for program, lines in (("/usr/bin/my_script", 0), ("/usr/bin/lm-eval", 1)):
+        monkeypatch.setattr(sys, "argv", [program])
+        try:
+            BlockDiffusionLM.create_from_arg_obj(*given)
+        except InputError:
+            sys.excepthook(*sys.exc_info())
+        assert capsys.readouterr().err.count("\n") == lines and len(told) == 1
+    sys.excepthook(KeyError, KeyError(), None)
+    assert len(told) == 2, "what is no bad input is told as ever"
 
 
 def test_arguments_as_the_harness_reads_them():

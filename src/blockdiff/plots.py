@@ -323,3 +323,37 @@ def _point_label(options: Mapping[str, Any]) -> str:
     values = [f"{value:g}" for name, value in options.items()
               if name not in ("sampler", "block_size", "temperature")]  # fmt: skip
     return ", ".join(values)
+
+
+@words_as_written
+def temperature_plot(
+    records: Mapping[str, Mapping[str, Any]], path: Path | None = None, *, title: str = ""
+) -> Figure:
+    """Draws generative perplexity against entropy, as a PNG: a curve over temperatures.
+
+    `records`: a name → the record of its `SampleQuality`, as `measure_frontier` orders them; what
+    is called "real text" is a point beside the curve. Bars are ± 1 standard error. Returns the
+    figure, and writes no file where `path` is None.
+    """
+    figure, (axes,) = new_figure(6.4, 4.6)
+    curve = [name for name in records if name != "real text"]
+    for names, colour, style in (
+        (curve, COLOURS[0], "o-"),
+        (records.keys() - curve, COLOURS[1], "D"),
+    ):
+        points = [(records[name]["entropy"], records[name]["perplexity"]) for name in names]
+        x, y = ([point[i]["value"] for point in points] for i in (0, 1))
+        # JSON has no NaN: an error that could not be measured is null there.
+        dx, dy = ([point[i]["stderr"] or 0 for point in points] for i in (0, 1))
+        axes.errorbar(x, y, xerr=dx, yerr=dy, fmt=style, color=colour, markersize=5, capsize=2,
+                      elinewidth=1, linewidth=1.2)  # fmt: skip
+        for name, *(across, up) in zip(names, x, y, strict=True):
+            axes.annotate(name, (across, up), (6, -11), textcoords="offset points",
+                          fontsize=8, color=colour)  # fmt: skip
+    axes.set_yscale("log")
+    logarithmic(axes.yaxis)
+    axes.margins(x=0.12, y=0.1)
+    axes.set_xlabel("entropy of a sample, nats")
+    axes.set_ylabel("generative perplexity")
+    axes.set_title(title, loc="left", fontsize=10)
+    return save_figure(figure, path)

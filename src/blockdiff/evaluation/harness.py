@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: `lm_eval --model blockdiff --model_args pretrained=FOLDER,block_size=4`.
+"""lm-evaluation-harness: `lm_eval --model blockdiff --model_args pretrained=FOLDER,draws=16`.
 
 Scores are those of `score.py`: exact for AR models and by `enumerate` up to L' = 4, otherwise the
 mean of unbiased draws. The harness keeps one number an answer; a `LogLikelihood` is that number
@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -25,31 +27,21 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from blockdiff import checks
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError, first_line
 from blockdiff.evaluation.corpus import open_to_measure
+from blockdiff.evaluation.harness_options import generation_options, read_arguments
 from blockdiff.evaluation.likelihood import tokens_per_pass
-from blockdiff.evaluation.options import Precision
 from blockdiff.evaluation.score import Score, address, score_tokens
 from blockdiff.models.loading import end_ids
 from blockdiff.progress import advance
-from blockdiff.registry import BoundName
 from blockdiff.sampling.generate import generate_tokens
-from blockdiff.sampling.options import SamplingOptions, stop_parts, translated
+from blockdiff.sampling.options import SamplingOptions, stop_parts
 from blockdiff.sampling.prompts import continuation, encode, encode_pair
 from blockdiff.sampling.stopping import StopAtText, StopAtTokens
 
 log = logging.getLogger(__name__)
-
-# What a task may call the number of new tokens, the first that is there counts; and the harness's
-# own number where it says none.
-NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-DEFAULT_NEW_TOKENS = 256
-# What the harness calls number formats.
-_DTYPES = {"float32": "float32", "float": "float32", "bfloat16": "bf16", "bf16": "bf16",
-           "int8": "int8", "auto": "auto"}  # fmt: skip
 
 
 class LogLikelihood(float):
@@ -75,80 +67,6 @@ class LogLikelihood(float):
         return f"{float(self)}" + (f" ± {self.error:.3g}" if self.error != 0 else "")
 
 
-@dataclass(frozen=True)
-class HarnessOptions:
-    """What `--model_args` takes beside the fields of `SamplingOptions`.
-
-    Attributes:
-        pretrained: Model folder or hub id; starter is the one that comes with the package.
-        tokenizer: Folder or hub id of the tokenizer, where the model has none.
-        block_size: Block size L' to measure and sample with; the model's own when left out.
-        estimator: What bounds the likelihood: auto is enumerate up to L' = 4, else exact_k.
-        draws: Noised copies per answer, where masks are not enumerated.
-        timesteps: Time steps T of d3pm.
-        seed: Seed of the masks, and of what is sampled.
-        precision: Weights: float32, bf16, int8, or auto (bf16 where the processor is made for it).
-        device: cpu, cuda, cuda:1, mps, or auto (cuda, else mps, else cpu).
-        batch_size: Answers per pass; auto chooses by size. No score depends on it (float32).
-        max_length: Tokens of a text that are read, its last ones; the model's context when left
-            out.
-    """
-
-    pretrained: str
-    tokenizer: str | None = None
-    block_size: int | None = None
-    estimator: BoundName = "auto"
-    draws: int = 8
-    timesteps: int = 1000
-    seed: int = 0
-    precision: Precision = "float32"
-    device: str = "auto"
-    batch_size: int | None = None
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raises `InputError` for numbers and names that cannot be meant."""
-        checks.options(self, {"max_length": (2, checks.LARGEST_SIZE)}, {})
-
-
-def read_arguments(given: Mapping[str, Any]) -> tuple[HarnessOptions, SamplingOptions]:
-    """What `--model_args` says; raises `InputError`, in one line, for what cannot be meant.
-
-    Example:
-        >>> from blockdiff.evaluation.harness import read_arguments
-        >>> options, sampling = read_arguments({"pretrained": "starter", "top_p": 0.9, "seed": 1})
-        >>> options.seed, sampling.seed, sampling.top_p
-        (1, 1, 0.9)
-    """
-    wish = {name: value for name, value in given.items() if value is not None}
-    if "dtype" in wish:
-        name = str(wish.pop("dtype")).removeprefix("torch.")
-        checks.one_of("dtype", name, _DTYPES)
-        if wish.setdefault("precision", _DTYPES[name]) != _DTYPES[name]:
-            raise InputError("`dtype` and `precision` say different things; give one of them")
-    size = wish.get("batch_size")
-    if isinstance(size, str):
-        if size.partition(":")[0] == "auto":
-            del wish["batch_size"]
-        elif size.isdecimal():
-            wish["batch_size"] = int(size)
-        else:
-            raise InputError(f"`batch_size` is {size!r}; it must be a whole number, or auto")
-    wish = translated(wish)
-    own = {field.name: field for field in fields(HarnessOptions)}
-    sampling = [field.name for field in fields(SamplingOptions) if field.name != "max_new_tokens"]
-    for name in wish.keys() - own.keys() - set(sampling):
-        known = ", ".join(dict.fromkeys([*own, "dtype", *sampling]))
-        raise InputError(f"there is no model argument {name!r}; there are {known}")
-    if "pretrained" not in wish:
-        raise InputError("`pretrained` is missing: name a model folder, pretrained=FOLDER")
-    # The harness reads a folder that is called 7 as a number.
-    texts = {n for n, field in own.items() if str(field.type) in ("str", "str | None")}
-    mine: dict[str, Any] = {n: str(v) if n in texts else v for n, v in wish.items() if n in own}
-    options = HarnessOptions(**mine)
-    return options, SamplingOptions(**{n: v for n, v in wish.items() if n in sampling})
-
-
 @register_model("blockdiff")
 class BlockDiffusionLM(LM):
     """A model of this package, or one that it opens, to lm-evaluation-harness."""
@@ -163,7 +81,12 @@ class BlockDiffusionLM(LM):
         self.model, self.tokenizer, self.precision = open_to_measure(
             self.options.pretrained, self.options, device, block_size=self.options.block_size
         )
-        config = self.model.config
+        config, size = self.model.config, self.options.block_size
+        # L' = 1 of a model under prediction "shift" is the causal model that it was.
+        known = (*config.block_sizes, *([1] if config.prediction == "shift" else []))
+        if size is not None and not config.causal and size not in known:
+            log.warning("%s was trained with L' = %s, not %d", self.options.pretrained,
+                        ", ".join(map(str, config.block_sizes)), size)  # fmt: skip
         self.max_length = min(self.options.max_length or config.length, config.length)
         self._device = self.model.device
         self._errors: list[float] = []
@@ -174,6 +97,9 @@ class BlockDiffusionLM(LM):
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> BlockDiffusionLM:
         """What `model_args` says comes before lm_eval's own `--device` and `--batch_size`."""
+        program = Path(sys.argv[0])
+        if "lm_eval" in (program.name.replace("-", "_"), program.parent.name):  # not from Python
+            sys.excepthook = partial(_tell, sys.excepthook)
         return cls(**{**(additional_config or {}), **arg_dict})
 
     # likelihoods
@@ -348,6 +274,7 @@ class BlockDiffusionLM(LM):
     def get_model_info(self) -> dict[str, Any]:
         """What stands in the results' `config`; of the standard errors the mean and the largest."""
         config, errors = self.model.config, [e for e in self._errors if math.isfinite(e)]
+        exact = config.causal or config.block_size == 1  # which is one order of the tokens
         return {
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_precision": self.precision,
@@ -356,7 +283,7 @@ class BlockDiffusionLM(LM):
             "max_length": self.max_length,
             "estimator": "exact" if config.causal else self.options.estimator,
             "draws": self.options.draws,
-            "likelihood_is": "exact" if config.causal else "a lower bound on log p",
+            "likelihood_is": "exact" if exact else "a lower bound on log p",
             "likelihood_stderr_mean": sum(errors) / len(errors) if errors else None,
             "likelihood_stderr_max": max(errors, default=None),
             "left_truncated": self._cut,
@@ -376,43 +303,8 @@ class BlockDiffusionLM(LM):
         self._cut += count
 
 
-def generation_options(
-    wish: Mapping[str, Any], base: SamplingOptions
-) -> tuple[SamplingOptions, list[str]]:
-    """A task's `generation_kwargs`: `base` with its settings, and the texts that end an answer.
-
-    As in the harness, an answer is greedy unless `do_sample` or a temperature above 0 says
-    otherwise. Raises `InputError` for a setting that is none of `SamplingOptions`.
-
-    Example:
-        >>> from blockdiff import SamplingOptions
-        >>> from blockdiff.evaluation.harness import generation_options
-        >>> task = {"until": ["Q:"], "max_gen_toks": 8, "do_sample": False}
-        >>> options, until = generation_options(task, SamplingOptions(temperature=0.7))
-        >>> options.max_new_tokens, options.temperature, until
-        (8, 0.0, ['Q:'])
-    """
-    given = {name: value for name, value in wish.items() if value is not None}
-    until = given.pop("until", [])
-    until = [until] if isinstance(until, str) else list(until)
-    if not all(isinstance(one, str) for one in until):
-        raise InputError(f"`until` is {until!r}; it must be a text, or a list of texts")
-    sizes = [given.pop(name) for name in NEW_TOKENS if name in given]
-    sample = given.pop("do_sample", None)
-    if sample is None:
-        sample = given.get("temperature", 0) > 0
-    elif not isinstance(sample, bool):
-        raise InputError(f"`do_sample` is {sample!r}; it must be true or false")
-    if not sample:
-        given["temperature"] = 0.0
-    given = translated(given)
-    known = [field.name for field in fields(SamplingOptions)]
-    for name in given.keys() - set(known):
-        raise InputError(
-            f"the task asks for {name!r} in generation_kwargs, which no sampler here reads; there "
-            f"are until, do_sample, {', '.join([NEW_TOKENS[0], *known])}"
-        )
-    if "sampler" in given:  # a task's order has none of another's settings
-        base = replace(SamplingOptions(), temperature=base.temperature, seed=base.seed)
-    changes = {**given, "max_new_tokens": sizes[0] if sizes else DEFAULT_NEW_TOKENS}
-    return replace(base, **changes), [one for one in until if one]
+def _tell(others: Callable[..., Any], kind: type[BaseException], error: Any, trace: Any) -> None:
+    """Prints bad input as the line that it is, without the way through the harness."""
+    if not isinstance(error, InputError):
+        return others(kind, error, trace)
+    print(f"blockdiff: error: {' '.join(str(error).split())}", file=sys.stderr)

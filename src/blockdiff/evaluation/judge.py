@@ -8,9 +8,9 @@ is scored too; special tokens within a text are not scored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +33,23 @@ TOKENS_PER_PASS = 8192
 
 # ids int64 [n, T] padded on the right, their numbers of tokens [n] → nats [n, T], of token i at i.
 Score = Callable[[Tensor, Tensor], Tensor]
+# The same → last hidden states [n, E] of the last token.
+Hidden = Callable[[Tensor, Tensor], Tensor]
 
 
 class Judge:
     """A causal language model that scores texts."""
 
     def __init__(
-        self, name: str, tokenizer: PreTrainedTokenizerBase, score: Score, window: int
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        score: Score,
+        hidden: Hidden,
+        window: int,
     ) -> None:
         self.name, self.tokenizer, self.window = name, tokenizer, window
-        self._score = score
+        self._score, self._hidden = score, hidden
         self.first = bos_id(tokenizer)
 
     def encode(self, text: str) -> list[int]:
@@ -58,17 +65,11 @@ class Judge:
             ids = ([] if self.first is None else [self.first]) + self.encode(text)
             for begin, unscored in windows(len(ids), self.window):
                 pieces.append((number, ids[begin : begin + self.window], unscored))
-        pieces.sort(key=lambda piece: len(piece[1]))
         special = torch.tensor(sorted(self.tokenizer.all_special_ids), dtype=torch.int64)
         nats = torch.zeros(len(texts), dtype=torch.float64)
         count = torch.zeros(len(texts), dtype=torch.int64)
-        while pieces:
-            rows = max(1, TOKENS_PER_PASS // len(pieces[-1][1]))
-            batch, pieces = pieces[-rows:], pieces[:-rows]
-            sizes = torch.tensor([len(ids) for _, ids, _ in batch])
-            x = torch.zeros(len(batch), int(sizes.max()), dtype=torch.int64)
-            for row, (_, ids, _) in enumerate(batch):
-                x[row, : len(ids)] = torch.tensor(ids)
+        for places, x, sizes in _batches([ids for _, ids, _ in pieces]):
+            batch = [pieces[place] for place in places]
             position = torch.arange(x.shape[1])
             given = torch.tensor([piece[2] for piece in batch])[:, None]
             scored = (position >= given) & (position < sizes[:, None])
@@ -80,6 +81,34 @@ class Judge:
             if progress is not None:
                 progress(len(batch))
         return nats, count
+
+    @torch.no_grad()
+    def features(
+        self, texts: Sequence[str], progress: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """The last hidden state float32 [n, E] of each text's last token within the window."""
+        rows = [([] if self.first is None else [self.first]) + self.encode(one) for one in texts]
+        rows = [row[: self.window] for row in rows]
+        found: list[Tensor | None] = [None] * len(rows)
+        for places, x, sizes in _batches(rows):
+            for place, hidden in zip(places, self._hidden(x, sizes).float().cpu(), strict=True):
+                found[place] = hidden
+            if progress is not None:
+                progress(len(places))
+        return torch.stack([one for one in found if one is not None])
+
+
+def _batches(rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Rows that have tokens, of like lengths together: their places, ids padded with 0, sizes."""
+    left = sorted((i for i, row in enumerate(rows) if row), key=lambda i: len(rows[i]))
+    while left:
+        count = max(1, TOKENS_PER_PASS // len(rows[left[-1]]))
+        places, left = left[-count:], left[:-count]
+        sizes = torch.tensor([len(rows[i]) for i in places])
+        x = torch.zeros(len(places), int(sizes.max()), dtype=torch.int64)
+        for row, i in enumerate(places):
+            x[row, : len(rows[i])] = torch.tensor(rows[i])
+        yield places, x, sizes
 
 
 def windows(tokens: int, window: int) -> list[tuple[int, int]]:
@@ -113,7 +142,7 @@ def load_judge(source: str | Path, window: int | None = None, device: str | None
         if not model.config.causal:
             raise InputError(f"{source} is {model.config.kind}; a judge must be autoregressive")
         size = min(reach, model.config.length)
-        return Judge(str(source), tokenizer, _own_score(model), size)
+        return Judge(str(source), tokenizer, _own_score(model), _own_hidden(model), size)
     record = getattr(config, RECORD, None)
     if record is not None and record.get("prediction") != "shift":
         raise InputError(
@@ -127,7 +156,8 @@ def load_judge(source: str | Path, window: int | None = None, device: str | None
     network.eval().to(where)
     longest = getattr(config, "max_position_embeddings", None)
     longest = WINDOW if longest is None else longest
-    return Judge(str(source), tokenizer, _score_of(network), min(reach, longest))
+    reach = min(reach, longest)
+    return Judge(str(source), tokenizer, _score_of(network), _hidden_of(network), reach)
 
 
 def _own_score(model: Denoiser) -> Score:
@@ -147,3 +177,26 @@ def _score_of(network: Any) -> Score:
         return F.pad(nll.view(len(x), -1), (1, 0))
 
     return score
+
+
+def _own_hidden(model: Denoiser) -> Hidden:
+    def hidden(x: Tensor, sizes: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        head: Any = cast(Any, model).get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            last = torch.arange(x.shape[1]) == sizes[:, None] - 1
+            model(x.to(model.device), at=last.to(model.device))
+        finally:
+            hook.remove()
+        return seen[0]
+
+    return hidden
+
+
+def _hidden_of(network: Any) -> Hidden:
+    def hidden(x: Tensor, sizes: Tensor) -> Tensor:
+        states: Tensor = network.base_model(input_ids=x.to(network.device)).last_hidden_state
+        return states[torch.arange(len(x)), (sizes - 1).to(states.device)]
+
+    return hidden

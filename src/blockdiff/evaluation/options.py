@@ -171,7 +171,8 @@ class SampleOptions:
     """Measure generated texts: perplexity under a judge, entropy, diversity, distance from text.
 
     Attributes:
-        samples: What `generate --json` printed (.json), or a corpus of texts.
+        samples: What `generate --json` printed (.json), or a corpus of texts; with `temperatures` a
+            model folder or hub id.
         judge: Causal language model (folder or hub id) for generative perplexity, for example
             gpt2-large, or an AR model of this package.
         window: Tokens the judge reads at once; 1024, moved by half, or what it was made for.
@@ -183,6 +184,8 @@ class SampleOptions:
         split_seed: Seed of that split.
         text_column: Column of the reference that holds the text.
         words: Words in each piece of the reference.
+        mauve: Also measure MAUVE between samples and reference, by the judge's last hidden states
+            (needs mauve-text: pip install 'blockdiff[eval]').
         seed: Seed of resampling and shuffling.
         device: cpu, cuda, cuda:1, mps, or auto (cuda, else mps, else cpu).
     """
@@ -197,6 +200,7 @@ class SampleOptions:
     split_seed: int = 0
     text_column: str = "text"
     words: int = 200
+    mauve: bool = False
     seed: int = 0
     device: str = "auto"
 
@@ -204,6 +208,10 @@ class SampleOptions:
         """Raises `InputError` for sizes and names that cannot be meant."""
         numbers = ("window", "words", "seed", "split_seed", "validation_fraction")
         checks.numbers(**{name: getattr(self, name) for name in numbers})
+        if self.mauve and (self.judge is None or self.reference is None):
+            raise InputError(
+                "MAUVE compares what a `judge` makes of the samples and of a `reference`: give both"
+            )
 
 
 # Lists of the command line → the setting whose values they are.

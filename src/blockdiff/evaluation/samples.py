@@ -7,6 +7,7 @@ sample, the diversity of all of them, and the distance of their n-grams from rea
     distinct-n   different n-grams over n-grams, all samples together
     divergence   Jensen-Shannon, in nats (0 … log 2), of the n-grams of samples and reference,
                  as many tokens of each
+    MAUVE        of the judge's hidden states of samples and reference (see `mauve`), on request
 
 All but the first depend on how much text there is: compare like with like, and with the figures of
 real text of the same amount, which stand beside them.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +35,7 @@ from blockdiff.errors import InputError
 from blockdiff.evaluation.corpus import open_documents
 from blockdiff.evaluation.judge import Judge, load_judge
 from blockdiff.evaluation.likelihood import perplexity_of
+from blockdiff.evaluation.mauve import FEW_TEXTS, NOTE, Mauve, mauve, require_mauve
 from blockdiff.evaluation.options import SampleOptions
 from blockdiff.evaluation.statistics import mean_error, ratio_error
 from blockdiff.printing import table_text
@@ -43,6 +46,8 @@ HALVES = 50
 ORDERS = (1, 2, 3, 4)
 # Of the generation's own record, where it came with one.
 COST = ("nfe", "tokens", "finish", "seconds", "rejection_rate")
+
+REAL = "real text"
 
 Ids = Sequence[int]
 
@@ -73,6 +78,7 @@ class SampleQuality:
     length_max: int
     rejection_rate: float | None
     cost: dict[str, float] | None
+    mauve: Mauve | None = None
 
     def record(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,12 +117,13 @@ def sample_quality(
     judge: Judge | None = None,
     reference: Sequence[str] | None = None,
     cost: Mapping[str, Any] | None = None,
+    real_features: np.ndarray | None = None,
     seed: int = 0,
 ) -> SampleQuality:
     """Measures texts; `encode` gives the tokens whose statistics count.
 
     Standard errors are over samples, by the delta method for perplexity, by halves of the samples
-    for what is no mean.
+    for what is no mean. `real_features`: the judge's of real texts, for MAUVE.
     """
     rows = [list(encode(text)) for text in texts]
     perplexity = None
@@ -141,7 +148,15 @@ def sample_quality(
         length_max=int(max(lengths)),
         rejection_rate=cost.get("rejection_rate") if cost else None,
         cost=_cost(cost) if cost and "nfe" in cost else None,
-    )
+        mauve=None if real_features is None or judge is None
+        else mauve(features_of(judge, texts), real_features, features=judge.name, seed=seed),
+    )  # fmt: skip
+
+
+def features_of(judge: Judge, texts: Sequence[str]) -> np.ndarray:
+    """The judge's features [n, E] of texts."""
+    with advance(f"{judge.name} reads {len(texts)} texts for MAUVE", len(texts), "texts") as done:
+        return np.asarray(judge.features(texts, done).numpy())
 
 
 def ngrams(rows: Iterable[Ids], n: int) -> Counter[tuple[int, ...]]:
@@ -227,35 +242,57 @@ def measure_samples(wish: SampleOptions) -> dict[str, SampleQuality]:
     good figures are, and whether the judge can be trusted: it must find shuffled text worse. Raises
     `InputError` on bad input.
     """
-    if wish.judge is None and wish.tokenizer is None:
-        raise InputError("name a `judge`, or a `tokenizer` whose tokens are counted")
+    critic, encode = judge_and_tokens(wish)
     texts, cost = read_samples(wish.samples)
-    critic = None if wish.judge is None else load_judge(wish.judge, wish.window, wish.device)
-    if wish.tokenizer is None:
-        assert critic is not None
-        encode: Callable[[str], Ids] = critic.encode
-    else:
-        encode = partial(load_tokenizer(wish.tokenizer).encode, add_special_tokens=False)
     measure = partial(sample_quality, encode=encode, judge=critic, seed=wish.seed)
     if wish.reference is None:
         return {"samples": measure(texts, cost=cost)}
+    real, rest, features = reference_texts(wish, len(texts), critic)
+    measure = partial(measure, reference=rest, real_features=features)
+    return {
+        "samples": measure(texts, cost=cost),
+        REAL: measure(real),
+        "real, shuffled": measure(shuffled(real, wish.seed)),
+    }
+
+
+def judge_and_tokens(wish: SampleOptions) -> tuple[Judge | None, Callable[[str], Ids]]:
+    """The judge, and what gives the tokens that count; `InputError` where there is neither."""
+    if wish.judge is None and wish.tokenizer is None:
+        raise InputError("name a `judge`, or a `tokenizer` whose tokens are counted")
+    if wish.mauve:
+        require_mauve()
+    critic = None if wish.judge is None else load_judge(wish.judge, wish.window, wish.device)
+    if wish.tokenizer is None:
+        assert critic is not None
+        return critic, critic.encode
+    return critic, partial(load_tokenizer(wish.tokenizer).encode, add_special_tokens=False)
+
+
+def reference_texts(
+    wish: SampleOptions, wanted: int, judge: Judge | None
+) -> tuple[list[str], list[str], np.ndarray | None]:
+    """`wanted` pieces of the reference, the rest to compare with, and its features for MAUVE."""
+    assert wish.reference is not None
     documents = open_documents(
         wish.reference, part=wish.part, validation_fraction=wish.validation_fraction,
         split_seed=wish.split_seed, text_column=wish.text_column,
     )  # fmt: skip
     pieces = [" ".join(part) for text in documents for part in _cut(text.split(), wish.words)]
     random.Random(wish.seed).shuffle(pieces)
-    real, rest = pieces[: len(texts)], pieces[len(texts) :]
+    real, rest = pieces[:wanted], pieces[wanted:]
     if not real or not rest:
         raise InputError(
             f"{wish.reference} gives {len(pieces)} pieces of {wish.words} words: less than the "
             "samples and something to compare them with; lower `words` or give more text"
         )
-    return {
-        "samples": measure(texts, cost=cost, reference=rest),
-        "real text": measure(real, reference=rest),
-        "real, shuffled": measure(shuffled(real, wish.seed), reference=rest),
-    }
+    if not wish.mauve:
+        return real, rest, None
+    assert judge is not None
+    fewest = min(wanted, len(rest))
+    if fewest < FEW_TEXTS:
+        print(f"MAUVE of {fewest} texts is rough: give {FEW_TEXTS} or more", file=sys.stderr)
+    return real, rest, features_of(judge, rest[:wanted])
 
 
 def _cut(words: list[str], size: int) -> list[list[str]]:
@@ -267,7 +304,9 @@ def quality_table(found: Mapping[str, SampleQuality]) -> str:
     """Named sets of texts side by side, for people."""
     columns = [_lines(quality) for quality in found.values()]
     rows = [[label, *(column[label] for column in columns)] for label in columns[0]]
-    return table_text(["measure", *found], rows, 110)
+    table = table_text(["measure", *found], rows, 110)
+    noted = any(quality.mauve is not None for quality in found.values())
+    return f"{table.rstrip()}\nMAUVE: {NOTE}" if noted else table
 
 
 def _lines(quality: SampleQuality) -> dict[str, str]:
@@ -283,6 +322,9 @@ def _lines(quality: SampleQuality) -> dict[str, str]:
     lines |= {f"distinct-{n}": cell(x) for n, x in quality.distinct.items()}
     for n in (1, 2):
         lines[f"divergence, {n}-grams"] = cell((quality.divergence or {}).get(n))
+    if quality.mauve is not None:
+        found = quality.mauve
+        lines["MAUVE [95%]"] = f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
     lines["length, median / max"] = f"{quality.length_median:.0f} / {quality.length_max}"
     rate = quality.rejection_rate
     lines["rejected"] = "–" if rate is None else f"{rate:.1%}"
