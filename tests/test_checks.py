@@ -36,6 +36,8 @@ HOSTILE = [1e20, math.inf, -math.inf, math.nan, 1e-320, 10**30, 10**400, -1, Tru
 OPTIONS = (TrainConfig, SamplingOptions, BenchmarkOptions)
 # What is right though it looks wrong: so hot that all is equally likely, so cold that it is greedy.
 RIGHT = {("temperature", str(x)) for x in (1e20, 10**30, 1e-320)} | {
+    *((name, str(1e-320)) for name in ("threshold", "margin", "edit_threshold", "cfg_scale")),
+    *(("entropy_bound", str(x)) for x in (1e-320, 1e20, 10**30)),
     ("top_p", str(1e-320)),
     ("delay", str(1e-320)),
 }
@@ -44,7 +46,10 @@ ZERO_MEANS_SOMETHING = {
         "initial_shift", "minutes", "warmup", "weight_decay", "max_grad_norm", "dropout", "ema",
         "seed", "workers", "eval_every", "keep_every", "eval_windows",
     },
-    SamplingOptions: {"temperature", "seed"},
+    SamplingOptions: {
+        "temperature", "seed", "threshold", "margin", "entropy_bound", "edit_threshold",
+        "cfg_scale",
+    },
     BenchmarkOptions: {"dropout"},
 }  # fmt: skip
 

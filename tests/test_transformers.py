@@ -445,13 +445,13 @@ def test_padding_on_the_left_is_cut_off(model):
         ({"max_new_tokens": 4, "max_length": 9}, "`max_new_tokens` and `max_length` were both"),
         ({"max_length": 3}, "`max_length` 3 counts the prompt"),
         ({"num_beams": 2}, "no `num_beams` 2"),
-        ({"repetition_penalty": 1.2}, "no `repetition_penalty` 1.2"),
-        ({"logits_processor": [print]}, "no `logits_processor`; leave it out"),
-        ({"max_tokens": 4}, "no option `max_tokens`; it reads block_size, "),
+        ({"encoder_repetition_penalty": 1.2}, "no `encoder_repetition_penalty` 1.2"),
+        ({"stopping_criteria": [print]}, "no `stopping_criteria`; leave it out"),
+        ({"max_tokens": 4}, "no option `max_tokens`; it reads bad_words_ids, "),
         ({"temperature": -1}, "`temperature` is -1"),
         ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
         ({"num_return_sequences": 0}, "`num_return_sequences` is 0"),
-        ({"stop_strings": "."}, "`stop_strings` needs the `tokenizer`"),
+        ({"stop_strings": "."}, "`stop_strings` needs the model's tokenizer"),
         ({"sampler": "best"}, "`sampler` 'best' is unknown"),
         ({"generation_config": {"top_k": 3}}, "`generation_config` is dict"),
         ({"inputs": torch.tensor([[1]])}, "are the same"),
@@ -530,10 +530,10 @@ def test_a_streamer_is_ended_where_generate_fails(model):
 
 def test_generation_config_json_is_read_and_written(model, tmp_path, recwarn):
     model.generation_config.update(max_new_tokens=3, do_sample=False)
-    model.generation_config.repetition_penalty = 1.1
+    model.generation_config.encoder_repetition_penalty = 1.1
     save_model(model, tmp_path)
     for opened in (load_model(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
-        with pytest.warns(UserWarning, match=r"repetition_penalty 1\.1 is not read"):
+        with pytest.warns(UserWarning, match=r"encoder_repetition_penalty 1\.1 is not read"):
             ids = opened.generate(torch.tensor([[1, 2, 3]]))
         assert ids[0, 3:].tolist() == greedy(model, [1, 2, 3], 3)
     wrong = '{"watermarking_config": {"greenlist_ratio": 7, "x": 1}}'

@@ -224,6 +224,8 @@ def _prompts(
 def _options(wish: Mapping[str, Any], prompt: int, ends: set[int]) -> SamplingOptions:
     """The package's own options of what was said in transformers' words."""
     own = {name: value for name, value in wish.items() if name in _OURS}
+    if own.get("logits_processor") in ([], ()):  # what its pipelines give
+        del own["logits_processor"]
     if "max_length" in wish and "max_new_tokens" not in wish:
         longest = whole_number("max_length", wish["max_length"])
         if longest <= prompt:

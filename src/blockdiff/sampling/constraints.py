@@ -179,7 +179,7 @@ def _vocabulary(
     """Made once for each tokenizer: of a large one it takes a second."""
     if tokenizer is None:
         raise InputError("a constraint needs the model's tokenizer; give `tokenizer`")
-    size = max(vocab_size or 0, len(tokenizer))
+    size = len(tokenizer) if vocab_size is None else max(vocab_size, len(tokenizer))
     ends = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else sorted(ends)
     known = _KNOWN.setdefault(tokenizer, {})

@@ -22,6 +22,7 @@ from blockdiff.models.tensors import read_json
 from blockdiff.outputs import write_text
 from blockdiff.registry import ORDERS
 from blockdiff.sampling.options import (
+    CONSTRAINTS,
     SETTINGS,
     SamplingOptions,
     given_settings,
@@ -105,8 +106,10 @@ def without(stored: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any
     reads = ORDERS.words("reads", sampler) if isinstance(sampler, str) else ()
     if not (same and given <= set(reads)):
         gone |= ORDERING
-    if given & _ONE_OF:
-        gone |= _ONE_OF
+    said = {name for name, value in told.items() if value is not None}
+    for exclude in (_ONE_OF, set(CONSTRAINTS)):
+        if said & exclude:
+            gone |= exclude
     return {name: value for name, value in stored.items() if name not in gone}
 
 

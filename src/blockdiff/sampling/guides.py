@@ -61,7 +61,8 @@ class RowGuides:
         against: softmax of the warped result is the target distribution of each position. Rows
         behind a draft that the constraint does not allow mean nothing: it has probability 0 there.
         """
-        texts = [np.append(self.text, drafts[:i]) for i in range(len(logits))]
+        whole = np.append(self.text, np.asarray(drafts, np.int64))
+        texts = [whole[: len(self.text) + i] for i in range(len(logits))]
         allowed = None if self.automaton is None else allowed_along(self.automaton, drafts)
         return guided(self.guides, logits, texts, allowed)
 

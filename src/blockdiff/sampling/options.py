@@ -33,7 +33,7 @@ REAL_NUMBERS = {
     "margin": (0, 1, False, False),
     "entropy_bound": (0, 1e30, False, False),
     "edit_threshold": (0, 1, False, False),
-    "repetition_penalty": (0, 1e6, True, False),
+    "repetition_penalty": (0.01, 100, False, False),
     "cfg_scale": (0, 1e6, False, False),
 }
 # Fields of which the command line knows nothing.
@@ -137,8 +137,8 @@ class SamplingOptions:
     regex: str | None = None
     json_schema: dict[str, Any] | str | None = None
     choices: list[str] | str | None = None
-    logits_processor: Any = field(default=None, metadata=FROM_PYTHON)
-    constraint: Any = field(default=None, metadata=FROM_PYTHON)
+    logits_processor: Any | None = field(default=None, metadata=FROM_PYTHON)
+    constraint: Any | None = field(default=None, metadata=FROM_PYTHON)
 
     def __post_init__(self) -> None:
         """Raises `InputError` for numbers and names that cannot be meant."""
@@ -264,12 +264,10 @@ def guiding(options: SamplingOptions) -> dict[str, Any]:
         raise InputError("`constraint` has no `begin`; give what `constrain` made, or `regex`")
     found = {name: _texts(name, getattr(options, name)) for name in ("choices", "stop_strings")}
     calls = options.logits_processor
-    for call in calls if isinstance(calls, list | tuple) else [calls] * (calls is not None):
-        if not callable(call):
-            raise InputError(
-                f"`logits_processor` {call!r} cannot be called; give a LogitsProcessor"
-            )
-    return {**found, "logit_bias": _biases(options.logit_bias), "logits_processor": calls or None}
+    members = calls if isinstance(calls, list | tuple) else [calls]
+    if calls is not None and not (members and all(map(callable, members))):
+        raise InputError(f"`logits_processor` {calls!r} cannot be called; give a LogitsProcessor")
+    return {**found, "logit_bias": _biases(options.logit_bias)}
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...] | None:
@@ -290,8 +288,8 @@ def _biases(given: Any) -> dict[int, float] | None:
     pairs = given.items() if isinstance(given, Mapping) else given
     if isinstance(given, str):
         pairs = [given]
-    if not isinstance(pairs, Iterable):
-        raise InputError(f"`logit_bias` is {type(given).__name__}; it must map ids to numbers")
+    if not isinstance(pairs, Iterable) or given == []:
+        raise InputError(f"`logit_bias` is {given!r}; it must map ids to numbers")
     found: dict[int, float] = {}
     for pair in pairs:
         try:

@@ -311,10 +311,10 @@ class Rows:
                 view = replace(view, tokens=tokens, revisable=self.revisable(row, tokens))
             if self.guides[number]:
                 known, automata = self.state["known"][row], [self.automata[one] for one in row]
+                new = self.new[row, self.shifted : size]  # a first token alone has no order
                 view = view.guided(
-                    self.guides[number], self.canvas[row], known, self.new[row, :size], automata,
-                    self.mask_token_id,
-                )  # fmt: skip
+                    self.guides[number], self.canvas[row], known, new, automata, self.mask_token_id
+                )
             found.append((place, order, view))
         return found
 

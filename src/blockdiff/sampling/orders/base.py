@@ -86,7 +86,7 @@ class RowState:
         """These rows with what `guides` are told of each; in order, where these want them so.
 
         `canvas` int64 [n, S]: all of their texts, of which the first `known` [n] tokens are fixed.
-        `new` bool [n, K]: what was masked as the block, or its part, began.
+        `new` bool: of their last columns, what was masked as the block, or its part, began.
         """
         if not guides.in_order:
             texts = [text[text != mask_token_id] for text in canvas]
@@ -94,7 +94,8 @@ class RowState:
         rows = zip(canvas, known.tolist(), automata, strict=True)
         found = [RowGuides(guides.guides, text[:end], one) for text, end, one in rows]
         u = self.u.copy()
-        for own, masked in zip(u, new, strict=True):  # an order that reads u goes left to right
+        last = u[:, u.shape[1] - new.shape[1] :]
+        for own, masked in zip(last, new, strict=True):  # an order that reads u goes left to right
             own[masked] = -np.sort(-own[masked])
         none = np.zeros_like(self.revisable)
         return replace(self, guides=found, u=u, revisable=none, in_order=True)
