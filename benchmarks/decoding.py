@@ -1,6 +1,6 @@
 """What each way of decoding costs and gives: tokens/s, tokens an evaluation, a judge's perplexity.
 
-    python benchmarks/decoding.py MODEL TEXT --judge JUDGE [--ways "ar;threshold 0.9"] [--speed-prompts 4]
+    python benchmarks/decoding.py MODEL TEXT --judge JUDGE [--ways "ar;threshold 0.9"]
 
 MODEL is a folder of ours or of a causal language model, TEXT a corpus of which the last documents
 are the prompts: 64 beginnings of 32 tokens, 128 new tokens. Quality and tokens an evaluation are

@@ -47,6 +47,7 @@ SMALLER = {
     "generate": ["--max-new-tokens", "4"],
     "chat": ["--max-new-tokens", "4"],
     "infill": [],
+    "draft-table": [],
     "tune": ["--samples", "2", "--max-new-tokens", "4", "--orders", "confidence"],
     "tokenizer": [],
     "benchmark": ["--preset", "nano", "--batch-size", "1", "--repeats", "1"],
