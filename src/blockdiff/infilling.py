@@ -16,10 +16,11 @@ bounded as in `score`. Gaps are filled from left to right; one that is still ope
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Unpack
+from typing import Any, Unpack
 
 from transformers import PreTrainedTokenizerBase
 
@@ -147,6 +148,10 @@ def infill(
     for name in (*NEED_TOKENIZER, "constraint"):
         if getattr(wish, name) is not None:
             raise InputError(f"a gap is filled with as many tokens as it has: leave `{name}` out")
+    if model.config.kind != "sedd":  # what ends a text does not stand inside one
+        known = [one for one in tokenizer.all_special_ids if one < model.config.vocab_size]
+        given: Any = wish.logit_bias or {}
+        wish = replace(wish, logit_bias=dict.fromkeys(known, -math.inf) | given)
     between, lengths = parse_gaps(text)
     longest = max(most for _, most in lengths)
     if longest >= model.config.length:
