@@ -280,22 +280,25 @@ class Verifier:
         if not masks and drafts:
             texts = (self.rows.canvas[row, :end] for row, end in zip(rows, begin, strict=True))
             tables = [table_of(self.model, text) for text in texts]
-        for i in range(drafts):
+        # Independent tokens are drawn at once, others one by one.
+        chain = self.model.chain if masks else None
+        width = drafts if masks and chain is None and not any(automata) else 1
+        u = self._uniforms(rows, begin[:, None] + np.arange(drafts), DRAFT)
+        for i in range(0, drafts, max(width, 1)):
             if masks:
-                found = logits[line, group + i]
-                if self.model.chain is not None:
-                    found = found + self.model.chain(torch.from_numpy(before[1]).to(device)).float()
+                place = torch.arange(i, i + width, device=device)
+                found = logits[line[:, None], group[:, None] + place].flatten(0, 1)
+                if chain is not None:
+                    found = found + chain(torch.from_numpy(before[1]).to(device)).float()
             else:
                 pairs = zip(tables, *before, strict=True)
                 table = np.stack([one.distribution(int(a), int(b)) for one, a, b in pairs])
-                found = torch.from_numpy(np.log(table)).float().to(device)
-            found = found.masked_fill(self.blocked[: found.shape[-1]], -torch.inf)
-            found = self._allowed(found, automata)
-            q = warped(found, options).softmax(-1)
-            u = self._uniforms(rows, begin + i, DRAFT)
-            token = invert(q, u)
-            self.q[index, i, : q.shape[-1]] = q
-            self.tokens[rows, i] = token.cpu().numpy()
+                found = torch.from_numpy(table).log_().float().to(device)
+            found = found.masked_fill_(self.blocked[: found.shape[-1]], -torch.inf)
+            q = warped(self._allowed(found, automata), options).softmax(-1)
+            token = invert(q, u[:, i : i + width].flatten()).view(len(rows), width)
+            self.q[index, i : i + width, : q.shape[-1]] = q.unflatten(0, (len(rows), width))
+            self.tokens[rows, i : i + width] = token.cpu().numpy()
             self.waits += 1
             before = [before[1], self.tokens[rows, i]]
             for automaton, new in zip(automata, before[1].tolist(), strict=True):
