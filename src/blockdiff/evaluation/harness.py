@@ -191,7 +191,7 @@ class BlockDiffusionLM(LM):
             prompt = encode(self.model, self._bare(context), self.tokenizer)
             self._note_cut(len(prompt) > room)
             prompts.append(prompt[-room:])
-            if not self.model.config.slides:
+            if not self.model.config.slides or self.model.config.kind == "sedd":
                 new = min(new, self.max_length - len(prompts[-1]))
             groups[key, new].append(i)
         # A prompt that is asked for several times has as many answers.
