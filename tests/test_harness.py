@@ -336,6 +336,13 @@ def test_arguments_as_the_harness_reads_them():
     assert sampling.temperature == 1.0
 
 
+def test_model_args_come_before_lm_evals_own(folders):
+    words = f"pretrained={folders / 'four'},batch_size=3,device=cpu,max_length=32"
+    own = {"batch_size": "auto", "device": "cuda:0", "max_batch_size": None}
+    lm = BlockDiffusionLM.create_from_arg_string(words, own)
+    assert (lm.options.batch_size, lm.options.device, lm.max_length) == (3, "cpu", 32)
+
+
 def test_a_tasks_settings_of_generation():
     base = SamplingOptions(temperature=0.7, top_p=0.9, sampler="threshold", threshold=0.8)
     for wish, temperature in (({}, 0.0), ({"temperature": 0.5}, 0.5), ({"do_sample": True}, 0.7)):
