@@ -46,7 +46,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def folders(tokenizer, tmp_path_factory):
-    """AR, L' = 4 and L' = 8, all weights drawn at random."""
+    """AR, L' = 4, L' = 8 and SEDD, all weights drawn at random."""
     home, size = tmp_path_factory.mktemp("models"), len(tokenizer)
     settings = {"vocab_size": size, "length": CONTEXT, "mask_token_id": tokenizer.mask_token_id,
                 "bos_token_id": tokenizer.bos_token_id,
@@ -55,6 +55,10 @@ def folders(tokenizer, tmp_path_factory):
         ("ar", {"objective": "ar", "causal": True, "block_size": 1}),
         ("four", {"block_size": 4}),
         ("eight", {"block_size": 8}),
+        (
+            "sedd",
+            {"objective": "sedd", "block_size": CONTEXT, "score": True, "time_conditioning": True},
+        ),
     ):
         save_model(tiny_model(**settings, **more), home / name, tokenizer)
     return home
@@ -239,6 +243,15 @@ def test_greedy_texts_of_ar_are_those_of_generate(folders, tokenizer):
     assert lm.generate_until([request("generate_until", p, wish) for p in prompts]) == texts
 
 
+def test_a_model_that_cannot_outgrow_its_context_writes_within_it(folders):
+    lm = BlockDiffusionLM(pretrained=str(folders / "sedd"), device="cpu")
+    wish = {"max_gen_toks": 1000}
+    texts = lm.generate_until([request("generate_until", p, wish) for p in ("the", PASSAGES[0])])
+    assert all(texts)
+    ((value, _),) = lm.loglikelihood([request("loglikelihood", "the old", " dog walks")])
+    assert value < 0 < value.error
+
+
 def test_what_is_longer_than_the_context_is_read_from_its_end(folders, caplog):
     lm = BlockDiffusionLM(pretrained=str(folders / "ar"), device="cpu", max_length=16)
     long, end = " ".join(PASSAGES[:6]), PASSAGES[5]
@@ -321,6 +334,13 @@ def test_arguments_as_the_harness_reads_them():
     assert options.pretrained == "7" and options.batch_size is None
     assert options.precision == "bf16" and options.block_size == 4
     assert sampling.temperature == 1.0
+
+
+def test_model_args_come_before_lm_evals_own(folders):
+    words = f"pretrained={folders / 'four'},batch_size=3,device=cpu,max_length=32"
+    own = {"batch_size": "auto", "device": "cuda:0", "max_batch_size": None}
+    lm = BlockDiffusionLM.create_from_arg_string(words, own)
+    assert (lm.options.batch_size, lm.options.device, lm.max_length) == (3, "cpu", 32)
 
 
 def test_a_tasks_settings_of_generation():

@@ -25,7 +25,11 @@ from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import (
+    get_rolling_token_windows,
+    make_disjoint_window,
+    simple_parse_args_string,
+)
 
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.device import choose_device
@@ -101,6 +105,13 @@ class BlockDiffusionLM(LM):
         if "lm_eval" in (program.name.replace("-", "_"), program.parent.name):  # not from Python
             sys.excepthook = partial(_tell, sys.excepthook)
         return cls(**{**(additional_config or {}), **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> BlockDiffusionLM:
+        """The same of "pretrained=FOLDER,draws=16"."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     # likelihoods
 
@@ -191,7 +202,7 @@ class BlockDiffusionLM(LM):
             prompt = encode(self.model, self._bare(context), self.tokenizer)
             self._note_cut(len(prompt) > room)
             prompts.append(prompt[-room:])
-            if not self.model.config.slides:
+            if not self.model.config.slides or self.model.config.kind == "sedd":
                 new = min(new, self.max_length - len(prompts[-1]))
             groups[key, new].append(i)
         # A prompt that is asked for several times has as many answers.
