@@ -135,7 +135,7 @@ def test_transformers_processors_in_an_ar_model(processor):
 
 
 @pytest.mark.parametrize("given", GIVEN.values(), ids=list(GIVEN))
-@pytest.mark.parametrize("kind", ["block", "causal shift", "mdlm"])
+@pytest.mark.parametrize("kind", ["causal shift", "mdlm"])
 def test_a_processor_knows_all_tokens_before_a_position(kind, given):
     """Whatever the order, and no others; so what it asks for holds of the text."""
     model, _, _ = model_of(kind)
@@ -267,6 +267,8 @@ MIXED = [
     {"logits_processor": NoRepeatNGramLogitsProcessor(2), "threshold": 0.2},
     {"cfg_scale": 1.5},
     {"cfg_scale": 0.7, "logits_processor": NoRepeatNGramLogitsProcessor(2), "sampler": "margin"},
+    {"cfg_scale": 1.0, "edit_threshold": 0.3, "threshold": 0.2},
+    {"sub_block": 2, "logits_processor": NoRepeatNGramLogitsProcessor(2), "cfg_scale": 0.5},
     {},
     {"threshold": 0.25},
 ]
