@@ -42,7 +42,7 @@ RIGHT = {("temperature", str(x)) for x in (1e20, 10**30, 1e-320)} | {
     ("delay", str(1e-320)),
 }
 ZERO_MEANS_SOMETHING = {
-    TrainConfig: {
+    TrainConfig: {"ar_weight", "chain_rank", 
         "initial_shift", "minutes", "warmup", "weight_decay", "max_grad_norm", "dropout", "ema",
         "seed", "workers", "eval_every", "keep_every", "eval_windows",
     },

@@ -437,9 +437,7 @@ def test_the_command_line(capsys, tmp_path):
 
     code, out = run("--choices", " yes", "--choices", " no", "--json", "--samples", "2")
     shown = json.loads(out.out)
-    assert (
-        code == 0 and shown["finish"] == ["stop"] * 2 and set(shown["texts"]) <= {" yes", " no"}
-    )
+    assert code == 0 and shown["finish"] == ["stop"] * 2 and set(shown["texts"]) <= {" yes", " no"}
     assert shown["options"]["choices"] == [" yes", " no"]
     (tmp_path / "schema.json").write_text('{"enum": [12, 345]}')
     code, out = run("--json-schema", str(tmp_path / "schema.json"), "--json")
@@ -449,9 +447,7 @@ def test_the_command_line(capsys, tmp_path):
     code, out = run("--stop-strings", "e", "--stop-strings", "a", "--logit-bias", "7=-inf",
                     "--logit-bias", "9=1.5", "--repetition-penalty", "1.2", "--json")  # fmt: skip
     shown = json.loads(out.out)
-    assert (
-        code == 0 and shown["finish"] == ["stop"] and shown["options"]["logit_bias"]["9"] == 1.5
-    )
+    assert code == 0 and shown["finish"] == ["stop"] and shown["options"]["logit_bias"]["9"] == 1.5
     for words, line in (
         (["--regex", "(a"], "error: --regex: the regular expression is refused: unclosed group"),
         (["--regex", "a", "--choices", "b"], "--regex and --choices exclude each other"),

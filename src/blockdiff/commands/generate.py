@@ -57,7 +57,9 @@ COMMAND = Command(
     run=_run,
     places=("model", "prompt"),
     sections={
-        "model": "Model", "prompt": "Text", "max_new_tokens": "Sampling",
+        "model": "Model",
+        "prompt": "Text",
+        "max_new_tokens": "Sampling",
         "repetition_penalty": "Logits and constraints",
     },
     examples=(

@@ -142,7 +142,8 @@ def _greedy(
     for new, members in groups.items():
         options = SamplingOptions(max_new_tokens=new, temperature=0.0, seed=seed, stop="none")
         longest = max(len(rows[i][0]) for i in members)
-        at_once = batch_size or max(1, tokens_per_pass(model) // (2 * longest))
+        fits = max(1, tokens_per_pass(model) // (2 * longest))
+        at_once = fits if batch_size is None else batch_size
         for start in range(0, len(members), at_once):
             part = members[start : start + at_once]
             prompts = [rows[i][0][:-new] for i in part]
