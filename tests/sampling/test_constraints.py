@@ -72,7 +72,7 @@ class Zigzag:
 
 
 @pytest.mark.parametrize("given", ORDERS.values(), ids=list(ORDERS))
-@pytest.mark.parametrize("kind", ["block", "mdlm", "causal shift", "block same"])
+@pytest.mark.parametrize("kind", ["block", "mdlm", "causal shift"])
 def test_every_order_obeys_and_rows_beside_are_unchanged(kind, given):
     """Alone, in a batch, beside rows without a constraint, streamed: the same tokens."""
     model, _, _ = model_of(kind)
@@ -185,7 +185,7 @@ def test_texts_are_drawn_from_what_the_rule_leaves(kind, given):
 
     grow([], 1.0)
     assert math.isclose(sum(law.values()), 1) and len(law) > 5
-    rows = 3000
+    rows = 2000
     options = SamplingOptions(max_new_tokens=new, stop="none", constraint=Rule(), seed=1, **given)
     done = generate_tokens(model, [prompt] * rows, options)
     counts = Counter(map(tuple, done.tokens))
@@ -437,9 +437,7 @@ def test_the_command_line(capsys, tmp_path):
 
     code, out = run("--choices", " yes", "--choices", " no", "--json", "--samples", "2")
     shown = json.loads(out.out)
-    assert (
-        code == 0 and shown["finish"] == ["stop"] * 2 and set(shown["texts"]) <= {" yes", " no"}
-    )
+    assert code == 0 and shown["finish"] == ["stop"] * 2 and set(shown["texts"]) <= {" yes", " no"}
     assert shown["options"]["choices"] == [" yes", " no"]
     (tmp_path / "schema.json").write_text('{"enum": [12, 345]}')
     code, out = run("--json-schema", str(tmp_path / "schema.json"), "--json")
@@ -449,9 +447,7 @@ def test_the_command_line(capsys, tmp_path):
     code, out = run("--stop-strings", "e", "--stop-strings", "a", "--logit-bias", "7=-inf",
                     "--logit-bias", "9=1.5", "--repetition-penalty", "1.2", "--json")  # fmt: skip
     shown = json.loads(out.out)
-    assert (
-        code == 0 and shown["finish"] == ["stop"] and shown["options"]["logit_bias"]["9"] == 1.5
-    )
+    assert code == 0 and shown["finish"] == ["stop"] and shown["options"]["logit_bias"]["9"] == 1.5
     for words, line in (
         (["--regex", "(a"], "error: --regex: the regular expression is refused: unclosed group"),
         (["--regex", "a", "--choices", "b"], "--regex and --choices exclude each other"),
