@@ -72,7 +72,7 @@ class Zigzag:
 
 
 @pytest.mark.parametrize("given", ORDERS.values(), ids=list(ORDERS))
-@pytest.mark.parametrize("kind", ["block", "mdlm", "causal shift", "block same"])
+@pytest.mark.parametrize("kind", ["block", "mdlm", "causal shift"])
 def test_every_order_obeys_and_rows_beside_are_unchanged(kind, given):
     """Alone, in a batch, beside rows without a constraint, streamed: the same tokens."""
     model, _, _ = model_of(kind)
@@ -185,7 +185,7 @@ def test_texts_are_drawn_from_what_the_rule_leaves(kind, given):
 
     grow([], 1.0)
     assert math.isclose(sum(law.values()), 1) and len(law) > 5
-    rows = 3000
+    rows = 2000
     options = SamplingOptions(max_new_tokens=new, stop="none", constraint=Rule(), seed=1, **given)
     done = generate_tokens(model, [prompt] * rows, options)
     counts = Counter(map(tuple, done.tokens))

@@ -66,7 +66,7 @@ COMMAND = Command(
         'blockdiff generate starter "The people of the United States"',
         'blockdiff generate runs/bd3lm "This module provides" --max-new-tokens 64 --watch',
         'blockdiff generate starter "The people" --threshold 0.9',
-        'blockdiff generate starter "In the year" --regex " (18|19)[0-9]{2}"',
+        'blockdiff generate starter "In the year" --regex " 1[89][0-9]{2}"',
         'blockdiff generate starter "The answer is" --choices " yes" --choices " no"',
         "blockdiff generate starter --json-schema person.json --cfg-scale 0.5",
         "blockdiff generate runs/bd3lm --samples 4 --seed 1 --json > samples.json",
