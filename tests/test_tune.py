@@ -86,12 +86,14 @@ def points_of(asked, **conventions):
 
 
 def test_the_grid_is_the_registrys():
-    """The reference, then each order's own values; at L' = 1 there is one order."""
+    """The reference, then each order's own values; at L' = 1 there is one, and what drafts."""
     everything = points_of(wish(orders=None))
     assert everything[:2] == [("first_hitting", 4, 1.0), ("first_hitting", 1, 1.0)]
     assert {point[1] for point in everything if len(point) == 3} == {1, 4}
     rest = everything[2:]
-    assert all(point[-2:] == (4, 1.0) for point in rest)
+    drafted = [("verified", k, 1, 1.0) for k in (2, 3, 4)]
+    assert [point for point in rest if point[2] == 1] == drafted
+    assert all(point[-2:] == (4, 1.0) for point in rest if point not in drafted)
     for name in ORDERS:
         values = {point[1] for point in rest if point[0] == name}
         axes = list((ORDERS[name].tunes or {}).values())
@@ -102,8 +104,8 @@ def test_the_grid_is_the_registrys():
         ("confidence", 4, 2, 1.0)
     ) == 0  # fmt: skip
     assert points_of(wish(orders=None), causal=True, block_sizes=None) == [
-        ("first_hitting", 1, 1.0)
-    ]
+        ("first_hitting", 1, 1.0), *drafted,
+    ]  # fmt: skip
 
 
 def test_lists_take_the_place_of_an_orders_values():

@@ -218,9 +218,9 @@ class BlockDiffusionLM(LM):
             for (key, new), members in groups.items():
                 options, until = wishes[key]
                 options = replace(self._stopping(options, until), max_new_tokens=new)
-                size = self.options.batch_size or max(
-                    1, tokens_per_pass(self.model) // (2 * self.max_length)
-                )
+                size = self.options.batch_size
+                if size is None:
+                    size = max(1, tokens_per_pass(self.model) // (2 * self.max_length))
                 for start in range(0, len(members), size):
                     part = members[start : start + size]
                     found = generate_tokens(

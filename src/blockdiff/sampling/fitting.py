@@ -50,7 +50,7 @@ def check_options(config: Conventions, options: SamplingOptions, order: Order) -
         raise InputError(
             f"`sub_block` {options.sub_block} is no part of a block of {part}; give a smaller one"
         )
-    part = options.sub_block or part
+    part = part if options.sub_block is None else options.sub_block
     return size, part * (part < size)
 
 

@@ -174,7 +174,8 @@ class Rows:
 
     def scales(self, rows: Array) -> Array:
         """float64 [n]: how strongly each row is guided by its twin."""
-        found = np.array([float(options.cfg_scale or 0) for options, *_ in self.groups])
+        # An option that is left out is NaN to numpy.
+        found = np.nan_to_num(np.array([o.cfg_scale for o, *_ in self.groups], np.float64))
         return found[self.state["group"][rows]]
 
     def look(self, rows: Array) -> tuple[Array, Array]:
@@ -326,7 +327,7 @@ class Rows:
             if row["evaluations"] <= most:
                 continue
             options, order, _ = self.groups[row["group"]]
-            if row["evaluations"] > most + (options.steps or 0):
+            if row["evaluations"] > most + (0 if options.steps is None else options.steps):
                 raise InputError(
                     f"the order {order.name} has not fixed a block of {row['size']} after "
                     f"{row['evaluations']} evaluations: sooner or later `choose` must fix each "

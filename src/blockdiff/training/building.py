@@ -140,7 +140,9 @@ def _build_dit(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, start: D
             initial_gate=0.0 if start is None else 1.0,
             clip=config.clip_range(),
             objective=objective.name,
-            chain_rank=config.chain_rank or getattr(start, "config", config).chain_rank,
+            chain_rank=getattr(start, "config", config).chain_rank
+            if config.chain_rank == 0
+            else config.chain_rank,
             **{
                 "time_conditioning": config.time_conditioning,
                 "clean_stream": config.clean,

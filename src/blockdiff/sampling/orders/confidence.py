@@ -145,8 +145,10 @@ def least(rows: RowState) -> Array:
     """int64 [n]: k, how many positions of each row an evaluation fixes in any case."""
     options = rows.options
     if options.steps is None:
-        return np.full(len(rows.masked), options.tokens_per_step or 1)
-    plans = [shares(n, options.steps, rows.remainder) or (1,) for n in rows.planned.tolist()]
+        each = 1 if options.tokens_per_step is None else options.tokens_per_step
+        return np.full(len(rows.masked), each)
+    plans = [shares(n, options.steps, rows.remainder) for n in rows.planned.tolist()]
+    plans = [plan if plan else (1,) for plan in plans]
     steps = zip(plans, rows.evaluations.tolist(), strict=True)
     return np.array([plan[min(step, len(plan) - 1)] for plan, step in steps])
 
