@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import blockdiff
 from blockdiff.data.tokenizers import train_tokenizer
@@ -334,6 +335,27 @@ def test_arguments_as_the_harness_reads_them():
     assert options.pretrained == "7" and options.batch_size is None
     assert options.precision == "bf16" and options.block_size == 4
     assert sampling.temperature == 1.0
+
+
+def test_a_plain_causal_model_scores_contexts_of_several_lengths(tokenizer, tmp_path):
+    """One of transformers' own, without a mask token, in a batch and alone."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = LlamaConfig(
+        vocab_size=tokenizer.mask_token_id, num_attention_heads=2, max_position_embeddings=64,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **sizes,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    plain = train_tokenizer([text.rpartition(" ")[0] for text in PASSAGES], 280)
+    words = json.loads(plain._tokenizer.to_str())
+    words["added_tokens"].pop()  # the mask token
+    plain._tokenizer = type(plain._tokenizer).from_str(json.dumps(words))
+    plain.mask_token = None
+    plain.save_pretrained(tmp_path)
+    requests = [request("loglikelihood", text, " sky dog") for text in (*PASSAGES[:2], "the old")]
+    together = BlockDiffusionLM(pretrained=str(tmp_path), device="cpu").loglikelihood(requests)
+    alone = BlockDiffusionLM(pretrained=str(tmp_path), device="cpu", batch_size=1)
+    for (one, same), (other, greedy) in zip(together, alone.loglikelihood(requests), strict=True):
+        assert one == pytest.approx(other, abs=1e-5) and same == greedy
 
 
 def test_model_args_come_before_lm_evals_own(folders):

@@ -274,7 +274,9 @@ class Engine:
             own = rows[(grids == (size, offset)).all(1)]
             counts = state["prompt"][own]
             longest = int(counts.max())
-            x_0 = torch.from_numpy(self.rows.canvas[own, :longest])
+            # Behind a shorter prompt are masks, and a plain causal model's is no id that it knows.
+            tokens = np.minimum(self.rows.canvas[own, :longest], config.vocab_size - 1)
+            x_0 = torch.from_numpy(tokens)
             x_0 = x_0.to(self.model.device, non_blocking=True)
             layout = config.layout_of(
                 longest, size, window=config.length if config.slides else None, offset=offset
