@@ -8,6 +8,7 @@ A result is benchmarks/results/lm_eval/NAME.json, and the table of all of them i
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import lm_eval
@@ -32,6 +33,8 @@ def measure(model_args: str, limit: int | None) -> dict[str, object]:
         model="blockdiff", model_args=model_args, tasks=TASKS, limit=limit, batch_size="auto",
         task_manager=tasks, bootstrap_iters=1000, log_samples=False,
     )  # fmt: skip
+    # A result names the model, not where it lay.
+    found["config"]["model_args"] = re.sub(r"(pretrained=)[^,]*/", r"\1", model_args)
     return {
         "passages": found["n-samples"][TASKS[0]]["effective"],
         "lm_eval": found["lm_eval_version"],
@@ -46,7 +49,7 @@ def measure(model_args: str, limit: int | None) -> dict[str, object]:
 def line(name: str, record: dict) -> list[str]:
     words, choice = (record["results"][task] for task in TASKS)
     exact = record["config"]["likelihood_is"] == "exact"
-    perplexity = f"{words['perplexity']:.1f} ± {words['perplexity_stderr']:.1f}"
+    perplexity = f"{words['perplexity']:.3g} ± {words['perplexity_stderr']:.2g}"
     cells = [f"{100 * one['acc']:.1f} ± {100 * one['acc_stderr']:.1f}" for one in (words, choice)]
     error = record["config"]["likelihood_stderr_mean"]
     return [name, str(record["passages"]), ("" if exact else "≤ ") + perplexity, *cells,
