@@ -34,8 +34,8 @@ PRESETS: dict[str, dict[str, int]] = {
 class BlockConfig:
     """What callers ask of any network's configuration: its kind and its conventions.
 
-    The conventions are those of `models.denoiser`. `block_sizes`: those it was trained for, of
-    which `block_size` is the largest. `slides`: whether text may outgrow the context `length`,
+    The conventions are those of `models.denoiser`. `block_sizes`: those it was trained for,
+    `block_size`, its own, among them. `slides`: whether text may outgrow the context `length`,
     which is then a window that slides along.
     """
 
@@ -136,7 +136,7 @@ class DiTConfig(BlockConfig, PackagedConfig):
     """Sizes and kind of a `DiT`.
 
     `length` is the training context L and `block_size` L'; `causal` makes it AR (block size 1).
-    `block_sizes`: all that it is trained for, of which `block_size` is the largest.
+    `block_sizes`: all that it is trained for, `block_size` among them.
     `mask_token_id`, the last id by default, is never predicted by any kind. `adaln` adds the
     modulations, which see σ only with `time_conditioning` (otherwise σ = 0 and they are constants).
     `score` says that the logits are SEDD's unnormalised scores and are trained by score entropy.
@@ -220,11 +220,11 @@ class DiTConfig(BlockConfig, PackagedConfig):
         self.tie_word_embeddings = False
 
 
-def _sizes(largest: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
-    """Block sizes, ascending; `InputError` where the largest of them is another one."""
-    found = tuple(sorted(sizes or (largest,)))
-    if found[-1] != largest:
-        raise InputError(f"block_size {largest} is not the largest of block_sizes {list(found)}")
+def _sizes(own: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
+    """Block sizes, ascending; `InputError` where the model's own is none of them."""
+    found = tuple(sorted(sizes or (own,)))
+    if own not in found:
+        raise InputError(f"block_size {own} is none of block_sizes {list(found)}")
     return found
 
 
