@@ -138,8 +138,7 @@ class Engine:
         waiting = cache.rows[state["prompt"][cache.rows] > 0]
         if len(waiting):
             self._prefill(cache, waiting)
-            none = waiting[:0]
-            return self.rows.step(waiting, none, none, none, none)
+            return self.rows.step(waiting, *[waiting[:0]] * 4)
         if cache is self.cache:
             return self._step_blocks()
         assert self._verifier is not None
@@ -276,8 +275,7 @@ class Engine:
             longest = int(counts.max())
             # Behind a shorter prompt are masks, and a plain causal model's is no id that it knows.
             tokens = np.minimum(self.rows.canvas[own, :longest], config.vocab_size - 1)
-            x_0 = torch.from_numpy(tokens)
-            x_0 = x_0.to(self.model.device, non_blocking=True)
+            x_0 = torch.from_numpy(tokens).to(self.model.device, non_blocking=True)
             layout = config.layout_of(
                 longest, size, window=config.length if config.slides else None, offset=offset
             )
