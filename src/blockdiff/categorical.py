@@ -135,23 +135,27 @@ def sample(logits: Tensor, u: Tensor) -> Tensor:
     return invert(logits.float().softmax(-1), u)
 
 
-# Probabilities added up at a time.
-_PART = 256
+# Probabilities added up at a time, and of a vocabulary that is added up at once.
+_PART, _SMALL = 256, 4096
 
 
 def invert(probability: Tensor, u: Tensor) -> Tensor:
     """The first token whose cumulative probability [n, V] exceeds u [n].
 
-    Two steps, first to a part of the vocabulary and then inside it: sums are in `real_dtype`, so
-    that rare tokens of a large vocabulary keep their probability, without a [n, V] tensor of it.
+    Sums are in `real_dtype`, so that rare tokens of a large vocabulary keep their probability:
+    there in two steps, to a part of it and then inside it, without a [n, V] tensor of that type.
     """
     dtype = real_dtype(probability.device)
     size = probability.shape[-1]
+    below_one = 1 - torch.finfo(dtype).eps
+    if size <= _SMALL:
+        cumulative = probability.cumsum(-1, dtype=dtype)
+        target = u.to(dtype)[:, None].clamp(max=below_one) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=size - 1)
     whole = size // _PART * _PART
     sums = probability[:, :whole].unflatten(-1, (-1, _PART)).sum(-1, dtype=dtype)
     rest = probability[:, whole:].sum(-1, keepdim=True, dtype=dtype)
     cumulative = torch.cat([sums, rest], dim=-1).cumsum(-1)
-    below_one = 1 - torch.finfo(dtype).eps
     target = u.to(dtype)[:, None].clamp(max=below_one) * cumulative[:, -1:]
     # Of numbers that are not finite the search would give the place behind the last token.
     part = torch.searchsorted(cumulative, target, right=True).clamp(max=cumulative.shape[-1] - 1)

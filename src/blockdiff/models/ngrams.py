@@ -1,17 +1,20 @@
-"""A table of n-grams to draft with: which tokens followed the last two before, and how often.
+"""N-grams to draft with: which tokens followed the last two before, and how often.
 
     q(v | a b) = (n_abv + κ q(v | b)) / (n_ab + κ)
     q(v | b)   = (n_bv + κ q(v)) / (n_b + κ),    q(v) = (n_v + 1/V) / (n + 1)
 
-It costs no network evaluation. Its counts are those of a text, such as the one a model was trained
-on, and those of the row's own prompt and text so far.
+They cost no network evaluation. Counts are those of a text, such as the one a model was trained on,
+and those of the row's own prompt and text so far. In logits, up to a constant,
+
+    log q(v | a b) = log q(v) + log(1 + n_bv / κ q(v)) + log(1 + n_abv / κ q(v | b))
+
+where the last two differ from 0 only at tokens that were seen there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -32,15 +35,14 @@ class Table:
         >>> import numpy as np
         >>> from blockdiff.models.ngrams import Table
         >>> table = Table.of(np.array([1, 2, 3, 1, 2, 3, 1, 2]), vocab_size=5)
-        >>> int(table.distribution(1, 2).argmax()), round(table.distribution(1, 2).sum(), 6)
-        (3, 1.0)
+        >>> [counts.tolist() for counts in table.counts(1, 2)]
+        [[0, 0, 0, 2, 0], [0, 0, 0, 2, 0]]
     """
 
     def __init__(self, vocab_size: int, key: Array, following: Array, count: Array) -> None:
         """`key` int64 [U], ascending: b·V + a; `following` and `count` [U] beside it."""
         self.vocab_size, self.key = vocab_size, key
         self.following, self.count = following, count
-        self.others: Sequence[Table] = ()
         self.single = np.bincount(following, count, vocab_size)
 
     @classmethod
@@ -62,10 +64,11 @@ class Table:
 
     def save(self, folder: Path) -> None:
         """Writes it into a model's folder; `read` takes it from there."""
+        parts = {"key": self.key, "following": self.following, "count": self.count}
+        # In the smallest whole numbers that hold them.
         tensors = {
-            "key": self.key,
-            "following": self.following.astype(np.int32),
-            "count": self.count.astype(np.int32),
+            name: part.astype(np.min_scalar_type(int(part.max(initial=0))))
+            for name, part in parts.items()
         }
         with staging(folder) as temporary:
             save_file(tensors, temporary / FILE, {"vocab_size": str(self.vocab_size)})
@@ -76,8 +79,8 @@ class Table:
         if not (folder / FILE).is_file():
             return None
         try:
-            key, *beside = map(load_file(folder / FILE).__getitem__, ("key", "following", "count"))
-            following, count = (part.astype(np.int64) for part in beside)
+            stored = map(load_file(folder / FILE).__getitem__, ("key", "following", "count"))
+            key, following, count = (part.astype(np.int64) for part in stored)
         except Exception as error:
             raise InputError(f"{folder / FILE} is no draft table: {first_line(error)}") from None
         sorted_keys = bool((np.diff(key) >= 0).all()) and len(key) == len(following) == len(count)
@@ -96,20 +99,46 @@ class Table:
             for i, j in ((one, four), (two, three))
         )
 
-    def distribution(self, a: int, b: int) -> Array:
-        """q(· | a b), float64 [V], of this table and the `others` with it."""
-        tables = [self, *self.others]
-        single: Array = np.sum([table.single for table in tables], 0) + 1 / self.vocab_size
-        q: Array = single / single.sum()
-        pairs = [table.counts(a, b) for table in tables]
-        for counts in (sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)):
-            q = (counts + KAPPA * q) / (np.sum(counts) + KAPPA)
-        return q
 
+class Grams:
+    """The n-grams of a text, int64 [N], and of a `table` beside it.
 
-def table_of(model: Any, text: Array) -> Table:
-    """The table of a row's own text, with that of the model where it has one."""
-    own = Table.of(text, model.config.vocab_size)
-    given = getattr(model, "draft_table", None)
-    own.others = () if given is None else (given,)
-    return own
+    Example:
+        >>> import numpy as np
+        >>> from blockdiff.models.ngrams import Grams
+        >>> grams = Grams(np.array([1, 2, 3, 1, 2, 3, 1, 2]), vocab_size=5)
+        >>> index, value = grams.seen(1, 2)
+        >>> index.tolist(), bool((value > 0).all())
+        ([3, 3], True)
+    """
+
+    def __init__(self, text: Array, vocab_size: int, table: Table | None = None) -> None:
+        self.text, self.vocab_size, self.table = text, vocab_size, table
+        single = np.bincount(text[2:], minlength=vocab_size) + 1 / vocab_size
+        if table is not None:
+            single = single + table.single
+        self.single: Array = single / single.sum()
+
+    def counts(self, a: int, b: int) -> tuple[Array, Array]:
+        """n_bv and n_abv, each [V]."""
+        place = (self.text[1:-1] == b).nonzero()[0]
+        both = place[self.text[place] == a]
+        own = [np.bincount(self.text[i + 2], minlength=self.vocab_size) for i in (place, both)]
+        if self.table is not None:
+            own = [x + y for x, y in zip(own, self.table.counts(a, b), strict=True)]
+        return own[0], own[1]
+
+    def seen(
+        self, a: int, b: int, weights: tuple[float, float] = (1.0, 1.0)
+    ) -> tuple[Array, Array]:
+        """What the two last terms add to logits: where, int64 [P], and how much [P].
+
+        A token may be named twice. `weights`: what the terms are multiplied by.
+        """
+        after_b, after_ab = self.counts(a, b)
+        i, j = after_b.nonzero()[0], after_ab.nonzero()[0]
+        q = (after_b[j] + KAPPA * self.single[j]) / (after_b.sum() + KAPPA)
+        gains = np.log1p(after_b[i] / (KAPPA * self.single[i])), np.log1p(after_ab[j] / (KAPPA * q))
+        return np.concatenate([i, j]), np.concatenate(
+            [weight * gain for weight, gain in zip(weights, gains, strict=True)]
+        )

@@ -89,7 +89,7 @@ def check_verifiable(config: Conventions, options: SamplingOptions) -> None:
             "the verified sampler drafts in bidirectional blocks, and this model's are causal: use "
             "threshold"
         )
-    if options.drafter != "table" and max(config.block_sizes) == 1:
+    if options.drafter == "masks" and max(config.block_sizes) == 1:
         raise InputError(
             "a model of block size 1 has no masks to draft with: use the `drafter` table"
         )

@@ -66,10 +66,11 @@ class SamplingOptions:
             them sum to so many nats at most (default 0.1).
         remasking: Which positions confidence leaves masked: low_confidence (those it is least sure
             of), or random.
-        drafts: Tokens that verified drafts an evaluation; by default what the model's blocks have
-            room for, at most 4.
-        drafter: What drafts them: masks (a block of the model itself), table (n-grams of the
-            model's draft table and of the text so far), or auto (masks where the model has any).
+        drafts: Tokens that verified drafts an evaluation; by default 3 masks, as far as the model's
+            blocks have room, or 4 of a table.
+        drafter: What drafts them: masks (a block of the model itself, joined by its chain or by
+            n-grams), table (n-grams of the model's draft table and of the text so far), or auto
+            (masks where the model has learnt blocks).
         edit_threshold: editing revises a token of the block that has become less probable than
             this, once (default 0.2).
         schedule: Noise schedule of ancestral and analytic [linear].

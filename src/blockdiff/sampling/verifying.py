@@ -16,8 +16,10 @@ noised block for each outcome:
     t  d_1 … d_k | block behind t | block behind d_1 | … | block behind d_k
     clean        | sees t         | sees t, d_1      |   | sees all
 
-where t is the last known token. The block's tokens are drafted one by one, given the one before by
-the model's chain where it has one. A table of n-grams needs no blocks.
+where t is the last known token. (In training a block under "shift" begins with a copy of the known
+token; that it sees the clean one instead costs no accepted draft, and saves a column.) The block's
+tokens are drafted one by one, given the ones before: see `sampling.drafters`. A table of n-grams
+needs no blocks.
 
 A position has one random number for its draft, one for accepting it and one for the token that
 comes in its place: a draft that is thrown away was never looked at. Past the context each column
@@ -30,6 +32,7 @@ V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -38,8 +41,9 @@ from torch import Tensor
 from blockdiff.cache import BlockCache
 from blockdiff.categorical import Array, host_uniform, invert, real_dtype, warp
 from blockdiff.models.denoiser import Denoiser
-from blockdiff.models.ngrams import table_of
+from blockdiff.models.ngrams import Grams
 from blockdiff.sampling.constraints import Automaton
+from blockdiff.sampling.drafters import drafted, drafter_of, drafts_of, joins
 from blockdiff.sampling.guides import RowGuides
 from blockdiff.sampling.logprobs import note_logprobs
 from blockdiff.sampling.options import SamplingOptions
@@ -56,7 +60,7 @@ class Columns:
     `offset` int64 [T]: position behind that of t. `reach`: how many of the clean columns one sees.
     `block`: the noised block it belongs to, −1 for clean columns. `copies`: the clean column whose
     token it holds, −1 for the mask token. `after`: how many drafts must be there for it to count.
-    `number`: its place in its block; a row that drafts less than others has shorter blocks.
+    `number`: its place in its block, from 1; a row that drafts less than others has shorter ones.
     `wanted` int64 [W]: those with logits: of p_1 … p_{k+1}, then of the k drafts of each block.
     """
 
@@ -69,6 +73,7 @@ class Columns:
     wanted: Array
 
     @classmethod
+    @cache
     def of(cls, k: int, same: bool, masks: bool) -> Columns:
         """`same`: the prediction. `masks`: whether there are blocks that draft."""
         rows = [(j, j + 1, -1, j, j, 0) for j in range(k + 1)]
@@ -78,11 +83,9 @@ class Columns:
             rows += [(j + 1, j + 1, j, -1, j, 0) for j in range(k + 1)]
         for a in range(k + 1) if masks and k else ():
             begin = len(rows)
-            # Under "shift" a block begins with a known token, and its logits are the next one's.
-            for i in range(k + 1):
-                known = not same and i == 0
-                rows.append((a + i + same, a + same, k + 1 + a, a if known else -1, a, i))
-            wanted += range(begin + 1, begin + k + 1)
+            # Under "shift" a mask has the logits of the token behind it, else of its own.
+            rows += [(a + i, a + 1, k + 1 + a, -1, a, i) for i in range(1, k + 1 + same)]
+            wanted += range(begin + same, begin + same + k)
         offset, reach, block, copies, after, number = np.array(rows).T
         return cls(offset, reach, block, copies, after, number, np.array(wanted))
 
@@ -119,6 +122,8 @@ class Verifier:
 
     def _room(self, k: int) -> None:
         rows, k = len(self.rows.state), max(k, self.tokens.shape[1])
+        if self.q.shape[:2] == (rows, k):
+            return
         grown = np.zeros((rows, k), np.int64)
         grown[: self.tokens.shape[0], : self.tokens.shape[1]] = self.tokens
         self.tokens = grown
@@ -143,20 +148,25 @@ class Verifier:
             k = max(k, drafts)
             masks |= drafter_of(options, self.model) == "masks"
         self._k = k
-        columns = Columns.of(k, self.model.config.prediction == "same", masks)
-        valid = (columns.after <= counts[:, None]) & (columns.number <= blocks[:, None])
+        same = self.model.config.prediction == "same"
+        columns = Columns.of(k, same, masks)
+        valid = (columns.after <= counts[:, None]) & (columns.number <= blocks[:, None] + same)
         logits = self._evaluate(rows, known, valid, columns)
+        # For each purpose, row and position from the first unknown one on.
+        ahead = known[:, None] + np.arange(2 * k + 1)
+        seed, line = (state[part][rows][:, None] for part in ("seed", "number"))
+        u = host_uniform(seed, line, ahead, np.array([ACCEPT, INSTEAD, DRAFT])[:, None, None])
         taken, tokens = np.zeros(len(rows), np.int64), np.zeros((len(rows), k + 1), np.int64)
         guided = self._guided(rows, known, counts, logits)
         for own, options, _ in plans:
-            taken[own], tokens[own] = self._verify(rows, known, guided, own, options)
+            taken[own], tokens[own] = self._verify(rows, u[:2], guided, own, options)
         place, offset = (np.arange(k + 1) <= taken[:, None]).nonzero()
         at, new = known[place] + offset, tokens[place, offset]
         self.rows.fix(rows[place], at, new)
         note_logprobs(self.rows, logits, (place, offset), new, rows[place], at)
         self.cache.append_first(np.arange(len(rows)), taken + 1, len(columns.offset))
         for own, options, drafts in plans:
-            self._draft(rows, known, taken, logits, own, options, drafts)
+            self._draft(rows, known, taken, u[2], logits, own, options, drafts)
         state["evaluations"][rows] += 1
         return rows, rows[place], at
 
@@ -215,29 +225,30 @@ class Verifier:
         return found
 
     def _verify(
-        self, rows: Array, known: Array, logits: Tensor, own: Array, options: SamplingOptions
+        self, rows: Array, u: Array, logits: Tensor, own: Array, options: SamplingOptions
     ) -> tuple[Array, Array]:
-        """How many drafts of the rows at `own` are accepted; these tokens, and one more."""
-        rows, known, device = rows[own], known[own], logits.device
+        """How many drafts of the rows at `own` are accepted; these tokens, and one more.
+
+        `u` [2, n, k + 1 or more]: random numbers to accept with and to draw anew.
+        """
+        rows, device = rows[own], logits.device
         width, index = self.tokens.shape[1], torch.from_numpy(rows).to(device)
         total = 1 + min(width, self._k)
         given = logits[torch.from_numpy(own).to(device), :total]
         p = warped(given.flatten(0, 1), options).softmax(-1).unflatten(0, given.shape[:2])
-        positions = known[:, None] + np.arange(total)
+        accept, instead = self._real(u[:, own, :total])
         drafts = self.tokens[rows, : total - 1]
         there = np.arange(total - 1) < self.counts[rows][:, None]
         d = torch.from_numpy(drafts).to(device)[..., None]
         is_there = torch.from_numpy(there).to(device)
         q = self.q[index, : total - 1] * is_there[..., None]
         chance, drawn = self._chances(p[:, :-1], q, d)
-        u = self._uniforms(rows, positions[:, :-1], ACCEPT)
-        run = ((u * drawn < chance) & is_there).to(torch.int64).cumprod(1).sum(1)
+        run = ((accept[:, :-1] * drawn < chance) & is_there).to(torch.int64).cumprod(1).sum(1)
         rest = torch.cat([self._rest(p[:, :-1], q), p[:, -1:]], 1)
         # Where p and q differ by rounding alone nothing is left.
         rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
         line = torch.arange(len(rows), device=device)
-        u = self._uniforms(rows, positions, INSTEAD)[line, run]
-        found = torch.stack([run, invert(rest[line, run], u)]).cpu().numpy()
+        found = torch.stack([run, invert(rest[line, run], instead[line, run])]).cpu().numpy()
         self.waits += 1
         tokens = np.zeros((len(rows), self._k + 1), np.int64)
         tokens[:, : total - 1] = drafts
@@ -259,12 +270,16 @@ class Verifier:
         rows: Array,
         known: Array,
         taken: Array,
+        u: Array,
         logits: Tensor,
         own: Array,
         options: SamplingOptions,
         drafts: int,
     ) -> None:
-        """Draws what the rows at `own` try next, as far as there is room for it."""
+        """Draws what the rows at `own` try next, as far as there is room for it.
+
+        `u` [n, 2k + 1]: random numbers of the positions from `known` on.
+        """
         begin, rows, device = (known + taken + 1)[own], rows[own], logits.device
         counts = np.clip(self.rows.state["end"][rows] - begin - 1, 0, drafts)
         automata = [self._ahead(row, end) for row, end in zip(rows, begin, strict=True)]
@@ -276,29 +291,20 @@ class Verifier:
         line, index = (torch.from_numpy(x).to(device) for x in (own, rows))
         group = torch.from_numpy(self._k + 1 + taken[own] * self._k).to(device)
         masks = drafter_of(options, self.model) == "masks"
-        tables = []
-        if not masks and drafts:
+        uniforms = self._real(u[own[:, None], (taken + 1)[own][:, None] + np.arange(drafts)])
+        grams = []
+        if drafts and joins(options, self.model):
+            size, table = self.model.config.vocab_size, self.model.draft_table
             texts = (self.rows.canvas[row, :end] for row, end in zip(rows, begin, strict=True))
-            tables = [table_of(self.model, text) for text in texts]
-        # Independent tokens are drawn at once, others one by one.
-        chain = self.model.chain if masks else None
-        width = drafts if masks and chain is None and not any(automata) else 1
-        u = self._uniforms(rows, begin[:, None] + np.arange(drafts), DRAFT)
-        for i in range(0, drafts, max(width, 1)):
-            if masks:
-                place = torch.arange(i, i + width, device=device)
-                found = logits[line[:, None], group[:, None] + place].flatten(0, 1)
-                if chain is not None:
-                    found = found + chain(torch.from_numpy(before[1]).to(device)).float()
-            else:
-                pairs = zip(tables, *before, strict=True)
-                table = np.stack([one.distribution(int(a), int(b)) for one, a, b in pairs])
-                found = torch.from_numpy(table).log_().float().to(device)
+            grams = [Grams(text, size, table) for text in texts]
+        for i in range(drafts):
+            masked = logits[line, group + i] if masks else None
+            found = drafted(self.model, masked, grams, (before[0], before[1]))
             found = found.masked_fill_(self.blocked[: found.shape[-1]], -torch.inf)
             q = warped(self._allowed(found, automata), options).softmax(-1)
-            token = invert(q, u[:, i : i + width].flatten()).view(len(rows), width)
-            self.q[index, i : i + width, : q.shape[-1]] = q.unflatten(0, (len(rows), width))
-            self.tokens[rows, i : i + width] = token.cpu().numpy()
+            token = invert(q, uniforms[:, i])
+            self.q[index, i, : q.shape[-1]] = q
+            self.tokens[rows, i] = token.cpu().numpy()
             self.waits += 1
             before = [before[1], self.tokens[rows, i]]
             for automaton, new in zip(automata, before[1].tolist(), strict=True):
@@ -327,12 +333,8 @@ class Verifier:
                 logits[place, len(may) :] = -torch.inf
         return logits
 
-    def _uniforms(self, rows: Array, positions: Array, purpose: int) -> Tensor:
-        state = self.rows.state[rows]
-        own = (state["seed"], state["number"])
-        seed, number = own if positions.ndim == 1 else (x[:, None] for x in own)
-        u = torch.from_numpy(host_uniform(seed, number, positions, purpose))
-        return u.to(self.model.device, real_dtype(self.model.device))
+    def _real(self, u: Array) -> Tensor:
+        return torch.from_numpy(u).to(self.model.device, real_dtype(self.model.device))
 
 
 def warped(logits: Tensor, options: SamplingOptions) -> Tensor:
@@ -344,18 +346,3 @@ def warped(logits: Tensor, options: SamplingOptions) -> Tensor:
         top_p=options.top_p,
         top_p_rule=options.top_p_rule,
     )
-
-
-def drafter_of(options: SamplingOptions, model: Denoiser) -> str:
-    """What drafts: "masks", or "table" for a model that has no masked positions."""
-    if options.drafter not in (None, "auto"):
-        return str(options.drafter)
-    return "table" if model.config.causal else "masks"
-
-
-def drafts_of(options: SamplingOptions, model: Denoiser) -> int:
-    """k: as many as asked for; else what the model's blocks have room for, at most 4."""
-    if options.drafts is not None:
-        return options.drafts
-    room = max(model.config.block_sizes) - (model.config.prediction == "shift")
-    return 4 if drafter_of(options, model) == "table" else max(1, min(4, room))
