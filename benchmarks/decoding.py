@@ -2,8 +2,8 @@
 
     python benchmarks/decoding.py MODEL TEXT --judge JUDGE [--ways "ar;threshold 0.9"]
 
-MODEL is a folder of ours or of a causal language model, TEXT a corpus of which the last documents
-are the prompts: 64 beginnings of 32 tokens, 128 new tokens. Quality and tokens an evaluation are
+MODEL is a folder of ours or of a causal language model, TEXT a corpus, of whose held-out documents
+the prompts are: 64 beginnings of 32 tokens, 128 new tokens. Quality and tokens an evaluation are
 measured on all of them at once; speed on a few of them one by one, as one user waits for them, the
 ways in turn, so that a ratio is of one run: nothing else may run then. Each cell is kept in
 benchmarks/results/decoding.json; a run that was stopped goes on.
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import blockdiff
-from blockdiff.data.corpora import load_corpus
+from blockdiff.evaluation.corpus import PACKING, open_documents, options_of_run
 from blockdiff.evaluation.judge import load_judge
 from blockdiff.evaluation.statistics import ratio_error
 from blockdiff.models.weights import convert
@@ -54,12 +54,14 @@ def kept(key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def beginnings(text: str, tokenizer: Any) -> list[list[int]]:
-    """64 prompts, spread over the text's last documents, which no training here has seen."""
-    documents = list(load_corpus(text))[-12:]
+def beginnings(folder: str, text: str, tokenizer: Any) -> list[list[int]]:
+    """64 prompts, spread over documents that the model's run held out, or 5% of another text."""
+    data, settings, _ = options_of_run(folder, text, {})
+    reading = {k: v for k, v in settings.items() if k not in (*PACKING, "part")}
+    documents = open_documents(data, part="validation", **reading)
     ids = [tokenizer.encode(one, add_special_tokens=False) for one in documents]
     pieces = [
-        row[i : i + PROMPT_TOKENS] for row in ids for i in range(0, len(row) - PROMPT_TOKENS, 256)
+        row[i : i + PROMPT_TOKENS] for row in ids for i in range(0, len(row) - PROMPT_TOKENS, 160)
     ]
     return pieces[:: max(1, len(pieces) // PROMPTS)][:PROMPTS]
 
@@ -103,8 +105,12 @@ def speeds(
                 begin = time.perf_counter()
                 tokens[name] += run(prompt)
                 found[name].append(time.perf_counter() - begin)
+    each = repeats * len(prompts)
     return {
-        name: {"tokens_per_second": tokens[name] / sum(found[name]), "seconds": found[name]}
+        name: {
+            "tokens_per_second": tokens[name] / each / statistics.median(found[name]),
+            "seconds": found[name],
+        }
         for name in runs
     }
 
@@ -130,7 +136,7 @@ def main() -> None:
     for precision in given.precisions.split(","):
         model, tokenizer = blockdiff.load(given.model, device="cpu")
         convert(model, precision, model.device)
-        prompts = beginnings(given.text, tokenizer)
+        prompts = beginnings(given.model, given.text, tokenizer)
         for temperature in map(float, given.temperatures.split(",")):
             where = f"{name}, {Path(given.text).name}, {precision}, T = {temperature:g}"
             wishes = {way: options(own, temperature, given.seed) for way, own in ways.items()}
