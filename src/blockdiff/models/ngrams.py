@@ -66,6 +66,11 @@ class Table:
         whole, count = np.unique(every, return_counts=True)
         return cls(vocab_size, whole // vocab_size, whole % vocab_size, count)
 
+    def common(self, least: int) -> Table:
+        """Without the triples that occur less often than `least`."""
+        kept = self.count >= least
+        return Table(self.vocab_size, self.key[kept], self.following[kept], self.count[kept])
+
     def save(self, folder: Path) -> None:
         """Writes it into a model's folder; `read` takes it from there."""
         parts = {"key": self.key, "following": self.following, "count": self.count}
