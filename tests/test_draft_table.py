@@ -50,6 +50,9 @@ def test_the_command_counts_the_text(folder: Path, capsys) -> None:
         for key, c, n in zip(found.key, found.following, found.count, strict=True)
     }
     assert stored == dict(counted) and len(ids) > 100
+    cli.main(["draft-table", str(folder / "model"), text, "--part", "all", "--min-count", "3"])
+    fewer = blockdiff.load(folder / "model")[0].draft_table
+    assert fewer.count.tolist() == [int(n) for n in found.count if n > 2]
     # It drafts what the text says: the table's favourite is tried first.
     wish = SamplingOptions(max_new_tokens=8, stop="none", sampler="verified", temperature=0.0)
     plain = SamplingOptions(max_new_tokens=8, stop="none", temperature=0.0)
@@ -98,6 +101,8 @@ def test_a_file_that_is_no_table(folder: Path, tensors) -> None:
         (["starter", "pydoc"], "is no folder"),
         (["MODEL", "nowhere.txt"], "nowhere.txt"),
         (["MODEL", "TEXT", "--part", "none"], "--part"),
+        (["MODEL", "TEXT", "--min-count", "0"], "--min-count"),
+        (["MODEL", "TEXT", "--part", "all", "--min-count", "999"], "no three tokens in a row 999"),
     ],
 )
 def test_bad_input(folder: Path, words, says, capsys) -> None:

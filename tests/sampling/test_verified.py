@@ -20,7 +20,7 @@ from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import likelihood
 from blockdiff.models.adapting import as_autoregressive
 from blockdiff.models.chain import Chain
-from blockdiff.models.ngrams import KAPPA, Grams, Table
+from blockdiff.models.ngrams import KAPPA, OWN, Grams, Table
 from blockdiff.sampling import drafters, verifying
 from blockdiff.sampling.generate import generate_tokens, stream_tokens
 from helpers import tiny_model
@@ -293,15 +293,20 @@ def test_ngrams_are_interpolated_counts(split):
     """Of a text, of a table, and of both together."""
     text = np.array([1, 2, 0, 1, 2, 3, 1, 2, 0, 0])
     own, other = text[:split], text[split:]
-    triples = [row[i : i + 3].tolist() for row in (own, other) for i in range(len(row) - 2)]
-    single = np.array([sum(c == v for *_, c in triples) for v in range(5)]) + 1 / 5
+    own_weight = OWN if len(other) else 1
+    triples = [(row[i : i + 3].tolist(), own_weight) for row in (own,) for i in range(split - 2)]
+    triples += [(other[i : i + 3].tolist(), 1) for i in range(len(other) - 2)]
+    single = np.array([sum(c == v for (*_, c), _ in triples) for v in range(5)]) + 1 / 5
     grams = Grams(own, 5, Table.of(other, 5) if len(other) else None)
     for a, b in itertools.product(range(5), repeat=2):
         expected = single / single.sum()
-        for seen in ([b], [a, b]):
-            after = [row[2] for row in triples if row[2 - len(seen) : 2] == seen]
-            counts = np.bincount(after, minlength=5)
-            expected = (counts + KAPPA * expected) / (len(after) + KAPPA)
+        for seen, kappa in (([b], KAPPA[0]), ([a, b], KAPPA[1])):
+            counts = np.zeros(5)
+            for row, weight in triples:
+                counts[row[2]] += weight * (row[2 - len(seen) : 2] == seen)
+            lower = kappa * (counts > 0).sum()
+            if lower:
+                expected = (counts + lower * expected) / (counts.sum() + lower)
         logits = np.log(grams.single)
         np.add.at(logits, *grams.seen(a, b))
         assert np.exp(logits) / np.exp(logits).sum() == pytest.approx(expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from blockdiff import checks
 from blockdiff.commands.options import Command, Given
 from blockdiff.evaluation.options import Part
 from blockdiff.training.config import Detokenizer
@@ -17,6 +18,8 @@ class DraftTableOptions:
         model: Model folder; the table is written into it.
         data: Corpus: pydoc, files (txt, jsonl, parquet; .xz and .gz too), a folder, or a hub id;
             may be given several times.
+        min_count: Leave out triples that occur less often; a smaller file, and fewer drafts that
+            are accepted.
         part: all, or the train or validation documents of the split training made.
         validation_fraction: Share of the text held out in that split; else that of the model's
             run, or 0.05.
@@ -30,6 +33,7 @@ class DraftTableOptions:
 
     model: str
     data: str | list[str]
+    min_count: int = 1
     part: Part = "train"
     validation_fraction: float | None = None
     split_seed: int | None = None
@@ -38,6 +42,9 @@ class DraftTableOptions:
     subset: str | None = None
     detokenizer: Detokenizer | None = None
     tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        checks.options(self, {"min_count": (1, checks.LARGEST_TEXT)}, {})
 
 
 def _run(given: Given) -> None:

@@ -40,7 +40,9 @@ def write_draft_table(options: Any) -> tuple[Table, Path]:
                 done(1)
 
     table = Table.of_all(texts(), model.config.vocab_size)
+    table = table.common(options.min_count)
     if not len(table.key):
-        raise InputError(f"the text of {options.data} has no three tokens in a row")
+        often = f" {options.min_count} times" if options.min_count > 1 else ""
+        raise InputError(f"the text of {options.data} has no three tokens in a row{often}")
     table.save(folder)
     return table, folder / FILE

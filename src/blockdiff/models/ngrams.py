@@ -1,12 +1,13 @@
 """N-grams to draft with: which tokens followed the last two before, and how often.
 
-    q(v | a b) = (n_abv + κ q(v | b)) / (n_ab + κ)
-    q(v | b)   = (n_bv + κ q(v)) / (n_b + κ),    q(v) = (n_v + 1/V) / (n + 1)
+    q(v | a b) = (n_abv + 4 u_ab q(v | b)) / (n_ab + 4 u_ab)
+    q(v | b)   = (n_bv + u_b q(v)) / (n_b + u_b),    q(v) = (n_v + 1/V) / (n + 1)
 
-They cost no network evaluation. Counts are those of a text, such as the one a model was trained on,
-and those of the row's own prompt and text so far. In logits, up to a constant,
+where u is the number of different tokens that followed (Witten and Bell 1991, with a weight). They
+cost no network evaluation. Counts are those of a table, of the text a model was trained on say, and
+those of the row's own prompt and text so far. In logits, up to a constant,
 
-    log q(v | a b) = log q(v) + log(1 + n_bv / κ q(v)) + log(1 + n_abv / κ q(v | b))
+    log q(v | a b) = log q(v) + log(1 + n_bv / u_b q(v)) + log(1 + n_abv / 4 u_ab q(v | b))
 
 where the last two differ from 0 only at tokens that were seen there.
 """
@@ -25,7 +26,10 @@ from blockdiff.outputs import staging
 
 FILE = "draft_table.safetensors"
 
-KAPPA = 3.0  # how many counts the shorter context is worth
+# How many counts each different follower of b, and of a b, is worth to the shorter context, and
+# how many of a table's one in the row's own text is: the best of those tried (docs/decoding.md).
+KAPPA = 1.0, 4.0
+OWN = 64
 
 
 class Table:
@@ -61,6 +65,11 @@ class Table:
         every = np.concatenate(triples) if triples else np.empty(0, np.int64)
         whole, count = np.unique(every, return_counts=True)
         return cls(vocab_size, whole // vocab_size, whole % vocab_size, count)
+
+    def common(self, least: int) -> Table:
+        """Without the triples that occur less often than `least`."""
+        kept = self.count >= least
+        return Table(self.vocab_size, self.key[kept], self.following[kept], self.count[kept])
 
     def save(self, folder: Path) -> None:
         """Writes it into a model's folder; `read` takes it from there."""
@@ -125,7 +134,7 @@ class Grams:
         both = place[self.text[place] == a]
         own = [np.bincount(self.text[i + 2], minlength=self.vocab_size) for i in (place, both)]
         if self.table is not None:
-            own = [x + y for x, y in zip(own, self.table.counts(a, b), strict=True)]
+            own = [OWN * x + y for x, y in zip(own, self.table.counts(a, b), strict=True)]
         return own[0], own[1]
 
     def seen(
@@ -137,8 +146,9 @@ class Grams:
         """
         after_b, after_ab = self.counts(a, b)
         i, j = after_b.nonzero()[0], after_ab.nonzero()[0]
-        q = (after_b[j] + KAPPA * self.single[j]) / (after_b.sum() + KAPPA)
-        gains = np.log1p(after_b[i] / (KAPPA * self.single[i])), np.log1p(after_ab[j] / (KAPPA * q))
+        k_b, k_ab = (k * max(len(seen), 1) for k, seen in zip(KAPPA, (i, j), strict=True))
+        q = (after_b[j] + k_b * self.single[j]) / (after_b.sum() + k_b)
+        gains = np.log1p(after_b[i] / (k_b * self.single[i])), np.log1p(after_ab[j] / (k_ab * q))
         return np.concatenate([i, j]), np.concatenate(
             [weight * gain for weight, gain in zip(weights, gains, strict=True)]
         )

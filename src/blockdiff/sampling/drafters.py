@@ -3,8 +3,8 @@
     masks   a block of the model itself. Its positions do not know of one another, and that is what
             most drafts are refused for; so each is joined to the token before it, by the model's
             chain where it has one, else by n-grams:
-            logits + 0.85 log(1 + n_bv / κ q(v)) + 0.2 log(1 + n_abv / κ q(v | b))
-    table   n-grams alone: no columns in the network
+            logits + 0.9 log(1 + n_bv / u_b q(v)) + 0.6 log(1 + n_abv / 4 u_ab q(v | b))
+    table   n-grams alone (`models.ngrams`): no columns in the network
 
 The weights were the best of those tried, on one model (docs/decoding.md); the block knows already
 some of what n-grams say, so that they are below 1.
@@ -25,7 +25,7 @@ from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.ngrams import Grams
 from blockdiff.sampling.options import SamplingOptions
 
-JOINED = 0.85, 0.2
+JOINED = 0.9, 0.6
 # As many drafts as pay on a CPU: a block of k masks takes (k + 1)² columns, a table k + 1.
 DRAFTS = {"masks": 3, "table": 4}
 
