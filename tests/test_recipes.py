@@ -117,8 +117,9 @@ def test_the_starters_recipe_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Path("texts", f"{name}.jsonl").write_text(lines)
     small = [f"--{key}={value}" for key, value in STAND_IN.items() if value is not None]
     more = ["--data=texts", "--vocab_size=280", *small]
-    for stem in ("ar", "bd3lm-4"):
+    for stem in ("ar", "ar-alike", "joint", "draft"):
         config = parse(RECIPES / "starter" / f"{stem}.yaml", *more)
         assert config.out == f"runs/starter/{stem}"
         model = load_model(train(config, progress=False).folder)
-    assert model.config.block_size == 4 and not model.config.adaln
+        assert not model.config.adaln
+    assert model.config.block_sizes == (1, 4, 8, 16) and model.chain is not None

@@ -42,7 +42,8 @@ def test_it_is_small_and_complete() -> None:
     assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) < 12e6
     model, tokenizer = blockdiff.load("starter")
     assert model.config.block_size == 4 and model.config.kind == "bd3lm"
-    assert len(tokenizer) == model.config.vocab_size
+    assert model.config.block_sizes == (1, 4, 8, 16) and model.config.prediction == "shift"
+    assert len(tokenizer) == model.config.vocab_size and model.chain is not None
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     for part in ("license:", "State of the Union", "Moby-Dick", "What it is not"):
         assert part in card

@@ -105,10 +105,9 @@ def stream(
         >>> model, tokenizer = blockdiff.load("starter")
         >>> for step in blockdiff.stream(model, "Return", tokenizer=tokenizer, max_new_tokens=3):
         ...     print(step.nfe.item(), int(step.fixed.sum()), step.done.item())
-        1 0 False
+        1 1 False
         2 1 False
-        3 1 False
-        4 1 True
+        3 1 True
     """
     ids = encode_prompts(model, prompts, tokenizer, samples)
     wish = bound(merge_options(options, model=model, **changes), model, tokenizer)
