@@ -363,7 +363,8 @@ def test_what_cannot_be_verified_is_refused(case):
 
 @pytest.mark.parametrize(
     "words", [["--drafts", "0"], ["--drafts", "65"], ["--drafter", "oracle"],
-              ["--drafts", "2", "--threshold", "0.5"], ["--sampler", "verified", "--block-size", "4"]]
+              ["--drafts", "2", "--threshold", "0.5"],
+              ["--sampler", "verified", "--block-size", "4"]]
 )  # fmt: skip
 def test_bad_input(words, capsys):
     with pytest.raises(SystemExit) as stop:
