@@ -39,7 +39,7 @@ class Table:
         >>> import numpy as np
         >>> from blockdiff.models.ngrams import Table
         >>> table = Table.of(np.array([1, 2, 3, 1, 2, 3, 1, 2]), vocab_size=5)
-        >>> [counts.tolist() for counts in table.counts(1, 2)]
+        >>> [counts.astype(int).tolist() for counts in table.counts(1, 2)]
         [[0, 0, 0, 2, 0], [0, 0, 0, 2, 0]]
     """
 

@@ -31,10 +31,14 @@ DRAFTS = {"masks": 3, "table": 4}
 
 
 def drafter_of(options: SamplingOptions, model: Denoiser) -> str:
-    """What drafts: "masks", or "table" for a model that has learnt nothing of masked blocks."""
+    """What drafts: "masks", or "table" for a model without masked blocks.
+
+    And for one with a draft table and no chain: as many drafts are accepted, for fewer columns.
+    """
     if options.drafter not in (None, "auto"):
         return str(options.drafter)
-    return "table" if max(model.config.block_sizes) == 1 else "masks"
+    better = model.draft_table is not None and model.chain is None
+    return "table" if better or max(model.config.block_sizes) == 1 else "masks"
 
 
 def drafts_of(options: SamplingOptions, model: Denoiser) -> int:

@@ -70,7 +70,7 @@ class SamplingOptions:
             blocks have room, or 4 of a table.
         drafter: What drafts them: masks (a block of the model itself, joined by its chain or by
             n-grams), table (n-grams of the model's draft table and of the text so far), or auto
-            (masks where the model has learnt blocks).
+            (table for AR models and those with a draft table and no chain, else masks).
         edit_threshold: editing revises a token of the block that has become less probable than
             this, once (default 0.2).
         schedule: Noise schedule of ancestral and analytic [linear].
