@@ -201,6 +201,21 @@ def test_greedy_text_is_that_of_block_size_1(name, drafter):
 
 @pytest.mark.filterwarnings("ignore:the model was trained with")
 @pytest.mark.parametrize("name", ["dit, same", "dit, shift", "ar"])
+def test_more_drafts_than_the_context(name):
+    """Accepted together, the last of them no longer see the first."""
+    model, single = one_by_one(name)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, (1 + i % 11,), generator=draw).tolist() for i in range(100)]
+    shared = {"max_new_tokens": 40, "stop": "none", "temperature": 0.0}
+    expected = generate_tokens(model, prompts, SamplingOptions(**shared, **single)).tokens
+    wish = SamplingOptions(**shared, sampler="verified", drafter="table", drafts=12)
+    runs = [int(step.fixed.sum(1).max()) for step in stream_tokens(model, prompts, wish)]
+    assert generate_tokens(model, prompts, wish).tokens == expected
+    assert max(runs) > 8
+
+
+@pytest.mark.filterwarnings("ignore:the model was trained with")
+@pytest.mark.parametrize("name", ["dit, same", "dit, shift", "ar"])
 def test_past_the_context_the_cache_is_that_of_block_size_1(name):
     """The same keys and values in the same slots, as far as one token may be cached later."""
     model, single = one_by_one(name)
