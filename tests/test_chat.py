@@ -12,7 +12,6 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import suppress
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +22,7 @@ from tokenizers import AddedToken
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from blockdiff import cli, conversation
-from blockdiff.chat import HELP
+from blockdiff.chat import HELP, _typed_lines
 from blockdiff.conversation import Answer, Conversation
 from blockdiff.data.chat_templates import PLAIN, ChatTemplate
 from blockdiff.data.tokenizers import train_tokenizer
@@ -364,15 +363,6 @@ class Person:
         before, self.read = self.seen[self.read : place], place + len(text)
         return before
 
-    def presses(self, key: str, text: str) -> None:
-        """Presses a key until this text comes: readline loses one that comes before it waits."""
-        for _ in range(100):
-            self.types(key)
-            with suppress(AssertionError):
-                self.sees(text, seconds=1.0)
-                return
-        raise AssertionError(self.seen[self.read :])
-
     def types(self, keys: str) -> None:
         os.write(self.hand, keys.encode())
 
@@ -407,7 +397,6 @@ def test_a_person_talks_with_it_in_a_terminal(tmp_path: Path) -> None:
         person.types("\x03")
         assert "\x1b[?25h" in person.sees("stopped"), "the cursor is back"
         person.sees("> ")
-        person.presses("\x03", "Ctrl-D or /exit ends the chat")
         person.types("\x1b[A")  # the line before, by readline
         person.sees("Hello?")
         person.types("\x15\x04")
@@ -417,6 +406,24 @@ def test_a_person_talks_with_it_in_a_terminal(tmp_path: Path) -> None:
         person.program.kill()
         person.program.wait()
         os.close(person.hand)
+
+
+def test_ctrl_c_at_an_empty_line_tells_how_to_leave(monkeypatch) -> None:
+    """In a terminal the moment at which readline waits for it cannot be told from outside."""
+    typed = iter(
+        [KeyboardInterrupt, "Hello?", UnicodeDecodeError("utf-8", b"", 0, 1, ""), EOFError]
+    )
+
+    def read(prompt: str) -> str:
+        found = next(typed)
+        if isinstance(found, str):
+            return found
+        raise found
+
+    monkeypatch.setattr("builtins.input", read)
+    told: list[str] = []
+    assert list(_typed_lines(told.append)) == ["Hello?"]
+    assert "Ctrl-D or /exit ends the chat" in told[0] and "not valid UTF-8" in told[1]
 
 
 def test_the_page_names_what_is_printed_and_typed() -> None:

@@ -718,7 +718,10 @@ def test_what_the_layout_cannot_hold_is_refused_before_anything_is_written(tmp_p
                           ("sdar", "adapted")):  # fmt: skip
         code, _, error = run(capsys, "export", tmp_path / source, tmp_path / "out")
         assert code == 2 and match in error and not (tmp_path / "out").exists()
-    code, _, _ = run(capsys, "export", "starter", tmp_path / "out")
-    assert code == 0 and blockdiff.load(tmp_path / "out")[0].config.block_size == 4
     code, _, error = run(capsys, "export", "starter", tmp_path / "out")
+    assert code == 2 and "cannot hold" in error and not (tmp_path / "out").exists()
+    blockdiff.save_model(tiny_model(), tmp_path / "plain")
+    code, _, _ = run(capsys, "export", tmp_path / "plain", tmp_path / "out")
+    assert code == 0 and blockdiff.load_model(tmp_path / "out").config.block_size == 4
+    code, _, error = run(capsys, "export", tmp_path / "plain", tmp_path / "out")
     assert code == 2 and "--overwrite" in error

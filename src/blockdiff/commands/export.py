@@ -41,6 +41,6 @@ COMMAND = Command(
     sections={"model": "Exporting"},
     examples=(
         "blockdiff export runs/bd3lm exported --layout bd3lm",
-        "blockdiff export starter exported --overwrite",
+        "blockdiff export runs/bd3lm exported --overwrite",
     ),
 )
