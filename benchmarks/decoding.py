@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 import blockdiff
-from blockdiff.evaluation.corpus import PACKING, open_documents, options_of_run
+from blockdiff.evaluation.corpus import documents_of_run
 from blockdiff.evaluation.judge import load_judge
 from blockdiff.evaluation.statistics import ratio_error
 from blockdiff.models.weights import convert
@@ -56,9 +56,7 @@ def kept(key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def beginnings(folder: str, text: str, tokenizer: Any) -> list[list[int]]:
     """64 prompts, spread over documents that the model's run held out, or 5% of another text."""
-    data, settings, _ = options_of_run(folder, text, {})
-    reading = {k: v for k, v in settings.items() if k not in (*PACKING, "part")}
-    documents = open_documents(data, part="validation", **reading)
+    documents, *_ = documents_of_run(folder, text, {"part": "validation"})
     ids = [tokenizer.encode(one, add_special_tokens=False) for one in documents]
     pieces = [
         row[i : i + PROMPT_TOKENS] for row in ids for i in range(0, len(row) - PROMPT_TOKENS, 160)

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from blockdiff import attention
 from blockdiff.attention import make_mask
@@ -31,6 +32,12 @@ _SCALES = (
     ("", 0.2),
 )
 GOLDEN = Path(__file__).parent / "golden"
+# Plain texts, for tokenizers and as samples.
+TEXTS = [
+    f"the {a} {b} walks over the {c} and then it sees the {a} {b} again"
+    for a in ("old", "small", "red") for b in ("dog", "cat", "man", "bird")
+    for c in ("hill", "field", "road", "wall")
+]  # fmt: skip
 
 
 def tiny_model(
@@ -54,6 +61,18 @@ def tiny_model(
             elif name.startswith("layers") and name.endswith("modulation.bias"):
                 parameter.view(6, -1)[[2, 5]] += 1  # the gates
     return model
+
+
+def save_gpt2(folder: Path, tokenizer: Any) -> Path:
+    """A random network of transformers' own in a folder, with its tokenizer."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def random_tokens(model: DiT, *shape: int, seed: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 import blockdiff
 from blockdiff import cli
@@ -17,13 +17,7 @@ from blockdiff.evaluation.mauve import NOTE, area, mauve, require_mauve
 from blockdiff.evaluation.samples import sample_quality
 from blockdiff.models.hub import save_model
 from blockdiff.plots import temperature_plot
-from helpers import tiny_model
-
-TEXTS = [
-    f"the {a} {b} walks over the {c} and then it sees the {a} {b} again"
-    for a in ("old", "small", "red") for b in ("dog", "cat", "man", "bird")
-    for c in ("hill", "field", "road", "wall")
-]  # fmt: skip
+from helpers import TEXTS, save_gpt2, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +29,7 @@ def tokenizer():
 def folders(tokenizer, tmp_path_factory):
     """A random GPT-2, an AR and a block diffusion model of ours, and a corpus."""
     home = tmp_path_factory.mktemp("mauve")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(home / "gpt2")
-    tokenizer.save_pretrained(home / "gpt2")
+    save_gpt2(home / "gpt2", tokenizer)
     ids = {name: getattr(tokenizer, name) for name in (
         "mask_token_id", "bos_token_id", "eos_token_id"
     )}  # fmt: skip

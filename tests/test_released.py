@@ -54,8 +54,7 @@ def said(name, io):
     return told
 
 
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory):
+def opener(tmp_path_factory):
     """name → (model, io); each is opened once."""
     models = {}
 
@@ -67,6 +66,11 @@ def opened(tmp_path_factory):
         return models[name]
 
     return find
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    return opener(tmp_path_factory)
 
 
 def close(ours, theirs):

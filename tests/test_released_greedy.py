@@ -14,7 +14,7 @@ from blockdiff.errors import InputError
 from blockdiff.sampling.options import translated
 from blockdiff.sampling.orders.confidence import shares
 from helpers import read_golden, tiny_model
-from test_released import said, write
+from test_released import opener, write
 
 THRESHOLD = object()  # the file's own
 # (file, key) → the settings, in the family's words where we take them. `steps`: those of a block.
@@ -50,17 +50,7 @@ IDS = ["-".join(case) for case in CASES]
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """name → (model, io); each is opened once."""
-    models = {}
-
-    def find(name):
-        if name not in models:
-            config, weights, io = read_golden(f"released/{name}")
-            folder = write(tmp_path_factory.mktemp(name) / "model", config, weights)
-            models[name] = blockdiff.load_model(folder, **said(name, io)), io
-        return models[name]
-
-    return find
+    return opener(tmp_path_factory)
 
 
 def given(name, key, io):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from blockdiff import cli
 from blockdiff.data.tokenizers import train_tokenizer
@@ -24,13 +24,7 @@ from blockdiff.evaluation.samples import (
 from blockdiff.models.hub import save_model
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import train
-from helpers import tiny_model
-
-TEXTS = [
-    f"the {a} {b} walks over the {c} and then it sees the {a} {b} again"
-    for a in ("old", "small", "red") for b in ("dog", "cat", "man", "bird")
-    for c in ("hill", "field", "road", "wall")
-]  # fmt: skip
+from helpers import TEXTS, save_gpt2, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +35,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def gpt2(tokenizer, tmp_path_factory):
     """A random network of transformers' own, as a folder."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=2,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_gpt2(tmp_path_factory.mktemp("gpt2"), tokenizer)
 
 
 def test_figures_by_hand():

@@ -183,7 +183,7 @@ def _text(what: str, text: str) -> str:
 def options_of(kind: type, places: Sequence[str] = ()) -> list[Option]:
     """An option for every field of a dataclass and of those it extends."""
     hints = get_type_hints(kind, include_extras=True)
-    described = [p for one in kind.__mro__ for p in parse_docstring(one.__doc__ or "").params]
+    described = [p for one in kind.__mro__[::-1] for p in parse_docstring(one.__doc__ or "").params]
     texts = {p.arg_name: " ".join((p.description or "").split()) for p in described}
     return [
         Option(f.name, texts[f.name], hints[f.name], f.default, f.name in places)

@@ -20,8 +20,9 @@ from blockdiff.data.mixture import chained
 from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
+from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import likelihood
-from blockdiff.evaluation.options import EvaluateOptions, Opening, TextOptions, TuneOptions
+from blockdiff.evaluation.options import CorpusOptions, EvaluateOptions, Opening
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
 from blockdiff.models.weights import convert, resolve_precision
@@ -84,9 +85,23 @@ def options_of_run(
     return data, settings, part
 
 
-def text_options(wish: TextOptions | TuneOptions) -> dict[str, Any]:
+def text_options(wish: CorpusOptions) -> dict[str, Any]:
     """What was said of the options of `DEFAULTS`; None for the others."""
     return {name: getattr(wish, name, None) for name in DEFAULTS}
+
+
+def documents_of_run(
+    model: str | Path, data: Texts, given: dict[str, Any]
+) -> tuple[Iterable[str], Texts, str]:
+    """(the documents, the text they are of, the part of it), read as `options_of_run` says.
+
+    Raises `InputError` as that does, and for a text of conversations.
+    """
+    data, settings, part = options_of_run(model, data, given)
+    if settings["format"] != "text":
+        raise InputError(f"{data} holds conversations; name a plain text as `data`")
+    reading = {name: value for name, value in settings.items() if name not in PACKING}
+    return open_documents(data, **reading), data, part
 
 
 def _same(data: Texts, other: Texts | None) -> bool:

@@ -9,27 +9,30 @@ from typing import Any
 import numpy as np
 
 from blockdiff.categorical import Array
+from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.evaluation.corpus import DEFAULTS, PACKING, open_documents, options_of_run
+from blockdiff.evaluation.corpus import documents_of_run, text_options
 from blockdiff.models.loading import load
 from blockdiff.models.ngrams import FILE, Table
 from blockdiff.outputs import local_path
 from blockdiff.progress import advance
 
 
-def write_draft_table(options: Any) -> tuple[Table, Path]:
+def write_draft_table(
+    source: str, options: Any, device: str | None = None, **opening: Any
+) -> tuple[Table, Path]:
     """Writes the table of a text into a model's folder; `options`: the command line's.
 
-    Raises `InputError` where the model is no folder, or the text is none.
+    `opening`: how `load` opens the model. Raises `InputError` where the model is no folder, or the
+    text is none.
     """
-    folder = local_path("model", options.model)
+    folder = local_path("model", source)
     if not folder.is_dir():
-        raise InputError(f"{options.model} is no folder, and the table is written into it")
-    model, tokenizer = load(folder, tokenizer=options.tokenizer)
-    told = {name: getattr(options, name, None) for name in DEFAULTS}
-    data, settings, part = options_of_run(folder, options.data, told)
-    reading = {k: v for k, v in settings.items() if k not in (*PACKING, "part")}
-    documents = open_documents(data, part=part, **reading)
+        raise InputError(f"{source} is no folder, and the table is written into it")
+    model, tokenizer = load(
+        folder, tokenizer=options.tokenizer, device=choose_device(device), **opening
+    )
+    documents, _, _ = documents_of_run(folder, options.data, text_options(options))
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def texts() -> Iterator[Array]:

@@ -25,8 +25,8 @@ class Opening(Protocol):
 
 
 @dataclass(frozen=True)
-class TextOptions:
-    """A text to measure on.
+class CorpusOptions:
+    """A text, or a part of it.
 
     Attributes:
         data: Corpus: pydoc, files (txt, jsonl, parquet; .xz and .gz too), a folder, or a hub id;
@@ -37,18 +37,10 @@ class TextOptions:
         validation_fraction: Share of the text held out in that split; else 0.05.
         split_seed: Seed of that split; else 0.
         text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
-        format: text, chat or prompt, as in training; else text. Of the last two only responses
-            count.
         split: Split of a hub data set.
         subset: Subset of a hub data set.
-        tokenizer: Folder or hub id of the tokenizer, where the model has none.
-        length: Tokens per sequence; the model's context, at most 1024, when left out.
-        bos: Put a beginning-of-text token before each document.
-        eos: Put an end-of-text token behind each document; else true.
-        across_documents: Let windows run across documents; otherwise pad at each document's end.
-        window_marks: Begin every window with a beginning-of-text token and end it with an
-            end-of-text token.
         detokenizer: What undoes a benchmark's own marks.
+        tokenizer: Folder or hub id of the tokenizer, where the model has none.
     """
 
     data: str | list[str]
@@ -56,20 +48,37 @@ class TextOptions:
     validation_fraction: float | None = None
     split_seed: int | None = None
     text_column: str | None = None
-    format: Format | None = None
     split: str | None = None
     subset: str | None = None
+    detokenizer: Detokenizer | None = None
     tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for sizes and names that cannot be meant."""
+        checks.options(self, {}, {})
+
+
+@dataclass(frozen=True)
+class TextOptions(CorpusOptions):
+    """A text to measure on, in windows.
+
+    Attributes:
+        format: text, chat or prompt, as in training; else text. Of the last two only responses
+            count.
+        length: Tokens per sequence; the model's context, at most 1024, when left out.
+        bos: Put a beginning-of-text token before each document.
+        eos: Put an end-of-text token behind each document; else true.
+        across_documents: Let windows run across documents; otherwise pad at each document's end.
+        window_marks: Begin every window with a beginning-of-text token and end it with an
+            end-of-text token.
+    """
+
+    format: Format | None = None
     length: int | None = None
     bos: bool | None = None
     eos: bool | None = None
     across_documents: bool | None = None
     window_marks: bool | None = None
-    detokenizer: Detokenizer | None = None
-
-    def __post_init__(self) -> None:
-        """Raises `InputError` for sizes and names that cannot be meant."""
-        checks.options(self, {}, {})
 
 
 @dataclass(frozen=True)
@@ -225,20 +234,10 @@ LISTS = {
 
 
 @dataclass(frozen=True)
-class TuneOptions:
+class TuneOptions(CorpusOptions):
     """Choose how a model decodes: quality against speed over orders and their settings.
 
     Attributes:
-        data: Corpus whose texts are continued: pydoc, files, a folder, or a hub id; may be given
-            several times.
-        part: all, or the train or validation documents of the split training made; of the text
-            the model was trained on, what its run held out, else all.
-        validation_fraction: Share of the text held out in that split; else 0.05.
-        split_seed: Seed of that split; else 0.
-        text_column: Column of JSON lines, Parquet or a hub data set that holds the text.
-        split: Split of a hub data set.
-        subset: Subset of a hub data set.
-        detokenizer: What undoes a benchmark's own marks.
         samples: Texts that each setting writes.
         prompt_tokens: Tokens of real text that each begins with.
         max_new_tokens: New tokens of each.
@@ -261,21 +260,12 @@ class TuneOptions:
         repeats: Times that speed is measured, all settings in turn; the median counts.
         seed: Seed of the prompts and texts.
         precision: Weights: float32, bf16, int8, or auto (bf16 where the processor is made for it).
-        tokenizer: Folder or hub id of the tokenizer, where the model has none.
         out: Folder for tuning.json and tuning.png; `tuning` in the model's folder when left out.
             What is there already is not measured again.
         overwrite: Measure everything anew.
         write: Write the choice into the model folder's generation_config.json.
     """
 
-    data: str | list[str]
-    part: Part | None = None
-    validation_fraction: float | None = None
-    split_seed: int | None = None
-    text_column: str | None = None
-    split: str | None = None
-    subset: str | None = None
-    detokenizer: Detokenizer | None = None
     samples: int = 64
     prompt_tokens: int = 32
     max_new_tokens: int = 128
@@ -295,7 +285,6 @@ class TuneOptions:
     repeats: int = 3
     seed: int = 0
     precision: Precision = "auto"
-    tokenizer: str | None = None
     out: str | None = None
     overwrite: bool = False
     write: bool = True

@@ -36,13 +36,7 @@ from transformers import PreTrainedTokenizerBase
 from blockdiff.data.tokenizers import bos_id
 from blockdiff.errors import InputError, first_line
 from blockdiff.evaluation.choosing import Point, Record, decide, own_folder
-from blockdiff.evaluation.corpus import (
-    PACKING,
-    open_documents,
-    open_to_measure,
-    options_of_run,
-    text_options,
-)
+from blockdiff.evaluation.corpus import documents_of_run, open_to_measure, text_options
 from blockdiff.evaluation.judge import Judge, load_judge
 from blockdiff.evaluation.options import LISTS, TuneOptions
 from blockdiff.evaluation.samples import divergences
@@ -88,12 +82,7 @@ def tune(model: str | Path, wish: TuneOptions, device: str | None = None, **open
         network, tokenizer, precision = open_to_measure(
             model, wish, device, few_tokens=True, **opening
         )
-        data, corpus, part = options_of_run(model, wish.data, text_options(wish))
-        if corpus["format"] != "text":
-            raise InputError(f"{data} holds conversations; name a plain text to continue as `data`")
-        documents = open_documents(
-            data, **{name: value for name, value in corpus.items() if name not in PACKING}
-        )  # fmt: skip
+        documents, data, part = documents_of_run(model, wish.data, text_options(wish))
         prompts, real = beginnings(documents, tokenizer, network.config.mask_token_id, wish)
         make = partial(_options, _in_force(network), wish)
         points = grid(network.config, wish, make)

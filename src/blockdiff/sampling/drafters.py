@@ -45,8 +45,10 @@ def drafts_of(options: SamplingOptions, model: Denoiser) -> int:
     """k: as many as asked for; else those that pay, as far as the model's blocks have room."""
     drafter = drafter_of(options, model)
     room = max(model.config.block_sizes) - (model.config.prediction == "shift")
+    if options.drafts is not None:
+        return options.drafts
     most = DRAFTS[drafter]
-    return options.drafts or (most if drafter == "table" else max(1, min(most, room)))
+    return most if drafter == "table" else max(1, min(most, room))
 
 
 def joins(options: SamplingOptions, model: Denoiser) -> bool:

@@ -59,10 +59,13 @@ class Engine:
         self.cache = model.new_cache(0, 0, 1)
         self._verifier: Verifier | None = None  # of rows whose tokens are drafted and verified
         self.waits = 0  # how often the host waited for the device
-        self._mask_token_id = model.config.mask_token_id
         self._timed = model.config.time_conditioning
-        drawable = model.drawable
-        self._no_token = None if drawable is None else ~drawable.to(model.device)
+        # bool [V]: the mask token, and ids that stand for none
+        self._no_token = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        self._no_token[model.config.mask_token_id :][:1] = True
+        if model.drawable is not None:
+            self._no_token |= ~model.drawable.cpu()
+        self._no_token = self._no_token.to(model.device)
 
     @property
     def active(self) -> bool:
@@ -95,7 +98,7 @@ class Engine:
         places = self.rows.admit(prompts, options, numbers, after)
         rows = self.rows.state[places]
         if self.rows.groups[rows["group"][0]][1].verifies:
-            self._verifier = self._verifier or Verifier(self.model, self.rows)
+            self._verifier = self._verifier or Verifier(self.model, self.rows, self._no_token)
             self._verifier.admit(places)
         else:
             self.cache.admit(places, rows["size"], rows["capacity"])
@@ -143,6 +146,7 @@ class Engine:
             return self._step_blocks()
         assert self._verifier is not None
         rows, written, at = self._verifier.step()
+        self.waits += self._verifier.waits
         step = self.rows.step(rows, written, at, np.zeros(len(at), bool), rows)
         cache.drop((state["length"][cache.rows] >= 0).nonzero()[0])
         return step
@@ -225,11 +229,7 @@ class Engine:
         logits = self.model.decode(
             x[0], x[1], self.cache, places, mask=mask, clean=clean, sigma=sigma
         ).float()
-        if self._mask_token_id < logits.shape[-1]:
-            logits[:, self._mask_token_id] = -torch.inf
-        if self._no_token is not None:
-            logits.masked_fill_(self._no_token, -torch.inf)
-        return logits, noised
+        return logits.masked_fill_(self._no_token, -torch.inf), noised
 
     def _store(self, rows: Array, which: Array, noised: int) -> None:
         """Appends the staged blocks of those of `rows` for which bool [n] `which` is true."""

@@ -96,18 +96,13 @@ class Verifier:
     `tokens` [B, k], `counts` [B] and `q` [B, k, V]: the drafts that wait, of all rows.
     """
 
-    def __init__(self, model: Denoiser, rows: Rows) -> None:
-        self.model, self.rows = model, rows
-        config = model.config
-        self.blocked = torch.zeros(config.vocab_size, dtype=torch.bool, device=model.device)
-        if config.mask_token_id < config.vocab_size:
-            self.blocked[config.mask_token_id] = True
-        if model.drawable is not None:
-            self.blocked |= ~model.drawable.to(model.device)
+    def __init__(self, model: Denoiser, rows: Rows, no_token: Tensor) -> None:
+        """`no_token` bool [V]: ids that are never drawn."""
+        self.model, self.rows, self.no_token = model, rows, no_token
         self.cache: BlockCache = model.new_cache(0, 0, 1)
         self.tokens, self.counts = np.empty((0, 0), np.int64), np.empty(0, np.int64)
         self.q = torch.empty(0, 0, 0, device=model.device)
-        self.waits, self._k = 0, 0
+        self.waits, self._k = 0, 0  # how often the last evaluation waited for the device; k of it
 
     def admit(self, places: Array) -> None:
         """Takes the rows at these places of the engine's."""
@@ -128,12 +123,13 @@ class Verifier:
         grown[: self.tokens.shape[0], : self.tokens.shape[1]] = self.tokens
         self.tokens = grown
         self.counts = np.append(self.counts, np.zeros(rows - len(self.counts), np.int64))
-        q = self.q.new_zeros(rows, k, len(self.blocked))
+        q = self.q.new_zeros(rows, k, len(self.no_token))
         q[: self.q.shape[0], : self.q.shape[1], : self.q.shape[2]] = self.q
         self.q = q
 
     def step(self) -> tuple[Array, Array, Array]:
         """One evaluation: the rows in it, and rows and positions of what it fixed."""
+        self.waits = 0
         rows, state = self.cache.rows, self.rows.state
         known, counts = state["known"][rows], self.counts[rows]
         k, masks = int(counts.max(initial=0)), False
@@ -187,7 +183,7 @@ class Verifier:
             parts[0], parts[1], self.cache, torch.from_numpy(at.flatten()).to(device),
             mask=mask, clean=k + 1,
         ).float()  # fmt: skip
-        logits = logits.masked_fill(self.blocked[: logits.shape[-1]], -torch.inf)
+        logits = logits.masked_fill(self.no_token, -torch.inf)
         return logits.unflatten(0, (len(rows), -1))
 
     def _mask(self, position: Array, valid: Array, reach: Array, columns: Columns) -> Tensor:
@@ -300,10 +296,10 @@ class Verifier:
         for i in range(drafts):
             masked = logits[line, group + i] if masks else None
             found = drafted(self.model, masked, grams, (before[0], before[1]))
-            found = found.masked_fill_(self.blocked[: found.shape[-1]], -torch.inf)
+            found = found.masked_fill_(self.no_token, -torch.inf)
             q = warped(self._allowed(found, automata), options).softmax(-1)
             token = invert(q, uniforms[:, i])
-            self.q[index, i, : q.shape[-1]] = q
+            self.q[index, i] = q
             self.tokens[rows, i] = token.cpu().numpy()
             self.waits += 1
             before = [before[1], self.tokens[rows, i]]
