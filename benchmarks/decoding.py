@@ -26,7 +26,7 @@ import torch
 import blockdiff
 from blockdiff.evaluation.corpus import documents_of_run
 from blockdiff.evaluation.judge import load_judge
-from blockdiff.evaluation.statistics import ratio_error
+from blockdiff.evaluation.statistics import mean_error, ratio_error
 from blockdiff.models.weights import convert
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.stopping import token_entropy
@@ -38,7 +38,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "first_hitting": {"sampler": "first_hitting"},
     "threshold 0.9": {"threshold": 0.9},
     "entropy_bound 0.1": {"entropy_bound": 0.1},
+    "editing": {"sampler": "editing"},
     "verified, masks": {"sampler": "verified", "drafter": "masks"},
+    "verified, 2 masks": {"sampler": "verified", "drafter": "masks", "drafts": 2},
+    "verified, 4 masks": {"sampler": "verified", "drafter": "masks", "drafts": 4},
     "verified, table": {"sampler": "verified", "drafter": "table"},
 }
 THEIRS = "transformers"
@@ -73,20 +76,23 @@ def options(way: dict[str, Any], temperature: float, seed: int) -> blockdiff.Sam
 def quality(
     model: Any, tokenizer: Any, prompts: list[list[int]], wish: Any, judge: Any
 ) -> dict[str, Any]:
+    """Tokens an evaluation, the prompt's included, and what the texts are like, with errors."""
     done = generate_tokens(model, prompts, wish)
-    texts = [
-        tokenizer.decode(prompt + new, skip_special_tokens=True)
-        for prompt, new in zip(prompts, done.tokens, strict=True)
-    ]
-    nats, count = judge.nats(texts)
-    rate, error = float(nats.sum() / count.sum()), ratio_error(nats.numpy(), count.numpy())
-    entropies = [token_entropy(row) for row in done.tokens]
-    return {
-        "tokens_per_nfe": done.tokens_per_nfe, "nfe": sum(done.nfe) / len(done.nfe),
-        "judge_nats": rate, "judge_stderr": error, "judge_perplexity": float(np.exp(rate)),
-        "entropy": statistics.mean(entropies),
-        "entropy_stderr": statistics.stdev(entropies) / len(entropies) ** 0.5,
+    each = np.array([len(row) for row in done.tokens], float), np.array(done.nfe, float)
+    entropies = np.array([token_entropy(row) for row in done.tokens])
+    found = {
+        "tokens_per_nfe": done.tokens_per_nfe, "tokens_per_nfe_stderr": ratio_error(*each),
+        "entropy": float(entropies.mean()), "entropy_stderr": mean_error(entropies),
     }  # fmt: skip
+    if judge is not None:
+        texts = [
+            tokenizer.decode(prompt + new, skip_special_tokens=True)
+            for prompt, new in zip(prompts, done.tokens, strict=True)
+        ]
+        nats, count = (part.numpy() for part in judge.nats(texts))
+        found["judge_perplexity"] = float(np.exp(nats.sum() / count.sum()))
+        found["judge_perplexity_stderr"] = found["judge_perplexity"] * ratio_error(nats, count)
+    return found
 
 
 def speeds(
@@ -138,7 +144,7 @@ def main() -> None:
         for temperature in map(float, given.temperatures.split(",")):
             where = f"{name}, {Path(given.text).name}, {precision}, T = {temperature:g}"
             wishes = {way: options(own, temperature, given.seed) for way, own in ways.items()}
-            if judge is not None and given.only != "speed" and precision == "float32":
+            if given.only != "speed" and precision == "float32":
                 for way, wish in wishes.items():
                     measure = partial(quality, model, tokenizer, prompts, wish, judge)
                     kept(f"{where}, {way}", measure)

@@ -169,6 +169,7 @@ def test_the_command(capsys):
     found = json.loads(printed.out)
     assert len(found["tokens"][0]) == 3 and found["text"].endswith(" of the Union.")
     assert "only the text in the block in which the gap ends is seen" in printed.err
+    assert "--block-size" in printed.err and "`" not in printed.err
     assert found["seen"][0] < found["behind"][0]
 
 

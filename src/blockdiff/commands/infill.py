@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from blockdiff.commands.model import ModelOptions
-from blockdiff.commands.options import Command, Given
+from blockdiff.commands.options import Command, Given, as_typed
 from blockdiff.errors import InputError
 from blockdiff.evaluation.options import Precision
 from blockdiff.sampling.options import SamplingOptions
@@ -61,7 +61,9 @@ def _run(given: Given) -> None:
     ):
         line = done.blind(model.config)
         if line and not told:
-            plain_console(stderr=True).print(line, style="yellow", highlight=False)
+            plain_console(stderr=True).print(
+                as_typed(line, COMMAND), style="yellow", highlight=False
+            )
             told = True
         if wish.json:
             print(
