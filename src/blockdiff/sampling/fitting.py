@@ -4,14 +4,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Conventions
+from blockdiff.registry import ORDERS
 from blockdiff.sampling.options import NEED_TOKENIZER, SamplingOptions
 from blockdiff.sampling.orders.base import Order
+from blockdiff.sampling.twins import prompt_of_twin
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How rows with the same options are sampled.
+
+    `size`: K. `part`: the size of the parts a block is fixed in, 0 for none. `twins`: the prompts
+    of the rows' twins, where they have some.
+    """
+
+    order: Order
+    size: int
+    part: int
+    twins: list[list[int]]
+
+
+def fitted(
+    config: Conventions,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    numbers: Sequence[int] | None = None,
+    behind: Sequence[int] | None = None,
+    are_twins: bool = False,
+) -> Fit:
+    """What the options come to; raises `InputError` where they or a prompt do not fit the model.
+
+    `numbers`, `behind`: of each row its number and how much text comes after what is written.
+    """
+    if not isinstance(options, SamplingOptions):
+        raise InputError(f"`options` is {type(options).__name__}; give a SamplingOptions")
+    order = ORDERS.find(options.sampler, "sampler")
+    for number in numbers or ():
+        whole_number("number", number, 0)
+    size, part = check_options(config, options, order)
+    twins: list[list[int]] = []
+    if not are_twins:
+        for prompt, tail in zip(prompts, behind or [0] * len(prompts), strict=True):
+            check_prompt(config, prompt, options, tail)
+        if options.cfg_scale:
+            twins = [prompt_of_twin(config, prompt, size) for prompt in prompts]
+    return Fit(order, size, part, twins)
 
 
 def check_options(config: Conventions, options: SamplingOptions, order: Order) -> tuple[int, int]:

@@ -16,24 +16,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 import torch
 
 from blockdiff.categorical import Array, host_uniform, signed
-from blockdiff.checks import whole_number
 from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Conventions
-from blockdiff.registry import ORDERS
 from blockdiff.sampling.constraints import Automaton, follow
-from blockdiff.sampling.fitting import check_options, check_prompt
+from blockdiff.sampling.fitting import fitted
 from blockdiff.sampling.guides import Guides
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.orders.base import ORDER, Order, RowState, sample_tokens
 from blockdiff.sampling.step import Step
 from blockdiff.sampling.stopping import StoppingRule, rules_of
-from blockdiff.sampling.twins import leaders, prompt_of_twin
+from blockdiff.sampling.twins import leaders
 
 # name: what `admit` called it, −1 − that of its row where it is a twin. number, seed: its part of
 # the address of random numbers. group: that of rows with equal options. start, end: where its text
@@ -83,21 +80,11 @@ class Rows:
         `after`: of each row the text behind what is written; the mask token where that is unknown.
         `twins`: names of such rows that are twins of others.
         """
-        if not isinstance(options, SamplingOptions):
-            raise InputError(f"`options` is {type(options).__name__}; give a SamplingOptions")
-        config, order = self.config, ORDERS.find(options.sampler, "sampler")
-        names: Array = self.admitted + np.arange(len(prompts)) if twins is None else twins
-        if numbers is not None:
-            numbers = [whole_number("number", number, 0) for number in numbers]
-        sizes: Any = check_options(config, options, order)
-        size, part = sizes
+        config = self.config
         behind = np.array([len(one) for one in after or ()] or [0] * len(prompts))
-        others: list[list[int]] = []
-        if twins is None:
-            for prompt, tail in zip(prompts, behind.tolist(), strict=True):
-                check_prompt(config, prompt, options, tail)
-            if options.cfg_scale:
-                others = [prompt_of_twin(config, prompt, size) for prompt in prompts]
+        fit = fitted(config, prompts, options, numbers, behind.tolist(), twins is not None)
+        order, size, part, others = fit.order, fit.size, fit.part, fit.twins
+        names: Array = self.admitted + np.arange(len(prompts)) if twins is None else twins
         rows, places = np.zeros(len(prompts), _STATE), len(self.state) + np.arange(len(prompts))
         start = np.array([len(prompt) for prompt in prompts])
         end = start + options.max_new_tokens
