@@ -157,7 +157,7 @@ class Worker:
         self._running: dict[int, Ticket] = {}  # by the engine's names
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._gone: list[Ticket] = []  # cancelled while they ran
-        self._draining = self._ended = False
+        self._draining = self._ended = self._idle = False
         self._ids = count()
         self._stats = Stats()
         self._thread = threading.Thread(target=self._run, name="blockdiff-worker", daemon=True)
@@ -211,7 +211,7 @@ class Worker:
         with self._changed:
             self._draining = True
             alive = self._thread.is_alive()
-            done = alive and self._changed.wait_for(lambda: not self._busy, seconds)
+            done = alive and self._changed.wait_for(lambda: self._idle and not self._busy, seconds)
             self._ended = True
             self._changed.notify_all()
         if alive:
@@ -239,8 +239,10 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._changed:
+                self._idle = True
                 self._changed.notify_all()  # `drain` waits for the last row
                 self._changed.wait_for(lambda: self._busy or self._gone or self._ended)
+                self._idle = False
                 if self._ended:
                     break
                 gone, self._gone = self._gone, []
