@@ -38,6 +38,10 @@ class LayerShape(NamedTuple):
     value_width: int
 
 
+# Keys and values of some tokens of one row, [M, H, T, D] of the layers of each shape.
+Part = list[tuple[Tensor, Tensor]]
+
+
 class BlockCache:
     """A growing number of rows; `layers` are the network's, in order."""
 
@@ -185,14 +189,47 @@ class BlockCache:
         self._append(which, counts, np.full(len(which), self._front - staged))
 
     def append(
-        self, which: Array, keys: Sequence[Tensor], values: Sequence[Tensor], counts: Array
+        self,
+        which: Array,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        counts: Array,
+        source: Array | None = None,
     ) -> None:
         """Stores the first `counts` [m] tokens of each of the rows `which` [m] and advances them.
 
-        `keys`, `values`: of each layer [m, H, T, D], rotated for the rows' own positions. Where
-        more than C tokens come at once only the last C are kept.
+        `keys`, `values`: of each layer [m, H, T, D], rotated for the rows' own positions, or with
+        `source` [m] those of row `source[i]` for row i. Where more than C tokens come at once only
+        the last C are kept.
         """
-        self._append(which, counts, None, keys, values)
+        self._append(which, counts, None, keys, values, source)
+
+    def part(self, place: int, begin: int, end: int) -> Part:
+        """A copy of the tokens `begin` to `end` of a row that has not filled its ring."""
+        slots = slice(self._front + begin, self._front + end)
+        return [
+            (keys[:, place, :, slots].clone(), values[:, place, :, slots].clone())
+            for keys, values in self._stacks.values()
+        ]
+
+    def restore(self, place: int, parts: Sequence[Part]) -> int:
+        """Puts the first tokens of an empty row back, from left to right; how many these are."""
+        self._reserve()
+        slot = self._front
+        for part in parts:
+            end = slot + part[0][0].shape[2]
+            for stack, kept in zip(self._stacks.values(), part, strict=True):
+                for store, own in zip(stack, kept, strict=True):
+                    store[:, place, :, slot:end] = own
+            slot = end
+        self.lengths[place] = slot - self._front
+        self._count()
+        return slot - self._front
+
+    def staged(self, rows: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [n, H, T, D] of each layer that the last evaluation of T columns left."""
+        cut = slice(self._front - tokens, self._front)
+        return [(keys[:rows, :, cut], values[:rows, :, cut]) for keys, values in self._of_layer]
 
     def _append(
         self,
@@ -201,6 +238,7 @@ class BlockCache:
         begin: Array | None,
         keys: Sequence[Tensor] = (),
         values: Sequence[Tensor] = (),
+        given: Array | None = None,
     ) -> None:
         """From the staged tokens that begin at `begin` [m], or from keys and values given."""
         self._reserve()
@@ -212,7 +250,7 @@ class BlockCache:
         token = np.arange(len(row)) - np.repeat(kept.cumsum() - kept, kept) + first[row]
         slot = self._front + (self.lengths[which[row]] + token) % np.maximum(capacity[row], 1)
         if len(row):
-            source = row if begin is None else which[row]
+            source = which[row] if begin is not None else row if given is None else given[row]
             offset = token if begin is None else begin[row] + token
             index = np.stack([which[row], slot, source, offset])
             into, at, out_of, of = torch.from_numpy(index).to(self.device, non_blocking=True)
@@ -222,10 +260,10 @@ class BlockCache:
                     for store in stack:
                         store[:, into, :, at] = store[:, out_of, :, of]
             else:
-                for stores, given in zip(
+                for stores, pair in zip(
                     self._of_layer, zip(keys, values, strict=True), strict=True
                 ):
-                    for store, new in zip(stores, given, strict=True):
+                    for store, new in zip(stores, pair, strict=True):
                         store[into, :, at] = new.to(self.device)[out_of, :, of].to(store.dtype)
         self.lengths[which] += counts
         self._count()

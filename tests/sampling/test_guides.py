@@ -114,7 +114,7 @@ def slow_ar(model, prompt, new, processor):
         NoRepeatNGramLogitsProcessor(2),
         RepetitionPenaltyLogitsProcessor(3.0),
         SuppressTokensLogitsProcessor([2, 4, 7]),
-        LogitsProcessorList([NoRepeatNGramLogitsProcessor(1), SuppressTokensLogitsProcessor([7])]),
+        LogitsProcessorList([NoRepeatNGramLogitsProcessor(2), SuppressTokensLogitsProcessor([7])]),
         lambda ids, scores: scores + torch.nn.functional.one_hot(ids[:, -1], 9) * 3.0,
     ],
     ids=["no_repeat_ngram", "repetition", "suppress", "list", "callable"],

@@ -246,8 +246,9 @@ class DiT(DenoiserModel):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
         if self.config.time_conditioning:
-            noised = max(x.shape[1] - clean, 1)
-            condition = self.condition(sigma, BlockLayout(noised, noised), clean)
+            noised = x.shape[1] - clean
+            layout = BlockLayout(noised, noised) if noised else None
+            condition = self.condition(sigma, layout, clean)
         else:
             condition = cache.folded = cache.folded or self.fold()
         chosen = Chosen(at, x.shape)

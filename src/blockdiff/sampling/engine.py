@@ -27,9 +27,11 @@ from blockdiff.categorical import Array
 from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import total_noise
+from blockdiff.sampling.apart import View, each
 from blockdiff.sampling.logprobs import note_logprobs
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.orders.base import Order, RowState, answered, asked
+from blockdiff.sampling.prefill import Prefixes, prefill
 from blockdiff.sampling.rows import Rows
 from blockdiff.sampling.step import Step
 from blockdiff.sampling.twins import join, leaders, with_twins
@@ -53,10 +55,16 @@ class Engine:
         >>> engine.drop(first)
     """
 
-    def __init__(self, model: Denoiser) -> None:
-        """`model` should be in `eval` mode."""
-        self.model, self.rows = model, Rows(model.config)
-        self.cache = model.new_cache(0, 0, 1)
+    def __init__(
+        self, model: Denoiser, *, isolate: bool = False, prefixes: Prefixes | None = None
+    ) -> None:
+        """`model` should be in `eval` mode. `prefixes`: beginnings of texts that are known.
+
+        `isolate`: a row whose order, guides, rules or constraint raise, or give what is no token,
+        is finished and in `failed`, by name; the others go on. Without it `step` raises.
+        """
+        self.model, self.rows = model, Rows(model.config, isolate)
+        self.cache, self.prefixes = model.new_cache(0, 0, 1), prefixes
         self._verifier: Verifier | None = None  # of rows whose tokens are drafted and verified
         self.waits = 0  # how often the host waited for the device
         self._timed = model.config.time_conditioning
@@ -71,6 +79,11 @@ class Engine:
     def active(self) -> bool:
         """Whether some row is not finished."""
         return bool((self.rows.state["length"] < 0).any())
+
+    @property
+    def failed(self) -> dict[int, Exception]:
+        """What ended those rows that could not go on, by name, until they are dropped."""
+        return self.rows.failed or {}
 
     def admit(
         self, prompt: Sequence[int], options: SamplingOptions, number: int | None = None
@@ -140,15 +153,22 @@ class Engine:
         state = self.rows.state
         waiting = cache.rows[state["prompt"][cache.rows] > 0]
         if len(waiting):
-            self._prefill(cache, waiting)
-            return self.rows.step(waiting, *[waiting[:0]] * 4)
+            read = prefill(self.model, self.rows, cache, waiting, self.prefixes)
+            if len(read):
+                return self.rows.step(read, *[waiting[:0]] * 4)
         if cache is self.cache:
-            return self._step_blocks()
-        assert self._verifier is not None
-        rows, written, at = self._verifier.step()
-        self.waits += self._verifier.waits
-        step = self.rows.step(rows, written, at, np.zeros(len(at), bool), rows)
-        cache.drop((state["length"][cache.rows] >= 0).nonzero()[0])
+            step = self._step_blocks()
+        else:
+            assert self._verifier is not None
+            rows, written, at = self._verifier.step()
+            self.waits += self._verifier.waits
+            step = self.rows.step(rows, written, at, np.zeros(len(at), bool), rows)
+        over = state["length"][cache.rows] >= 0
+        # A finished row is padding for graphs, until half are: each drop changes the shapes.
+        if not (cache is self.cache and self.model.graphs) or 2 * over.sum() >= len(over):
+            if self.prefixes is not None:
+                self.prefixes.keep_finished(cache, self.rows, over.nonzero()[0])
+            cache.drop(over.nonzero()[0])
         return step
 
     def _step_blocks(self) -> Step:
@@ -161,27 +181,34 @@ class Engine:
         if part is not unfixed:  # one that is full may be edited still, before the next
             part &= self.rows.new[rows, : part.shape[1]]
         masked = self.rows.first_alone(part)
-        views = self.rows.views(rows, live, position, masked)
-        wanted, rate = np.zeros_like(masked), np.zeros(len(rows))
-        for place, order, view in views:
-            asks, rate[place] = asked(order, view)
-            wanted[place, : asks.shape[1]] = asks
+        views, wanted, rate = [], np.zeros_like(masked), np.zeros(len(rows))
+        given = self.rows.views(rows, live, position, masked)
+        for one, asks in each(self.rows, rows, given, lambda _, order, view: asked(order, view)):
+            views.append(one)
+            wanted[one[0], : asks[0].shape[1]], rate[one[0]] = asks
+        if not views:  # all have failed
+            return self.rows.step(*[rows[:0]] * 5)
         if self._timed and part is not unfixed:  # an order knows of no masks behind the part
             rate = np.where(state["part"][rows] > 0, unfixed.sum(1) / state["size"][rows], rate)
         logits, noised = self._evaluate(rows, position, wanted[leader], rate[leader])
         logits, own, wanted = join(logits, wanted[leader], leader, self.rows.scales(rows))
-        state["evaluations"][rows[live]] += 1
-        which, tokens = self._choose(logits, wanted, views)
+        which, tokens = self._choose(rows, logits, wanted, views)
         place, column = (index[which] for index in wanted.nonzero())
+        right = self.rows.are_tokens(rows[place], tokens)
+        which, tokens, place, column = which[right], tokens[right], place[right], column[right]
+        live = live[state["length"][rows[live]] < 0]  # those that did not fail
+        state["evaluations"][rows[live]] += 1
         note_logprobs(self.rows, own, (which,), tokens, rows[place], position[place, column])
         place, column, tokens = with_twins(leader, place, column, tokens)
         written, at, edited = rows[place], position[place, column], ~unfixed[place, column]
-        self.rows.fix(written, at, tokens)
+        self.rows.canvas[written, at] = tokens
         self.rows.revised[written, column] |= edited
         done = state["uncached"][rows] > 0
         if self.rows.shifted:  # a block whose next token is not fixed yet is run again
             done &= np.isin(np.arange(len(rows)), place[column == 0])
-        self._store(rows, done, noised)
+        if done.any():
+            self.cache.append_staged(done.nonzero()[0], noised)
+            state["uncached"][rows[done]] = 0
         unfixed[place, column] = False
         changed = np.isin(np.arange(len(rows)), place)
         settled = self.rows.settled(rows, part & unfixed, changed)[leader]
@@ -194,9 +221,6 @@ class Engine:
             more = going & settled & ~over
             self.rows.begin_part(rows[more], position[more], unfixed[more])
         self.rows.move_on(rows[over])
-        # A finished row is padding for graphs, until half are: each drop changes the shapes.
-        if not self.model.graphs or 2 * going.sum() <= len(rows):
-            self.cache.drop((~going).nonzero()[0])
         return step
 
     def _evaluate(
@@ -231,28 +255,23 @@ class Engine:
         ).float()
         return logits.masked_fill_(self._no_token, -torch.inf), noised
 
-    def _store(self, rows: Array, which: Array, noised: int) -> None:
-        """Appends the staged blocks of those of `rows` for which bool [n] `which` is true."""
-        if which.any():
-            self.cache.append_staged(which.nonzero()[0], noised)
-            self.rows.state["uncached"][rows[which]] = 0
-
     def _choose(
-        self, logits: Tensor, wanted: Array, views: list[tuple[Array, Order, RowState]]
+        self, rows: Array, logits: Tensor, wanted: Array, views: list[View]
     ) -> tuple[Array, Array]:
         """Which wanted positions are fixed, by their place in the logits, and their tokens."""
         owner = wanted.nonzero()[0]
-        indices, found = [], []
-        for place, order, view in views:
+        count = sum(len(place) for place, *_ in views)
+
+        def ask(place: Array, order: Order, view: RowState) -> tuple[Any, Tensor | None, Tensor]:
             mine: Any = slice(None)
             own = logits
-            if len(views) > 1:
+            if len(place) < count:
                 mine = np.isin(owner, place).nonzero()[0]
                 own = logits[torch.from_numpy(mine).to(logits.device, non_blocking=True)]
-            chosen, tokens = answered(order, own, wanted[place, : view.masked.shape[1]], view)
-            if chosen is None and len(views) == 1:
-                self.waits += 1
-                return np.arange(len(owner)), tokens.cpu().numpy()
+            return mine, *answered(order, own, wanted[place, : view.masked.shape[1]], view)
+
+        indices, found = [owner[:0]], [torch.empty(2, 0, dtype=torch.int64, device=logits.device)]
+        for _, (mine, chosen, tokens) in each(self.rows, rows, views, ask):
             if chosen is None:
                 chosen = torch.ones_like(tokens, dtype=torch.bool)
             elif chosen.device != tokens.device:  # the order itself has waited for it
@@ -263,23 +282,3 @@ class Engine:
         taken, drawn = torch.cat(found, 1).cpu().numpy()  # one wait for all
         self.waits += 1
         return np.concatenate(indices)[taken > 0], drawn[taken > 0]
-
-    def _prefill(self, cache: BlockCache, rows: Array) -> None:
-        """Caches the prompts' whole blocks, in one evaluation for each grid of blocks."""
-        state, config = self.rows.state, self.model.config
-        size = state["size"][rows]
-        grids = np.stack([size, -state["first"][rows] % size], axis=1)
-        for size, offset in np.unique(grids, axis=0).tolist():
-            own = rows[(grids == (size, offset)).all(1)]
-            counts = state["prompt"][own]
-            longest = int(counts.max())
-            # Behind a shorter prompt are masks, and a plain causal model's is no id that it knows.
-            tokens = np.minimum(self.rows.canvas[own, :longest], config.vocab_size - 1)
-            x_0 = torch.from_numpy(tokens).to(self.model.device, non_blocking=True)
-            layout = config.layout_of(
-                longest, size, window=config.length if config.slides else None, offset=offset
-            )
-            context = self.model.encode(x_0, layout)
-            places = np.array([(cache.rows == row).nonzero()[0][0] for row in own])
-            cache.append(places, context.keys, context.values, counts)
-        state["prompt"][rows] = 0

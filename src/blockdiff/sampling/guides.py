@@ -142,11 +142,16 @@ class Processor:
             places = (lengths == length).nonzero()[0].tolist()
             ids = torch.from_numpy(np.stack([texts[place] for place in places])).to(logits.device)
             scores = self.call(ids, found[places])
+            name = getattr(self.call, "__name__", type(self.call).__name__)
             if not isinstance(scores, Tensor) or scores.shape != (len(places), logits.shape[1]):
-                name = getattr(self.call, "__name__", type(self.call).__name__)
                 raise InputError(
                     f"`logits_processor` {name} must give scores for {len(places)} positions and "
                     f"{logits.shape[1]} tokens, as many as it was given"
+                )
+            if not (scores < torch.inf).all():
+                raise InputError(
+                    f"`logits_processor` {name} gives scores that are no numbers, or infinite; "
+                    "−inf alone bans a token"
                 )
             found[places] = scores.to(found.dtype)
         return found

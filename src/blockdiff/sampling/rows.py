@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from blockdiff.sampling.guides import Guides
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.orders.base import ORDER, Order, RowState, sample_tokens
 from blockdiff.sampling.step import Step
-from blockdiff.sampling.stopping import StoppingRule, rules_of
+from blockdiff.sampling.stopping import StoppingRule, ends, rules_of
 from blockdiff.sampling.twins import leaders
 
 # name: what `admit` called it, −1 − that of its row where it is a twin. number, seed: its part of
@@ -37,12 +36,13 @@ from blockdiff.sampling.twins import leaders
 # begins and ends. known: tokens before the first masked one. first: where its block begins. size:
 # K. stride: from one block to the next. part: so many of its positions are fixed before the next
 # are looked at; 0 for all alike. limit: up to which position blocks are filled. capacity: C.
-# prompt: tokens of it still to be cached. uncached: whether the block before its own is.
-# evaluations: those of its block. nfe: all. rejected: whether a rule gave it up. stopped: whether
-# one, or its constraint, ended it. edits: whether its order does. length: −1 until finished.
+# prompt: tokens of it still to be cached. cached: of it, from `prefill.Prefixes`. uncached: whether
+# the block before its own is. evaluations: those of its block. nfe: all. rejected: whether a rule
+# gave it up. stopped: whether one, or its constraint, ended it. edits: whether its order does.
+# length: −1 until finished.
 _FIELDS = (
-    "name number seed group start end known first size stride part limit capacity prompt uncached "
-    "evaluations nfe rejected stopped edits length"
+    "name number seed group start end known first size stride part limit capacity prompt cached "
+    "uncached evaluations nfe rejected stopped edits length"
 )
 # A block in which something is masked still, this many evaluations beyond its positions and steps,
 # has an order that does not end.
@@ -53,10 +53,14 @@ _STATE = np.dtype([(field, np.int64) for field in _FIELDS.split()])
 class Rows:
     """`state` [B]: the fields above. `canvas` int64 [B, S]: prompt, text, and masks."""
 
-    def __init__(self, config: Conventions) -> None:
+    def __init__(self, config: Conventions, isolate: bool = False) -> None:
+        # By name what ended a row that could not go on; None where that ends all.
+        self.failed: dict[int, Exception] | None = {} if isolate else None
         self.config, self.mask_token_id = config, config.mask_token_id
         # 1 where the logits of a token are those of the next (AR, "shift"), else 0
         self.shifted = int(config.prediction == "shift")
+        # What is drawn where there is no token: an id, that orders may look up, if there is one.
+        self.never = config.mask_token_id if config.mask_token_id < config.vocab_size else -1
         self.state, self.canvas = np.empty(0, _STATE), np.empty((0, 0), np.int64)
         self.u = np.empty((0, 0))  # of each row, the uniform numbers of its block
         self.logprobs: Array | None = None  # [B, S], once a row wants them
@@ -223,16 +227,27 @@ class Rows:
             found[again] = ~self.revisable(row, self.read(row, column)).any(1)
         return found
 
-    def fix(self, rows: Array, positions: Array, tokens: Array) -> None:
-        """Writes tokens [n]; raises `InputError` for the mask token or one there is not."""
+    def fail(self, row: int, error: Exception) -> None:
+        """Ends a row, and its twin, that cannot go on; raises the error where that ends all."""
+        if self.failed is None:
+            raise error
+        name = int(self.state["name"][row])
+        self.failed[name] = error
+        own = np.isin(self.state["name"], [name, -1 - name])
+        self.state["length"][own] = self.state["start"][row]
+
+    def are_tokens(self, rows: Array, tokens: Array) -> Array:
+        """bool [n]: of tokens [n] those of rows whose are all some; rows with another fail."""
         wrong = (tokens < 0) | (tokens >= self.config.vocab_size) | (tokens == self.mask_token_id)
-        if wrong.any():
-            order = self.groups[self.state["group"][rows[wrong][0]]][1]
-            raise InputError(
-                f"the order {order.name} fixed a position with {tokens[wrong][0]}, which is no "
-                "token; `draw` gives those there are"
+        for row, token in dict(zip(rows[wrong].tolist(), tokens[wrong], strict=True)).items():
+            order = self.groups[self.state["group"][row]][1]
+            error = InputError(
+                f"the order {order.name} fixed a position with {token}, which is no token; `draw` "
+                "gives those there are, where the logits are numbers"
             )
-        self.canvas[rows, positions] = tokens
+            self.fail(row, error)
+        right: Array = ~np.isin(rows, rows[wrong])
+        return right
 
     def move_on(self, rows: Array) -> None:
         """From the blocks of `rows`, which are full, to their next with something to fix."""
@@ -291,7 +306,7 @@ class Rows:
                 numbers=self.state["number"][row],
                 seeds=self.state["seed"][row],
                 options=options,
-                sample=partial(sample_tokens, options),
+                sample=partial(sample_tokens, options, never=self.never),
                 remainder=self.config.remainder,
             )
             if order.edits:
@@ -310,16 +325,17 @@ class Rows:
         """Raises `InputError` for an order that evaluates a block of `rows` without end."""
         state = self.state[rows]
         longest = state["size"] * (1 + state["edits"]) + PATIENCE
-        for row, most in zip(state, longest.tolist(), strict=True):
+        for place, row, most in zip(rows.tolist(), state, longest.tolist(), strict=True):
             if row["evaluations"] <= most:
                 continue
             options, order, _ = self.groups[row["group"]]
             if row["evaluations"] > most + (0 if options.steps is None else options.steps):
-                raise InputError(
+                error = InputError(
                     f"the order {order.name} has not fixed a block of {row['size']} after "
                     f"{row['evaluations']} evaluations: sooner or later `choose` must fix each "
                     "position"
                 )
+                self.fail(place, error)
 
     def finish(self, row: int) -> None:
         """Ends a row whose text is all fixed, or which a rule ends."""
@@ -328,20 +344,8 @@ class Rows:
         masked = (self.canvas[row, known:end] == self.mask_token_id).nonzero()[0]
         now = known + int(masked[0]) if len(masked) else end
         self.state["known"][row] = now
-        found = []
-        for rule in self.groups[state["group"]][2]:
-            if rule.rejects and now == end:
-                continue
-            length = rule.length(self.canvas[row, :now], known, start, self.config.eos_token_id)
-            if length is not None:
-                if isinstance(length, bool) or not isinstance(length, Integral):
-                    length = -1  # not a length
-                if not start <= length <= now:
-                    raise InputError(
-                        f"the stopping rule {rule.name}: `length` must give None, or a whole "
-                        f"number from {start}, the prompt's, to {now}, the text's so far"
-                    )
-                found.append((int(length), rule.rejects))
+        text, eos = self.canvas[row, :now], self.config.eos_token_id
+        found = ends(self.groups[state["group"]][2], text, known, start, end, eos)
         automaton = self.automata[row]
         if automaton is not None:
             length = follow(automaton, self.canvas[row, known:now].tolist())
@@ -364,8 +368,11 @@ class Rows:
         self.state["nfe"][rows] += 1
         changed = np.zeros((2, *self.canvas.shape), bool)
         changed[edited.astype(np.int64), written, positions] = True
-        for row in final.tolist():
-            self.finish(row)
+        for row in final[self.state["length"][final] < 0].tolist():
+            try:
+                self.finish(row)
+            except Exception as error:  # a rule's, or a constraint's
+                self.fail(row, error)
         state, found = self.state, [self.canvas.copy(), changed[0]]
         state["length"] = state["length"][leaders(state["name"])]
         found += [state["nfe"].copy(), state["length"].copy(), state["rejected"] > 0]

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import numpy as np
 
 from blockdiff.categorical import Array
+from blockdiff.errors import InputError
 from blockdiff.registry import STOPPING_RULES, register_stopping_rule
 from blockdiff.sampling.options import Stop, stop_parts, stopping_rules
 
@@ -123,6 +125,35 @@ def rules_of(stop: Stop) -> list[StoppingRule]:
     """The rules of `stop`."""
     named = [STOPPING_RULES.find(name) for name in sorted(stopping_rules(stop))]
     return named + [one for one in stop_parts(stop) if not isinstance(one, str)]
+
+
+def ends(
+    rules: Sequence[StoppingRule],
+    tokens: Array,
+    known: int,
+    start: int,
+    end: int,
+    eos_token_id: int | None,
+) -> list[tuple[int, bool]]:
+    """(length, whether it rejects) of the rules that end a row of at most `end` tokens.
+
+    Raises `InputError` for what is no length; else see `StoppingRule.length`.
+    """
+    found = []
+    for rule in rules:
+        if rule.rejects and len(tokens) == end:
+            continue
+        length = rule.length(tokens, known, start, eos_token_id)
+        if length is not None:
+            if isinstance(length, bool) or not isinstance(length, Integral):
+                length = -1  # not a length
+            if not start <= length <= len(tokens):
+                raise InputError(
+                    f"the stopping rule {rule.name}: `length` must give None, or a whole number "
+                    f"from {start}, the prompt's, to {len(tokens)}, the text's so far"
+                )
+            found.append((int(length), rule.rejects))
+    return found
 
 
 for _rule in (EndOfText(), EndOfText("second_eos", 2), LowEntropy()):

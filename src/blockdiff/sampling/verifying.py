@@ -31,8 +31,10 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +51,7 @@ from blockdiff.sampling.logprobs import note_logprobs
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.rows import Rows
 
+T = TypeVar("T")
 # What a random number is for: the last part of its address, beside the orders' ORDER and TOKEN.
 ACCEPT, INSTEAD, DRAFT = 16, 17, 18
 
@@ -112,6 +115,8 @@ class Verifier:
 
     def drop(self, place: int) -> None:
         """Forgets a row; those behind it move up."""
+        if place >= len(self.counts):
+            return  # it came since the last row that is drafted
         self.tokens, self.counts = np.delete(self.tokens, place, 0), np.delete(self.counts, place)
         self.q = torch.cat([self.q[:place], self.q[place + 1 :]])
 
@@ -156,12 +161,16 @@ class Verifier:
         guided = self._guided(rows, known, counts, logits)
         for own, options, _ in plans:
             taken[own], tokens[own] = self._verify(rows, u[:2], guided, own, options)
-        place, offset = (np.arange(k + 1) <= taken[:, None]).nonzero()
+        going = state["length"] < 0  # those that did not fail
+        place, offset = ((np.arange(k + 1) <= taken[:, None]) & going[rows][:, None]).nonzero()
+        right = self.rows.are_tokens(rows[place], tokens[place, offset])
+        place, offset = place[right], offset[right]
         at, new = known[place] + offset, tokens[place, offset]
-        self.rows.fix(rows[place], at, new)
+        self.rows.canvas[rows[place], at] = new
         note_logprobs(self.rows, logits, (place, offset), new, rows[place], at)
         self.cache.append_first(np.arange(len(rows)), taken + 1, len(columns.offset))
         for own, options, drafts in plans:
+            own = own[state["length"][rows[own]] < 0]
             self._draft(rows, known, taken, u[2], logits, own, options, drafts)
         state["evaluations"][rows] += 1
         return rows, rows[place], at
@@ -214,7 +223,10 @@ class Verifier:
                 guides.guides, self.rows.canvas[row, : known[place]], self.rows.automata[row]
             )
             plain = logits[place, : counts[place] + 1]
-            new = own.along(plain, self.tokens[row, : counts[place]].tolist())
+            drafts = self.tokens[row, : counts[place]].tolist()
+            new = self._tried(row, partial(own.along, plain, drafts))
+            if new is None:
+                continue
             # Behind a draft that ends the text, or is not allowed, nothing is asked.
             dead = (new == -torch.inf).all(-1, keepdim=True)
             found[place, : counts[place] + 1] = torch.where(dead, plain, new)
@@ -244,7 +256,9 @@ class Verifier:
         # Where p and q differ by rounding alone nothing is left.
         rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p)
         line = torch.arange(len(rows), device=device)
-        found = torch.stack([run, invert(rest[line, run], instead[line, run])]).cpu().numpy()
+        last = rest[line, run]
+        drawn = invert(last, instead[line, run]).where(last.sum(-1).isfinite(), -1)
+        found = torch.stack([run, drawn]).cpu().numpy()
         self.waits += 1
         tokens = np.zeros((len(rows), self._k + 1), np.int64)
         tokens[:, : total - 1] = drafts
@@ -278,7 +292,8 @@ class Verifier:
         """
         begin, rows, device = (known + taken + 1)[own], rows[own], logits.device
         counts = np.clip(self.rows.state["end"][rows] - begin - 1, 0, drafts)
-        automata = [self._ahead(row, end) for row, end in zip(rows, begin, strict=True)]
+        ends = zip(rows.tolist(), begin.tolist(), strict=True)
+        automata = [self._tried(row, partial(self._ahead, row, end)) for row, end in ends]
         counts *= [one is None or not one.finished for one in automata]
         self.counts[rows] = counts
         drafts = int(counts.max(initial=0))
@@ -297,15 +312,15 @@ class Verifier:
             masked = logits[line, group + i] if masks else None
             found = drafted(self.model, masked, grams, (before[0], before[1]))
             found = found.masked_fill_(self.no_token, -torch.inf)
-            q = warped(self._allowed(found, automata), options).softmax(-1)
+            q = warped(self._allowed(found, rows, automata), options).softmax(-1)
             token = invert(q, uniforms[:, i])
             self.q[index, i] = q
             self.tokens[rows, i] = token.cpu().numpy()
             self.waits += 1
             before = [before[1], self.tokens[rows, i]]
-            for automaton, new in zip(automata, before[1].tolist(), strict=True):
+            for row, automaton, new in zip(rows, automata, before[1].tolist(), strict=True):
                 if automaton is not None and not automaton.finished:
-                    automaton.advance(new)
+                    self._tried(row, partial(automaton.advance, new))
 
     def _ahead(self, row: int, end: int) -> Automaton | None:
         """The row's automaton behind the first `end` tokens, of which some were just fixed."""
@@ -319,15 +334,25 @@ class Verifier:
             ahead.advance(token)
         return ahead
 
-    @staticmethod
-    def _allowed(logits: Tensor, automata: list[Automaton | None]) -> Tensor:
+    def _allowed(self, logits: Tensor, rows: Array, automata: list[Automaton | None]) -> Tensor:
         """Logits [n, V] without what the rows' automata do not allow: it would be refused."""
         for place, automaton in enumerate(automata):
-            if automaton is not None and not automaton.finished:
-                may = torch.from_numpy(automaton.allowed()).to(logits.device)
+            if automaton is None or automaton.finished:
+                continue
+            allowed = self._tried(rows[place], automaton.allowed)
+            if allowed is not None:
+                may = torch.from_numpy(allowed).to(logits.device)
                 logits[place, : len(may)].masked_fill_(~may[: logits.shape[1]], -torch.inf)
                 logits[place, len(may) :] = -torch.inf
         return logits
+
+    def _tried(self, row: int, work: Callable[[], T]) -> T | None:
+        """What `work` gives; where it raises, the row fails."""
+        try:
+            return work()
+        except Exception as error:
+            self.rows.fail(int(row), error)
+            return None
 
     def _real(self, u: Array) -> Tensor:
         return torch.from_numpy(u).to(self.model.device, real_dtype(self.model.device))

@@ -68,7 +68,9 @@ class RowState:
 
     def of(self, places: Array) -> RowState:
         """Some of the rows."""
-        found: dict[str, Any] = {"guides": [self.guides[place] for place in places.tolist()]}
+        found: dict[str, Any] = {}
+        if self.guides:
+            found["guides"] = [self.guides[place] for place in places.tolist()]
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray) and len(value) == len(self.masked):
                 found[name] = value[places]
@@ -116,16 +118,24 @@ class RowState:
 
 
 def sample_tokens(
-    options: SamplingOptions, logits: Tensor, seeds: Array, numbers: Array, positions: Array
+    options: SamplingOptions,
+    logits: Tensor,
+    seeds: Array,
+    numbers: Array,
+    positions: Array,
+    never: int = -1,
 ) -> Tensor:
-    """A token for each row of logits [P, V]; its random number is that of seed, row, position."""
+    """A token for each row of logits [P, V]; its random number is that of seed, row, position.
+
+    `never`: what stands for none, where logits are no numbers or leave no token.
+    """
 
     def uniforms(which: Tensor, attempt: int) -> Tensor:
         own = slice(None) if attempt == 0 else which.numpy()  # later attempts are a CPU's
         u = host_uniform(seeds[own], numbers[own], positions[own], TOKEN + attempt)
         return torch.from_numpy(u).to(logits.device, real_dtype(logits.device), non_blocking=True)
 
-    return draw(
+    tokens = draw(
         logits,
         uniforms,
         temperature=options.temperature,
@@ -133,6 +143,7 @@ def sample_tokens(
         top_p=options.top_p,
         top_p_rule=options.top_p_rule,
     )
+    return tokens.where(logits.amax(-1).isfinite(), never)
 
 
 class Order:

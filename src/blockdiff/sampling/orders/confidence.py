@@ -79,7 +79,7 @@ class Confidence(Order):
 
     def sureness(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """How sure the network is of each position [P], from logits [P, V] and tokens drawn [P]."""
-        return logits.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        return logits.softmax(-1).gather(-1, tokens[:, None].clamp(min=0)).squeeze(-1)
 
     def besides(self, sureness: Tensor, rows: RowState) -> Tensor:
         """bool [n, K]: which are fixed besides the k surest; `sureness` [n, K] falls in each row.

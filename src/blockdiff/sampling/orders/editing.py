@@ -46,7 +46,9 @@ class Editing(Threshold):
             torch.from_numpy(found[wanted]).to(logits.device, non_blocking=True)
             for found in (rows.revisable, rows.tokens * rows.revisable)
         )
-        new, old = (probability.gather(-1, x[:, None]).squeeze(-1) for x in (tokens, there))
+        new, old = (
+            probability.gather(-1, x[:, None]).squeeze(-1) for x in (tokens.clamp(min=0), there)
+        )
         improbable = held & (old < (0.2 if given is None else given)) & (new > old)
         surest = self.surest(new.masked_fill(held, -torch.inf), wanted, rows)
         return torch.where(held, improbable, surest), tokens
