@@ -61,6 +61,8 @@ class BlockCache:
         self.rows = np.empty(0, np.int64)  # which rows of the caller's these are
         self.lengths, self.sizes, self.capacities = (self.rows.copy() for _ in range(3))
         self.used = 0  # slots that hold a token of some row
+        # Tokens that the tensors may have room for, unless the rows there are need more.
+        self.most: int | None = None
         # Layers of one shape share a tensor, [M, places, H, front + room, D], made when it is used:
         # many rows may be admitted before.
         self._stacks: dict[LayerShape, tuple[Tensor, Tensor]] = {}
@@ -90,19 +92,24 @@ class BlockCache:
         places, room, front = self._needed
         if places <= self._places and room <= self._room and front <= self._front:
             return
-        old, front, held = dict(self._stacks), self._front, len(self.lengths)
+        old, before, held = self._stacks, self._front, len(self.lengths)
         if places > self._places:
-            self._places = max(places, 2 * self._places)  # rows come one by one
-        _, self._room, self._front = self._needed
+            places = max(places, 2 * self._places)  # rows come one by one
+        if self.most is not None and places * (room + front) > self.most:
+            # Rows that have left may have been longer.
+            room = int(self.capacities.max())
+            places = max(min(places, self.most // (room + front)), held)
+        self._needed = self._places, self._room, self._front = places, room, front
+        self._stacks = {}
         for shape in dict.fromkeys(self.layers):
-            size = self.layers.count(shape), self._places, shape.heads, self._front + self._room
+            size = self.layers.count(shape), places, shape.heads, front + room
             made = tuple(
                 torch.zeros(*size, width, dtype=self.dtype, device=self.device)
                 for width in (shape.key_width, shape.value_width)
             )
-            for new, kept in zip(made, old.get(shape, ()), strict=False):
-                part = kept[:, :held, :, front:]
-                new[:, : part.shape[1], :, self._front : self._front + part.shape[3]] = part
+            for new, kept in zip(made, old.pop(shape, ()), strict=False):
+                part = kept[:, :held, :, before : before + self.used]
+                new[:, : part.shape[1], :, front : front + part.shape[3]] = part
             self._stacks[shape] = made[0], made[1]
         counted = dict.fromkeys(self._stacks, 0)
         self._of_layer = []

@@ -17,6 +17,13 @@ class InputError(ValueError):
     """
 
 
+class WrongAnswer(InputError):
+    """An order, a rule or a processor, from outside the package perhaps, that answers wrongly.
+
+    Or a network, whose logits are no numbers: who asked for a text is not to blame.
+    """
+
+
 class RunStopped(InputError):
     """A run that ended before its time, with all of it that is good on the disk.
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from blockdiff.categorical import Array
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, WrongAnswer
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.sampling.constraints import Automaton, Constraint, allowed_along, constrain
 from blockdiff.sampling.options import NEED_TOKENIZER, SamplingOptions, stop_parts
@@ -144,12 +144,12 @@ class Processor:
             scores = self.call(ids, found[places])
             name = getattr(self.call, "__name__", type(self.call).__name__)
             if not isinstance(scores, Tensor) or scores.shape != (len(places), logits.shape[1]):
-                raise InputError(
+                raise WrongAnswer(
                     f"`logits_processor` {name} must give scores for {len(places)} positions and "
                     f"{logits.shape[1]} tokens, as many as it was given"
                 )
             if not (scores < torch.inf).all():
-                raise InputError(
+                raise WrongAnswer(
                     f"`logits_processor` {name} gives scores that are no numbers, or infinite; "
                     "−inf alone bans a token"
                 )

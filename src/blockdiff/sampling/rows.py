@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from blockdiff.categorical import Array, host_uniform, signed
-from blockdiff.errors import InputError
+from blockdiff.errors import WrongAnswer
 from blockdiff.models.denoiser import Conventions
 from blockdiff.sampling.constraints import Automaton, follow
 from blockdiff.sampling.fitting import fitted
@@ -241,7 +241,7 @@ class Rows:
         wrong = (tokens < 0) | (tokens >= self.config.vocab_size) | (tokens == self.mask_token_id)
         for row, token in dict(zip(rows[wrong].tolist(), tokens[wrong], strict=True)).items():
             order = self.groups[self.state["group"][row]][1]
-            error = InputError(
+            error = WrongAnswer(
                 f"the order {order.name} fixed a position with {token}, which is no token; `draw` "
                 "gives those there are, where the logits are numbers"
             )
@@ -330,7 +330,7 @@ class Rows:
                 continue
             options, order, _ = self.groups[row["group"]]
             if row["evaluations"] > most + (0 if options.steps is None else options.steps):
-                error = InputError(
+                error = WrongAnswer(
                     f"the order {order.name} has not fixed a block of {row['size']} after "
                     f"{row['evaluations']} evaluations: sooner or later `choose` must fix each "
                     "position"

@@ -16,7 +16,7 @@ from numbers import Integral
 import numpy as np
 
 from blockdiff.categorical import Array
-from blockdiff.errors import InputError
+from blockdiff.errors import WrongAnswer
 from blockdiff.registry import STOPPING_RULES, register_stopping_rule
 from blockdiff.sampling.options import Stop, stop_parts, stopping_rules
 
@@ -148,7 +148,7 @@ def ends(
             if isinstance(length, bool) or not isinstance(length, Integral):
                 length = -1  # not a length
             if not start <= length <= len(tokens):
-                raise InputError(
+                raise WrongAnswer(
                     f"the stopping rule {rule.name}: `length` must give None, or a whole number "
                     f"from {start}, the prompt's, to {len(tokens)}, the text's so far"
                 )

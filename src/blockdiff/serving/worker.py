@@ -5,19 +5,27 @@
 A row's random numbers are its own (its seed, its number), so in float32 its tokens are the same
 whatever else runs; it takes part from the evaluation after it was admitted, and leaves with the one
 that finishes it, or before the next one where it is cancelled.
+
+What goes wrong ends as few rows as can be told apart. An order, a rule, a processor or a constraint
+that raises, or whose answer is wrong, ends its own row (`sampling.apart`): the others have the
+tokens they would have had. Where an evaluation itself fails, memory runs out say, nothing the
+engine holds is trusted any more: it is made anew, and its rows begin again, half as many at a time
+until all goes well; one that fails alone ends. In float32 a row that begins again writes the same
+tokens, and what its listener knows of is not told twice. In other precisions a row of which
+something was told ends as `Interrupted`.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count, groupby
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,133 +33,75 @@ from blockdiff.models.denoiser import Denoiser
 from blockdiff.sampling.engine import Engine
 from blockdiff.sampling.fitting import fitted
 from blockdiff.sampling.generate import collect
-from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.prefill import Prefixes
 from blockdiff.sampling.step import Step
+from blockdiff.serving.jobs import (
+    Draining,
+    Event,
+    Failed,
+    Finished,
+    Full,
+    Interrupted,
+    Job,
+    Listener,
+    Progress,
+    State,
+    Stats,
+    Ticket,
+    Unavailable,
+)
+from blockdiff.serving.room import Room, need
+
+__all__ = [
+    "Draining", "Event", "Failed", "Finished", "Full", "Interrupted", "Job", "Listener", "Progress",
+    "State", "Stats", "Ticket", "Unavailable", "Worker",
+]  # fmt: skip
 
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
-ROWS = 64
-
-
-class Unavailable(Exception):
-    """A worker that takes no job now."""
-
-
-class Full(Unavailable):
-    """The queue is full; later there is room."""
-
-
-class Draining(Unavailable):
-    """The worker ends: it takes no new jobs, and some may be given up."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row.
-
-    `prompt`: token ids. `number`: the row's in the address of its random numbers: choice k of a
-    request has k. `progress`: whether each evaluation is told; without it only the end is.
-    """
-
-    prompt: Sequence[int]
-    options: SamplingOptions
-    number: int = 0
-    progress: bool = True
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What one evaluation did to a row, on the host.
-
-    `nfe`: its evaluations so far. `at`: the positions it wrote to, counted from the first new
-    token, with the `tokens`; `edited`: those of them that held a token before. `final`: how many
-    new tokens no later step changes. `logprobs` of `tokens` where the options ask. `seconds` since
-    `submit`.
-    """
-
-    nfe: int
-    at: list[int]
-    tokens: list[int]
-    edited: list[int]
-    final: int
-    logprobs: list[float] | None
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A row's end.
-
-    `tokens`: the new ones, EOS included. `finish`: as in `Generation`. `stopped`: by a rule, EOS or
-    a constraint, not by its length. `logprobs`: of `tokens`, where the options ask. In seconds:
-    `queue_seconds` until it was admitted, `prompt_seconds` from there until its prompt was read,
-    `first_seconds` since `submit` until its first new token was final, `seconds` until its end.
-    `cached_tokens`: how many of the prompt were not computed.
-    """
-
-    tokens: list[int]
-    nfe: int
-    stopped: bool
-    finish: str
-    logprobs: list[float] | None
-    queue_seconds: float
-    prompt_seconds: float
-    first_seconds: float
-    seconds: float
-    cached_tokens: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A row that cannot be finished: `InputError` where its request is to blame."""
-
-    error: BaseException
-
-
-Event = Progress | Finished | Failed
-State = Literal["queued", "running", "finished", "cancelled", "failed"]
-Listener = Callable[["Ticket", Event], None]
-
-
-class Ticket:
-    """A job that was taken; `state` tells how far it is."""
-
-    def __init__(self, job: Job, number: int, listen: Listener) -> None:
-        self.job, self.id = job, number
-        self.state: State = "queued"
-        self._listen = listen
-        self._submitted = time.perf_counter()
-        self._admitted = self._read = self._first = 0.0  # seconds since then
-        self._nfe = 0
-
-    @property
-    def _seconds(self) -> float:
-        return time.perf_counter() - self._submitted
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Plain numbers: `rows` running, `queued`, how many rows there may be (`capacity`), and since
-    the start: new `tokens`, network `evaluations`, and jobs by their end."""
-
-    rows: int = 0
-    queued: int = 0
-    capacity: int = 0
-    tokens: int = 0
-    evaluations: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
+# New prompts that are read before the rows that run go on, in tokens.
+PROMPTS = 4096
 
 
 class Worker:
-    """Owns the engine of a model; all of its methods may be called from any thread."""
+    """Owns the engine of a model; all of its methods may be called from any thread.
 
-    def __init__(self, model: Denoiser, *, rows: int | None = None, queue: int = 256) -> None:
-        """`rows`: how many are written side by side. `queue`: how many more may wait."""
+    Example:
+        >>> import blockdiff
+        >>> from blockdiff.serving.worker import Finished, Job, Worker
+        >>> model, tokenizer = blockdiff.load("starter")
+        >>> worker, texts = Worker(model), []
+        >>> worker.start()
+        >>> def listen(ticket, event):
+        ...     if isinstance(event, Finished):
+        ...         texts.append(event.tokens)
+        >>> options = blockdiff.SamplingOptions(max_new_tokens=4)
+        >>> tickets = worker.submit([Job([1, 2, 3], options)], listen)
+        >>> worker.drain(60)
+        True
+        >>> texts == blockdiff.generate(model, [[1, 2, 3]], max_new_tokens=4).tokens
+        True
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        *,
+        rows: int | None = None,
+        queue: int = 256,
+        memory: int | None = None,
+    ) -> None:
+        """`rows`: how many are written side by side; as `room` tells where it is left out.
+
+        `queue`: how many more may wait. `memory`: bytes for rows and for beginnings that are known;
+        by default a share of what is free.
+        """
         model.eval()
-        self.model, self.rows, self.queue = model, ROWS if rows is None else rows, queue
-        self._engine = Engine(model)
+        self.model, self.queue = model, queue
+        self.room = Room.of(model, rows, memory)
+        self.rows = self.room.rows
+        self._engine = self._make()
+        self._most = self.rows  # fewer after an evaluation failed, until rows finish again
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._running: dict[int, Ticket] = {}  # by the engine's names
@@ -170,15 +120,20 @@ class Worker:
 
         Raises `InputError` for what does not fit the model, `Full` and `Draining`.
         """
+        needs = []
         for job in jobs:
             fitted(self.model.config, [job.prompt], job.options, [job.number])
+            needs.append(need(self.model, len(job.prompt), job.options))
         with self._changed:
             if self._draining:
                 raise Draining("the server is shutting down and takes no new work")
             busy = len(self._waiting) + len(self._running)
             if busy + len(jobs) > self.rows + self.queue:
                 raise Full(f"{busy} texts are being written or wait; try again later")
-            tickets = [Ticket(job, next(self._ids), listen) for job in jobs]
+            tickets = [
+                Ticket(job, next(self._ids), one, listen)
+                for job, one in zip(jobs, needs, strict=True)
+            ]
             self._waiting += tickets
             self._changed.notify_all()
         return tickets
@@ -220,9 +175,10 @@ class Worker:
 
     def stats(self) -> Stats:
         with self._changed:
+            prefixes = self._engine.prefixes
             return replace(
-                self._stats,
-                rows=len(self._running), queued=len(self._waiting), capacity=self.rows,
+                self._stats, rows=len(self._running), queued=len(self._waiting),
+                capacity=self.rows, prefix_bytes=0 if prefixes is None else prefixes.held,
             )  # fmt: skip
 
     @property
@@ -230,11 +186,18 @@ class Worker:
         return bool(self._waiting or self._running or self._calls)
 
     def _count(self, **more: int) -> None:
-        self._stats = replace(
-            self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()}
-        )
+        with self._changed:
+            now = {name: getattr(self._stats, name) + n for name, n in more.items()}
+            self._stats = replace(self._stats, **now)
 
     # in the computing thread
+
+    def _make(self) -> Engine:
+        engine = Engine(
+            self.model, isolate=True, prefixes=Prefixes(self.model.config, self.room.prefixes)
+        )
+        engine.cache.most = self.room.cache // self.room.token
+        return engine
 
     def _run(self) -> None:
         while True:
@@ -247,76 +210,148 @@ class Worker:
                     break
                 gone, self._gone = self._gone, []
                 call = self._calls.popleft() if self._calls else None
-            for ticket in gone:
-                self._leave(ticket)
             if call is not None:
                 _answer(*call)
-            self._admit()
-            if self._running:
-                self._step()
+            try:
+                for ticket in gone:
+                    self._leave(ticket)
+                self._admit()
+                if self._engine.active:
+                    self._report(self._engine.step())
+            except BaseException as error:
+                self._begin_again(error)
         with self._changed:
             left = [*self._running.values(), *self._waiting]
-            self._running.clear()
-            self._waiting.clear()
+            calls = list(self._calls)
+            for kept in (self._running, self._waiting, self._calls):
+                kept.clear()
         for ticket in left:
             self._end(ticket, "failed", Failed(Draining("the server was shut down")))
-        for _, future in self._calls:
+        for _, future in calls:
             future.set_exception(Draining("the server was shut down"))
 
     def _admit(self) -> None:
+        """Takes from the queue, in its order, what there is room for."""
+        taken: list[Ticket] = []
         with self._changed:
-            free = min(self.rows - len(self._running), len(self._waiting))
-            taken = [self._waiting.popleft() for _ in range(free)]
-            for ticket in taken:
-                ticket.state = "running"
-        for options, same in groupby(taken, key=lambda ticket: ticket.job.options):
+            needs = [ticket.need for ticket in self._running.values()]
+            prompts = 0
+            while self._waiting and len(needs) < self._most:
+                first = self._waiting[0]
+                prompts += len(first.job.prompt)
+                if (taken and prompts > PROMPTS) or not (
+                    self.room.fits([*needs, first.need]) or not needs
+                ):
+                    break
+                needs.append(first.need)
+                taken.append(self._waiting.popleft())
+                first.state = "running"
+        for _, same in groupby(taken, key=lambda ticket: id(ticket.job.options)):
             tickets = list(same)
             jobs = [ticket.job for ticket in tickets]
-            names = self._engine.admit_all(
-                [job.prompt for job in jobs], options, [job.number for job in jobs]
-            )
+            try:
+                names = self._engine.admit_all(
+                    [job.prompt for job in jobs], jobs[0].options, [job.number for job in jobs]
+                )
+            except Exception as error:  # a constraint that cannot begin, say
+                for ticket in tickets:
+                    self._end(ticket, "failed", Failed(error))
+                continue
             with self._changed:
                 self._running |= zip(names, tickets, strict=True)
             for ticket in tickets:
-                ticket._admitted = ticket._seconds
+                ticket.admitted = ticket.admitted or ticket.seconds
 
-    def _step(self) -> None:
-        step = self._engine.step()
-        self._count(evaluations=1)
+    def _report(self, step: Step) -> None:
+        """Tells the rows of an evaluation what it did."""
+        state = self._engine.rows.state
+        state = state[state["name"] >= 0]  # as they stand in the step
+        new = 0
         places = zip(step.rows.tolist(), step.nfe.tolist(), step.done.tolist(), strict=True)
         for place, (name, nfe, done) in enumerate(places):
             ticket = self._running.get(name)
-            if ticket is None or nfe == ticket._nfe:
+            if ticket is None or nfe == ticket.nfe or name in self._engine.failed:
                 continue
-            ticket._nfe = nfe
-            start = len(ticket.job.prompt)
-            row = self._engine.rows.state[self._engine.rows.state["name"] == name][0]
-            final = int(step.lengths[place] if done else row["known"]) - start
-            if not ticket._read and not row["prompt"]:
-                ticket._read = ticket._seconds
-            if final and not ticket._first:
-                ticket._first = ticket._seconds
+            ticket.nfe = nfe
+            row = state[place]
+            final = int(step.lengths[place] if done else row["known"]) - len(ticket.job.prompt)
+            if not ticket.read and not row["prompt"]:
+                ticket.read = ticket.seconds
+                cached = int(row["cached"])
+                self._count(prompt_tokens=len(ticket.job.prompt), cached_tokens=cached)
+            if final and not ticket.first:
+                ticket.first = ticket.seconds
             if ticket.job.progress:
-                self._tell(ticket, _progress(step, place, ticket, final))
+                self._progress(ticket, step, place, final)
             if done:
-                self._finish(ticket, step, place)
+                new += self._finish(ticket, step, place, int(row["cached"]))
+        self._count(evaluations=1, tokens=new)
+        for name, error in list(self._engine.failed.items()):
+            ticket = self._running.get(name)
+            if ticket is not None:
+                LOG.warning("a text could not be finished: %s", error)
+                self._leave(ticket)
+                self._end(ticket, "failed", Failed(error))
 
-    def _finish(self, ticket: Ticket, step: Step, place: int) -> None:
+    def _progress(self, ticket: Ticket, step: Step, place: int, final: int) -> None:
+        event = Progress.of(ticket, step, place, final)
+        if event.at:
+            if ticket.again:  # its listener knows of it
+                ticket.again -= 1
+                return
+            ticket.told += 1
+        elif ticket.again:
+            return
+        self._tell(ticket, event)
+
+    def _finish(self, ticket: Ticket, step: Step, place: int, cached: int) -> int:
+        """How many new tokens it has."""
         job = ticket.job
         done = collect(
             step.of(torch.tensor([place])), [job.prompt], self.model.config.eos_token_id,
             job.options.max_new_tokens, 0.0,
         )  # fmt: skip
         self._leave(ticket)
+        self._most = min(2 * self._most, self.rows)
         stopped = bool(step.rejected[place]) if step.stopped is None else bool(step.stopped[place])
         logprobs = done.path_logprobs[0] if done.path_logprobs and job.options.logprobs else None
-        first = ticket._first or ticket._seconds
+        first = ticket.first or ticket.seconds
         event = Finished(
-            done.tokens[0], done.nfe[0], stopped, done.finish[0], logprobs, ticket._admitted,
-            max(ticket._read - ticket._admitted, 0.0), first, ticket._seconds, 0,
+            done.tokens[0], done.nfe[0], stopped, done.finish[0], logprobs, ticket.admitted,
+            max(ticket.read - ticket.admitted, 0.0), first, ticket.seconds, cached,
         )  # fmt: skip
-        self._count(tokens=len(event.tokens))
         self._end(ticket, "finished", event)
+        return len(event.tokens)
+
+    def _begin_again(self, error: BaseException) -> None:
+        """After an evaluation failed: a new engine, and its rows at the head of the queue."""
+        with self._changed:
+            tickets = [one for one in self._running.values() if one.state == "running"]
+            self._running.clear()
+            self._gone.clear()
+        LOG.error("an evaluation of %d rows failed", len(tickets), exc_info=error)
+        self._engine = self._make()
+        error.__traceback__ = None  # which holds the old engine
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._most = max(len(tickets) // 2, 1)
+        back = []
+        for ticket in tickets:
+            if len(tickets) == 1:
+                self._end(ticket, "failed", Failed(error))
+            elif ticket.told and self.model.dtype != torch.float32:
+                message = "the evaluation that it was part of failed; ask for it again"
+                self._end(ticket, "failed", Failed(Interrupted(message)))
+            else:
+                ticket.nfe, ticket.read, ticket.again = 0, 0.0, ticket.told
+                back.append(ticket)
+        with self._changed:
+            back = [ticket for ticket in back if ticket.state == "running"]
+            for ticket in back:
+                ticket.state = "queued"
+            self._waiting.extendleft(reversed(back))
+        self._count(restarted=len(back))
 
     def _leave(self, ticket: Ticket) -> None:
         """The row is out of the engine."""
@@ -340,7 +375,7 @@ class Worker:
         if ticket.state == "cancelled":
             return
         try:
-            ticket._listen(ticket, event)
+            ticket.listen(ticket, event)
         except Exception:
             LOG.exception("a listener failed; its row is dropped")
             self.cancel(ticket)
@@ -353,19 +388,3 @@ def _answer(work: Callable[[], Any], future: Future[Any]) -> None:
         future.set_result(work())
     except BaseException as error:
         future.set_exception(error)
-
-
-def _progress(step: Step, place: int, ticket: Ticket, final: int) -> Progress:
-    job = ticket.job
-    start = len(job.prompt)
-    new = slice(start, start + job.options.max_new_tokens)
-    fixed = step.fixed[place, new].numpy()
-    edited = None if step.edited is None else step.edited[place, new].numpy()
-    at = (fixed if edited is None else fixed | edited).nonzero()[0]
-    logprobs = None
-    if job.options.logprobs and step.logprobs is not None:
-        logprobs = step.logprobs[place, new].numpy()[at].tolist()
-    return Progress(
-        ticket._nfe, at.tolist(), step.tokens[place, new].numpy()[at].tolist(),
-        [] if edited is None else edited.nonzero()[0].tolist(), final, logprobs, ticket._seconds,
-    )  # fmt: skip

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from blockdiff.categorical import Array, draw, host_uniform, real_dtype
-from blockdiff.errors import InputError
+from blockdiff.errors import WrongAnswer
 from blockdiff.models.denoiser import Remainder
 from blockdiff.sampling.constraints import Automaton
 from blockdiff.sampling.guides import Guides, RowGuides, chosen_in_order, guided
@@ -252,5 +252,5 @@ def _answered(
     raise _wrong(order, "choose", f"None or bool [{len(logits)}], and tokens int64 of that length")
 
 
-def _wrong(order: Order, method: str, right: str) -> InputError:
-    return InputError(f"the order {order.name}: `{method}` must give {right}")
+def _wrong(order: Order, method: str, right: str) -> WrongAnswer:
+    return WrongAnswer(f"the order {order.name}: `{method}` must give {right}")
