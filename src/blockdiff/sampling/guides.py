@@ -32,6 +32,8 @@ from blockdiff.sampling.constraints import Automaton, Constraint, allowed_along,
 from blockdiff.sampling.options import NEED_TOKENIZER, SamplingOptions, stop_parts
 from blockdiff.sampling.stopping import StopAtText
 
+NO_TOKEN = "the constraint and what else changes the logits leave no token"
+
 
 class Guide(Protocol):
     """What changes logits; `in_order`: whether it has to know all tokens before a position."""
@@ -216,7 +218,7 @@ def chosen_in_order(
         at = torch.from_numpy(now).to(device)
         new = guided(rows[0].guides, logits[at], [texts[i] for i in going], allowed)
         if allowed is not None and not bool((new > -torch.inf).any(1).all()):
-            raise InputError("the constraint and what else changes the logits leave no token")
+            raise InputError(NO_TOKEN)
         all_guided[at] = new
         asked = np.zeros_like(wanted[going])
         for place, row in enumerate(going):

@@ -39,10 +39,10 @@ from blockdiff.sampling.twins import leaders
 # prompt: tokens of it still to be cached. cached: of it, from `prefill.Prefixes`. uncached: whether
 # the block before its own is. evaluations: those of its block. nfe: all. rejected: whether a rule
 # gave it up. stopped: whether one, or its constraint, ended it. edits: whether its order does.
-# length: −1 until finished.
+# length: −1 until finished. width: how many positions it has, or writes.
 _FIELDS = (
     "name number seed group start end known first size stride part limit capacity prompt cached "
-    "uncached evaluations nfe rejected stopped edits length"
+    "uncached evaluations nfe rejected stopped edits length width"
 )
 # A block in which something is masked still, this many evaluations beyond its positions and steps,
 # has an order that does not end.
@@ -122,7 +122,8 @@ class Rows:
         self.automata += [constraint.begin() if constraint else None for _ in prompts]
         self.admitted += len(prompts) * (twins is None)
         self.state = np.append(self.state, rows)
-        width = int(np.maximum(whole, end + behind).max())
+        self.state["width"][places] = np.maximum(whole, end + behind)
+        width = int(self.state["width"].max())
         self.canvas = _grown(self.canvas, len(prompts), width, self.mask_token_id)
         for place, prompt in zip(places, prompts, strict=True):
             self.canvas[place, : len(prompt)] = prompt
@@ -143,16 +144,22 @@ class Rows:
         return places
 
     def drop(self, place: int) -> None:
-        """Forgets a row; those behind it move up."""
+        """Forgets a row, and what no other needs; those behind it move up."""
+        if self.failed:
+            self.failed.pop(int(self.state["name"][place]), None)
         self.state = np.delete(self.state, place)
-        if not len(self.state):
-            self.groups.clear()  # no row names one by its number
-            self.guides.clear()
+        used, numbers = np.unique(self.state["group"], return_inverse=True)
+        if len(used) < len(self.groups):
+            self.groups, self.guides = ([x[i] for i in used] for x in (self.groups, self.guides))
+            self.state["group"] = numbers
         del self.automata[place]
-        self.canvas, self.u = np.delete(self.canvas, place, 0), np.delete(self.u, place, 0)
-        if self.logprobs is not None:
-            self.logprobs = np.delete(self.logprobs, place, 0)
-        self.new, self.revised = np.delete(self.new, place, 0), np.delete(self.revised, place, 0)
+        for tables, field in (("canvas logprobs", "width"), ("u new revised", "size")):
+            width = int(self.state[field].max(initial=0))
+            for name in tables.split():
+                if getattr(self, name) is not None:
+                    setattr(self, name, np.delete(getattr(self, name)[:, :width], place, 0))
+        if not any(options.logprobs for options, *_ in self.groups):
+            self.logprobs = None
 
     def _group(self, options: SamplingOptions, order: Order) -> int:
         shared = replace(options, seed=0, max_new_tokens=1)  # what no order asks for
@@ -241,11 +248,9 @@ class Rows:
         wrong = (tokens < 0) | (tokens >= self.config.vocab_size) | (tokens == self.mask_token_id)
         for row, token in dict(zip(rows[wrong].tolist(), tokens[wrong], strict=True)).items():
             order = self.groups[self.state["group"][row]][1]
-            error = WrongAnswer(
-                f"the order {order.name} fixed a position with {token}, which is no token; `draw` "
-                "gives those there are, where the logits are numbers"
-            )
-            self.fail(row, error)
+            what = f"the order {order.name} fixed a position with {token}, which is no token"
+            more = "`draw` gives those there are, where the logits are numbers"
+            self.fail(row, WrongAnswer(f"{what}; {more}"))
         right: Array = ~np.isin(rows, rows[wrong])
         return right
 

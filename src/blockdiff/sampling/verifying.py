@@ -42,11 +42,12 @@ from torch import Tensor
 
 from blockdiff.cache import BlockCache
 from blockdiff.categorical import Array, host_uniform, invert, real_dtype, warp
+from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.ngrams import Grams
 from blockdiff.sampling.constraints import Automaton
 from blockdiff.sampling.drafters import drafted, drafter_of, drafts_of, joins
-from blockdiff.sampling.guides import RowGuides
+from blockdiff.sampling.guides import NO_TOKEN, RowGuides
 from blockdiff.sampling.logprobs import note_logprobs
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.rows import Rows
@@ -171,7 +172,8 @@ class Verifier:
         self.cache.append_first(np.arange(len(rows)), taken + 1, len(columns.offset))
         for own, options, drafts in plans:
             own = own[state["length"][rows[own]] < 0]
-            self._draft(rows, known, taken, u[2], logits, own, options, drafts)
+            if len(own):
+                self._draft(rows, known, taken, u[2], logits, own, options, drafts)
         state["evaluations"][rows] += 1
         return rows, rows[place], at
 
@@ -229,6 +231,8 @@ class Verifier:
                 continue
             # Behind a draft that ends the text, or is not allowed, nothing is asked.
             dead = (new == -torch.inf).all(-1, keepdim=True)
+            if dead[0]:
+                self.rows.fail(int(row), InputError(NO_TOKEN))
             found[place, : counts[place] + 1] = torch.where(dead, plain, new)
         return found
 
