@@ -125,8 +125,8 @@ class Ticket:
         self.admitted = self.read = self.first = 0.0  # seconds since then
         self.nfe = 0
         # Steps that wrote something: how many were told, and how many of these are to come once
-        # more since the row was begun anew.
-        self.told = self.again = 0
+        # more since the row was begun anew; and up to which evaluation all was told.
+        self.told = self.again = self.seen = 0
 
     @property
     def seconds(self) -> float:

@@ -295,14 +295,12 @@ class Worker:
 
     def _progress(self, ticket: Ticket, step: Step, place: int, final: int) -> None:
         event = Progress.of(ticket, step, place, final)
-        if event.at:
-            if ticket.again:  # its listener knows of it
-                ticket.again -= 1
-                return
-            ticket.told += 1
-        elif ticket.again:
-            return
-        self._tell(ticket, event)
+        if event.at and ticket.again:  # its listener knows of it, since before it began again
+            ticket.again -= 1
+        elif event.at or event.nfe > ticket.seen:
+            ticket.told += bool(event.at)
+            ticket.seen = event.nfe
+            self._tell(ticket, event)
 
     def _finish(self, ticket: Ticket, step: Step, place: int, cached: int) -> int:
         """How many new tokens it has."""
