@@ -268,6 +268,8 @@ class Engine:
             if len(place) < count:
                 mine = np.isin(owner, place).nonzero()[0]
                 own = logits[torch.from_numpy(mine).to(logits.device, non_blocking=True)]
+            elif self.rows.failed is not None and not order.__module__.startswith("blockdiff."):
+                own = logits.clone()  # it may write into them, raise, and be asked again
             return mine, *answered(order, own, wanted[place, : view.masked.shape[1]], view)
 
         indices, found = [owner[:0]], [torch.empty(2, 0, dtype=torch.int64, device=logits.device)]
