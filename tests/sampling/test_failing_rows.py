@@ -321,3 +321,18 @@ def test_nothing_is_kept_of_rows_that_left():
         assert rows.logprobs is None and rows.u.shape[1] == 4
     assert set(sizes) == {(1, 1, 1, (1, 8))}
     assert engine.cache._places <= 4
+
+
+def test_rows_that_came_after_the_last_one_that_was_drafted():
+    """They are dropped as any other."""
+    engine = Engine(MODELS["ar"]().eval())
+    drafted = engine.admit([1], SamplingOptions(3, sampler="verified", stop="none"))
+    while engine.active:
+        engine.step()
+    engine.drop(drafted)
+    names = [engine.admit([1, 2], SamplingOptions(3, stop="none")) for _ in range(3)]
+    while engine.active:
+        engine.step()
+    for name in reversed(names):
+        engine.drop(name)
+    assert not len(engine.rows.state) and not len(engine.cache.rows)
