@@ -97,6 +97,7 @@ class Column {
         if (now[2]) names.push("edited");
       }
       if (!run.written[position]?.length) names.push("unknown");
+      if (run.behind >= 0 && position >= run.behind && position < length) names.push("special");
       if (whole && position >= length) names.push("past-end");
       this.show(token, text, names.join(" "));
     });
@@ -145,7 +146,7 @@ class Column {
     this.tell("tokens", count, run.done ? run.length : run.start?.max_tokens);
     this.find('[data-name="rate"]').textContent = evaluations ? rounded(count / evaluations) : "–";
     this.find('[data-name="speed"]').textContent = perSecond > 0 ? rounded(perSecond) : "–";
-    const ended = { stop: "ended by itself", length: "as long as allowed" };
+    const ended = { stop: "ended by itself", length: "full length" };
     const reason = run.done?.finish_reason;
     const state = run.done ? (ended[reason] ?? reason) : NAMES[run.state];
     this.find(".state").textContent = state;
@@ -153,7 +154,7 @@ class Column {
     const { start, done } = run;
     const facts = start ? [`L′ = ${start.block_size}`, `seed ${start.seed}`] : [];
     if (start) facts.push(`${start.prompt_tokens} prompt tokens`);
-    if (done) facts.push(`${rounded(done.seconds)} s`);
+    if (done) facts.push(`${rounded(done.seconds)}\u00a0s`);
     this.find(".facts").textContent = run.error ? run.error.message : facts.join(" · ");
     this.find(".copy").hidden = run.going;
     if (!run.going && !this.told) {

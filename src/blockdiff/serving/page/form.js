@@ -78,9 +78,9 @@ function addOrder(told = {}) {
   const { samplers = [], block_sizes: sizes = [], default_sampler: usual } = model();
   const item = byId("order").content.cloneNode(true).firstElementChild;
   const [sampler, size] = item.querySelectorAll("select");
-  const own = usual ? `as the model (${usual})` : "as the model";
+  const own = usual ? `model's (${usual})` : "the model's";
   options(sampler, [["", own], ...samplers.map((name) => [name, name])], told.sampler);
-  options(size, [["", "as the model"], ...sizes.map((n) => [String(n), String(n)])], told.block_size);
+  options(size, [["", "model's"], ...sizes.map((n) => [String(n), String(n)])], told.block_size);
   sampler.addEventListener("change", () => showSettings(item));
   item.querySelector(".remove").addEventListener("click", () => {
     const next = item.nextElementSibling ?? item.previousElementSibling;
@@ -96,7 +96,7 @@ function addOrder(told = {}) {
 
 function showSettings(item, told = {}) {
   const name = item.querySelector("select").value;
-  const fields = (reads[name] ?? []).map((setting) => {
+  const fields = (reads[name] ?? []).toReversed().map((setting) => {
     const label = document.createElement("label");
     const words = setting.replaceAll("_", " ");
     label.append(`${words[0].toUpperCase()}${words.slice(1)} `);
@@ -113,7 +113,8 @@ function showSettings(item, told = {}) {
     label.append(field);
     return label;
   });
-  item.querySelector(".settings").replaceChildren(...fields);
+  const settings = item.querySelector(".settings");
+  settings.replaceChildren(settings.firstElementChild, ...fields);
 }
 
 function numberOrders() {

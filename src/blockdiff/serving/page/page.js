@@ -30,6 +30,8 @@ async function write() {
   byId("controls").hidden = false;
   byId("cancel").disabled = false;
   follow = true;
+  const { top } = byId("columns").getBoundingClientRect();
+  if (top > 0.7 * innerHeight || top < 0) byId("results").scrollIntoView();
   byId("status").textContent = "Writing.";
   const mine = runs;
   const reading = [];
@@ -177,7 +179,8 @@ form.addEventListener("change", (event) => {
 });
 byId("model").addEventListener("change", useModel);
 byId("add").addEventListener("click", () => {
-  addOrder();
+  const used = orders().map(({ sampler }) => sampler ?? model().default_sampler);
+  addOrder({ sampler: model().samplers?.find((name) => !used.includes(name)) });
   save();
   byId("orders").lastElementChild.querySelector("select").focus();
 });

@@ -101,13 +101,27 @@ class Run {
       this.evaluations = data.nfe;
       if (data.at.length) this.write(data);
     } else if (name === "done") {
-      this.done = data;
-      this.evaluations = data.usage.evaluations;
-      this.state = "done";
+      this.finish(data);
     } else if (name === "error") {
       this.state = "failed";
       this.error = problem(data.error, "The server could not go on.");
     }
+  }
+
+  // Only now is each token's piece of the text known: a character may be spread over several.
+  finish(data) {
+    this.done = data;
+    this.evaluations = data.usage.evaluations;
+    this.state = "done";
+    data.pieces.forEach((piece, position) => {
+      const last = this.written[position]?.at(-1);
+      if (last) last[1] = piece;
+    });
+    const begin = Math.max(data.pieces.join("").indexOf(data.text), 0);
+    let end = 0;
+    const ends = data.pieces.map((piece) => (end += piece.length));
+    // Behind the text are its end's own token, or a text that was to stop it.
+    this.behind = data.pieces.findIndex((_, i) => ends[i] > begin + data.text.length);
   }
 
   write({ nfe, seconds, at, text, edited }) {
