@@ -155,8 +155,8 @@ class Column {
     const facts = start ? [`L′ = ${start.block_size}`, `seed ${start.seed}`] : [];
     if (start) facts.push(`${start.prompt_tokens} prompt tokens`);
     if (done) facts.push(`${rounded(done.seconds)}\u00a0s`);
-    this.find(".facts").textContent = run.error ? run.error.message : facts.join(" · ");
-    this.find(".copy").hidden = run.going;
+    this.find(".facts").textContent = run.error ? worded(run.error) : facts.join(" · ");
+    this.find(".copy").hidden = run.going || !run.steps.length;
     if (!run.going && !this.told) {
       this.told = done ? done.text : run.written.map((all) => all.at(-1)?.[1] ?? " … ").join("");
       this.find(".whole").textContent = this.told;

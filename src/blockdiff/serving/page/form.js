@@ -16,6 +16,7 @@ const stored = {
 };
 
 let models = [];
+let again = 0;
 let key = stored.get("key", sessionStorage) ?? "";
 
 const chatting = () => !byId("modes").hidden && form.elements.mode.value === "chat";
@@ -23,8 +24,21 @@ const model = () => models.find(({ id }) => id === byId("model").value)?.blockdi
 
 // errors
 
+// Options in `backticks` are called what they are called on the page.
+function worded(error) {
+  if (error.status === 401) {
+    return key ? "The server does not take this API key." : "This server asks for an API key.";
+  }
+  const text = error.message.replace(/`(\w+)`/g, (_, name) => {
+    const field = form.querySelector(`[data-name="${name}"], [name="${name}"]`);
+    return `“${field?.closest("label")?.firstChild.textContent.trim() ?? name}”`;
+  });
+  return text[0].toUpperCase() + text.slice(1);
+}
+
 function complain(error) {
-  byId("error").textContent = error ? error.message : "";
+  const text = error ? worded(error) : "";
+  if (byId("error").textContent !== text) byId("error").textContent = text;
   for (const element of document.querySelectorAll("[aria-invalid]")) {
     element.removeAttribute("aria-invalid");
     element.removeAttribute("aria-describedby");
@@ -50,7 +64,8 @@ async function loadModels() {
   } catch (error) {
     complain(error);
     // A server that has just begun opens its model first.
-    if (error.status === 503) setTimeout(loadModels, 1000 * (error.retryAfter || 2));
+    clearTimeout(again);
+    if (error.status === 503) again = setTimeout(loadModels, 1000 * (error.retryAfter || 2));
     return false;
   }
   complain(null);
@@ -176,6 +191,7 @@ function nameOf(order, all) {
 const PLAIN = ["model", "mode", "system", "prompt", "max_tokens", "temperature", "top_p", "seed", "stop"];
 
 function save() {
+  if (!models.length) return;
   const settings = Object.fromEntries(PLAIN.map((name) => [name, named(name).value]));
   stored.set("settings", { ...settings, alone: named("alone").checked, orders: orders() });
 }

@@ -30,8 +30,7 @@ async function write() {
   byId("controls").hidden = false;
   byId("cancel").disabled = false;
   follow = true;
-  const { top } = byId("columns").getBoundingClientRect();
-  if (top > 0.7 * innerHeight || top < 0) byId("results").scrollIntoView();
+  byId("columns").scrollIntoView({ block: "nearest" });
   byId("status").textContent = "Writing.";
   const mine = runs;
   const reading = [];
