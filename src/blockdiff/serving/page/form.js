@@ -39,6 +39,7 @@ function worded(error) {
 function complain(error) {
   const text = error ? worded(error) : "";
   if (byId("error").textContent !== text) byId("error").textContent = text;
+  byId("error").classList.toggle("soft", error?.status === 503); // it will pass
   for (const element of document.querySelectorAll("[aria-invalid]")) {
     element.removeAttribute("aria-invalid");
     element.removeAttribute("aria-describedby");
