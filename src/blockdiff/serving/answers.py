@@ -351,10 +351,11 @@ class Denoise(Answer):
 
     async def _stream(self) -> AsyncIterator[str]:
         config, options = self.served.model.config, self.options
+        size, before = config.sampling_blocks(options.block_size)[1], len(self.jobs[0].prompt)
         yield _event("start", {
-            "id": self.id, "model": self.served.name, "prompt_tokens": len(self.jobs[0].prompt),
-            "sampler": getattr(options.sampler, "name", options.sampler),
-            "block_size": config.sampling_blocks(options.block_size)[1],
+            "id": self.id, "model": self.served.name, "prompt_tokens": before,
+            "sampler": getattr(options.sampler, "name", options.sampler), "block_size": size,
+            "offset": -before % size if config.prompt_grid == "prompt_end" else 0,
             "max_tokens": options.max_new_tokens, "seed": self.seed,
         })  # fmt: skip
         try:
@@ -379,7 +380,8 @@ class Denoise(Answer):
         choice.see(event)
         seconds = event.seconds
         return [_event("done", {
-            "text": choice.writer.text, "finish_reason": choice.reason, "usage": self.usage(),
+            "text": choice.writer.text, "pieces": text_pieces(self.served.tokenizer, event.tokens),
+            "finish_reason": choice.reason, "usage": self.usage(),
             "seconds": seconds, "tokens_per_second": len(event.tokens) / max(seconds, 1e-9),
         })]  # fmt: skip
 

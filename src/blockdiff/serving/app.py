@@ -12,7 +12,6 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -27,6 +26,7 @@ from blockdiff.serving.errors import Refused, refusal
 from blockdiff.serving.gate import Gate
 from blockdiff.serving.limits import Limits
 from blockdiff.serving.metrics import Metrics
+from blockdiff.serving.page import page_response
 from blockdiff.serving.served import Served
 
 T = TypeVar("T")
@@ -187,9 +187,6 @@ def _facts(app: FastAPI, routes: APIRouter, server: Server) -> None:
         """Prometheus' text."""
         return Response(server.metrics.page(), media_type="text/plain; version=0.0.4")
 
-    page = files("blockdiff.serving") / "page" / "index.html"
-    if page.is_file():
-
-        @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-        async def front() -> str:
-            return page.read_text("utf-8")
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def front() -> Response:
+        return page_response()
