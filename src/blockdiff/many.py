@@ -5,15 +5,17 @@
     →  {"id": "a", "text": …, "tokens": 128, "nfe": 128, "finish_reason": "length", "seed": 912559}
 
 A line without an id has its number, counted from 1. What is written for a line depends on the line
-and the options alone: its seed, where it gives none, is made of the job's seed and its id. So lines
-may be written in any order, by one engine or by many, and after a kill only what is missing.
+and the options: its seed, where it gives none, is made of the job's seed and its id. The last digit
+of a float also depends on what is computed beside it, and once in some thousand tokens it decides
+which one is drawn (docs/precision.md). So that a job comes to the same bytes however often it is
+stopped, and however many models work on it, its lines are worked on in units, always the same and
+each from its beginning.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from functools import lru_cache
@@ -42,7 +44,8 @@ from blockdiff.sampling.options import FROM_PYTHON, SamplingOptions, stop_parts,
 from blockdiff.sampling.prompts import continuation, encode, encode_pair
 from blockdiff.sampling.stopping import StopAtText, StopAtTokens, StoppingRule
 
-MOST_ROWS, LONGEST_CHUNK = 32, 64
+MOST_ROWS, LONGEST_UNIT = 32, 64
+WAVES = 4  # a unit has so many times as many rows as are written at once
 OWN = ("id", "prompt", "messages")  # of a line; everything else is an option
 Record = dict[str, Any]
 Between = Callable[[int, int], None]
@@ -51,9 +54,8 @@ Between = Callable[[int, int], None]
 class Task:
     """What makes records of lines.
 
-    `records_each`: records of a line. `unit`: lines that are worked on together, whose figures
-    differ in the last digit in another company; 1 where they do not. `settings`: what makes the
-    records, `kept` what a job keeps to (see `jobs`).
+    `records_each`: records of a line. `unit`: lines that are worked on together. `settings`: what
+    makes the records, as a job compares them.
     """
 
     name = ""
@@ -76,14 +78,18 @@ class Task:
         precision = resolve_precision(precision, self.model.device)
         convert(self.model, precision, self.model.device, few_tokens=few_tokens)
         self.settings["precision"] = precision
-        self.kept: Record = {}
 
     def check(self, line: Line) -> None:
         """Raises `InputError` for a line that cannot be worked on."""
         raise NotImplementedError
 
+    def plan(self) -> Record:
+        """Attributes that a job keeps to, once all lines are checked: `unit`, and others."""
+        raise NotImplementedError
+
     def keep(self, kept: Mapping[str, Any]) -> None:
-        """Works as the job began; all lines are checked by then."""
+        """Takes up what the job was begun with."""
+        vars(self).update(kept)
 
     def records(self, lines: Iterable[Line], between: Between | None = None) -> Iterator[Record]:
         """The lines' records, in their order; `between` as in `sampling.many.write_rows`."""
@@ -103,7 +109,7 @@ def work(job: Job, lines: Lines, task: Task, elsewhere: Elsewhere | None = None)
     count = _checked(lines, task)
     ids = (line.id for line in lines for _ in range(task.records_each))
     settings = {"task": task.name, "file": lines.fingerprint, **task.settings}
-    job.begin(settings, ids, kept=task.kept)
+    job.begin(settings, ids, kept=task.plan())
     task.keep(job.kept)
     total, before = count * task.records_each, job.done
     first = before // (task.records_each * task.unit) * task.unit
@@ -163,8 +169,8 @@ def _checked(lines: Lines, task: Task) -> int:
 class Writing(Task):
     """Texts of prompts: `blockdiff generate --out`.
 
-    `wish`: `samples`, `precision` (auto is float32, in which a text does not depend on its
-    company), `tokenizer`, `batch_size` (rows at once; by memory when None) and `compile`. A line
+    `wish`: `samples`, `precision` (auto is float32, in which a text hardly depends on its company),
+    `tokenizer`, `batch_size` (rows at once; by memory when None) and `compile`. A line
     may have any sampling option of its own, which come before `options` (of which only those `told`
     were said, None for all), and these before the folder's.
     """
@@ -189,7 +195,7 @@ class Writing(Task):
         shown = {name: getattr(self.options, name) for name in names}
         self.settings |= {k: v for k, v in shown.items() if v is not None}
         self.settings["samples"] = self.records_each = wish.samples
-        self.at_once, self.longest = wish.batch_size, 1
+        self.asked, self.longest, self.at_once = wish.batch_size, 1, MOST_ROWS
         self._chat: ChatTemplate | None = None
         self._made = lru_cache(64)(self._options)
 
@@ -244,37 +250,32 @@ class Writing(Task):
         check_prompt(self.model.config, prompt, options)
         self.longest = max(self.longest, len(prompt) + options.max_new_tokens)
 
-    def keep(self, kept: Mapping[str, Any]) -> None:
-        if self.at_once is None:
-            room = tokens_per_pass(self.model) // min(self.longest, self.model.config.length)
-            self.at_once = max(1, min(MOST_ROWS, room))
+    def plan(self) -> Record:
+        room = tokens_per_pass(self.model) // min(self.longest, self.model.config.length)
+        at_once = self.asked or max(1, min(MOST_ROWS, room))
+        return {"at_once": at_once, "unit": max(1, WAVES * at_once // self.records_each)}
 
     def records(self, lines: Iterable[Line], between: Between | None = None) -> Iterator[Record]:
-        begun: deque[tuple[Line, int, Wanted, bool]] = deque()
-
-        def wanted() -> Iterator[Wanted]:
-            for line in lines:
-                prompt, options, chat = self.wanted(line)
-                for sample in range(self.records_each):
-                    row = Wanted(prompt, options, sample)
-                    begun.append((line, sample, row, chat))
-                    yield row
-
-        for done in write_rows(self.model, wanted(), self.at_once or MOST_ROWS, between):
-            line, sample, row, chat = begun.popleft()
-            (tokens,) = done.tokens
-            yield {
-                "id": line.id,
-                **({"sample": sample} if self.records_each > 1 else {}),
-                "text": self._text(row.prompt, tokens, chat),
-                "tokens": len(tokens),
-                "nfe": done.nfe[0],
-                "finish_reason": done.finish[0],
-                "seed": row.options.seed,
-                # Their last digits depend on the company.
-                **({"logprobs": [round(x, 4) for x in done.path_logprobs[0]]}
-                   if done.path_logprobs and row.options.logprobs else {}),
-            }  # fmt: skip
+        lines = iter(lines)
+        while part := list(islice(lines, self.unit)):
+            asked = [(line, *self.wanted(line)) for line in part]
+            begun = [
+                (line, sample, Wanted(prompt, options, sample), chat)
+                for line, prompt, options, chat in asked for sample in range(self.records_each)
+            ]  # fmt: skip
+            made = write_rows(self.model, (row for _, _, row, _ in begun), self.at_once, between)
+            for (line, sample, row, chat), done in zip(begun, made, strict=True):
+                (tokens,) = done.tokens
+                record: Record = {"id": line.id}
+                if self.records_each > 1:
+                    record["sample"] = sample
+                record |= {
+                    "text": self._text(row.prompt, tokens, chat), "tokens": len(tokens),
+                    "nfe": done.nfe[0], "finish_reason": done.finish[0], "seed": row.options.seed,
+                }  # fmt: skip
+                if row.options.logprobs and done.path_logprobs is not None:
+                    record["logprobs"] = done.path_logprobs[0]
+                yield record
 
     def _text(self, prompt: list[int], new: list[int], chat: bool) -> str:
         if not chat:
@@ -298,10 +299,7 @@ class Scoring(Task):
         names = ("estimator", "draws", "timesteps", "seed", "greedy")
         self.how = {name: getattr(wish, name) for name in names}
         self.settings |= self.how | {"block_size": self.model.config.block_size}
-        self.kept = {
-            "unit": wish.batch_size or LONGEST_CHUNK, "budget": tokens_per_pass(self.model),
-        }  # fmt: skip
-        self.keep(self.kept)
+        self.asked, self.budget = wish.batch_size, tokens_per_pass(self.model)
 
     def _ids(self, line: Line) -> tuple[list[int], list[int]]:
         for name in ("context", "continuation"):
@@ -313,8 +311,8 @@ class Scoring(Task):
     def check(self, line: Line) -> None:
         check_pair(*self._ids(line), self.model.config.length, line.number)
 
-    def keep(self, kept: Mapping[str, Any]) -> None:
-        self.unit, self.budget = kept["unit"], kept["budget"]
+    def plan(self) -> Record:
+        return {"unit": self.asked or LONGEST_UNIT, "budget": self.budget}
 
     def records(self, lines: Iterable[Line], between: Between | None = None) -> Iterator[Record]:
         lines = iter(lines)

@@ -2,6 +2,7 @@
 
 from blockdiff.commands import (
     adapt,
+    batch,
     benchmark,
     chat,
     demo,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate-samples": evaluate_samples.COMMAND,
     "export": export.COMMAND,
     "generate": generate.COMMAND,
+    "batch": batch.COMMAND,
     "tune": tune.COMMAND,
     "infill": infill.COMMAND,
     "draft-table": draft_table.COMMAND,

@@ -25,8 +25,8 @@ class GenerateOptions:
         overwrite: Begin the job of --out anew.
         batch_size: Texts of --out written at once; by memory, at most 32, when left out.
         precision: Weights: float32, bf16, int8 (fastest for one text on a CPU), or auto (bf16
-            where the processor is made for it; float32 with --out, where the others change a text
-            with its company).
+            where the processor is made for it; float32 with --out: in the others a text depends on
+            those written beside it).
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
         compile: Compile the layers; on CUDA into CUDA graphs.
         watch: Show the denoising live in the terminal.

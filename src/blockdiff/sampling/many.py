@@ -50,7 +50,7 @@ def write_rows(
 
     `at_once`: rows in the engine. `between` is called after each evaluation with how many tokens it
     fixed, and how many rows took part. In float32 a row's tokens and evaluations depend on the row
-    alone. Raises `InputError` as `Engine.admit` does.
+    alone, as far as docs/precision.md has it. Raises `InputError` as `Engine.admit` does.
     """
     engine, source = Engine(model), enumerate(wanted)
     running: dict[int, tuple[int, Wanted]] = {}  # name in the engine → place in the order
