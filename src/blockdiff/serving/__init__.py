@@ -1,1 +1,1 @@
-"""Models that answer others: one request after the other, or many lines on many machines."""
+"""A model behind HTTP: `worker` computes, the other modules talk. Imports nothing heavy."""
