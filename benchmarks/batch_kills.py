@@ -4,8 +4,9 @@
 
 For each task (generate, score, evaluate) one job runs through; a second one is killed (SIGKILL) at
 a random moment, started again, killed again …, and at last runs through. The two files are compared
-byte by byte. Wherever a kill fell, loading included, nothing may be lost, doubled or different. The
-result is benchmarks/results/batch-kills.json.
+byte by byte. Wherever a kill fell, loading included, nothing may be lost, doubled or different. Few
+texts are written at once, for units (see blockdiff.many) of which a run between two kills does
+several. The result is benchmarks/results/batch-kills.json.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def prepared(folder: Path, lines: int) -> dict[str, list[str]]:
         (folder / f"{name}.jsonl").write_text(lined, encoding="utf-8")
     (folder / "text.txt").write_text(" ".join(texts * 8), encoding="utf-8")
     return {
-        "generate": ["generate", "starter", "--prompt-file", str(folder / "prompts.jsonl")],
+        "generate": ["generate", "starter", "--prompt-file", str(folder / "prompts.jsonl"),
+                     "--batch-size", "4"],
         "score": ["score", "starter", "--file", str(folder / "pairs.jsonl"), "--batch-size", "8"],
         "evaluate": ["evaluate", "starter", str(folder / "text.txt"), "--length", "64",
                      "--batch-size", "4"],

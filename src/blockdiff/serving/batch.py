@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,35 +45,56 @@ class _Worker:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[Any]:
-    """Ray, joined to a cluster or started on this machine until the end of the block.
+    """Ray as `join` gives it, which a Ray started here leaves at the end of the block."""
+    ray, started = join(address)
+    try:
+        yield ray
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def join(address: str | None) -> tuple[Any, bool]:
+    """(Ray, whether it was not joined before): a cluster's, or one started on this machine.
 
     `address`: of a cluster's head; else the variable RAY_ADDRESS, else this machine. Raises
     `InputError` where Ray is not installed, or nobody answers there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which asks a host
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of what Ray mends by itself
-    ray: Any = need("ray", "ray.data", extra="ray", what="blockdiff batch")
+    ray: Any = need("ray", "ray.data", extra="ray", what="work on several machines")
     started = not ray.is_initialized()
     if started:
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         known = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         more = {"include_dashboard": False} if address == "local" else {}
         try:
-            ray.init(
-                address, log_to_driver=False, logging_level=logging.ERROR,
-                runtime_env={"env_vars": known}, **more,
-            )  # fmt: skip
+            with _hushed():
+                ray.init(
+                    address, log_to_driver=False, logging_level=logging.ERROR,
+                    runtime_env={"env_vars": known}, **more,
+                )  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"`address` {address}: no Ray cluster to join there: {first_line(error)}"
             ) from None
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for name in ("ray", "ray.data", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return ray, started
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what Ray's native part says of itself on standard error; its errors are raised."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
-        yield ray
+        yield
     finally:
-        if started:
-            ray.shutdown()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def share_of(ray: Any, workers: int | None, device: str) -> tuple[int, Record]:
@@ -85,9 +107,9 @@ def share_of(ray: Any, workers: int | None, device: str) -> tuple[int, Record]:
     gpus, cpus = int(there.get("GPU", 0)), max(1, int(there.get("CPU", 1)))
     on_gpus = device.startswith("cuda") or (device == "auto" and gpus > 0)
     room, what = (gpus, "GPUs") if on_gpus else (cpus, "processors")
-    wanted = (gpus if on_gpus else 1) if workers is None else workers
-    if not 1 <= wanted <= room:
-        raise InputError(f"`workers` is {max(wanted, 1)}, and the cluster has {room} {what}")
+    wanted = (max(1, gpus) if on_gpus else 1) if workers is None else workers
+    if wanted > room:
+        raise InputError(f"`workers` is {wanted}, and the cluster has {room} {what}")
     return wanted, {"num_gpus": 1} if on_gpus else {"num_cpus": cpus // wanted}
 
 
