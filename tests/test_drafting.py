@@ -319,6 +319,15 @@ def test_a_drafter_trains_beside_a_model_that_stays_what_it_is(base, tmp_path):
     assert done.metrics["eval_accepted"] == pytest.approx(accepted[-1], abs=0.1)
 
 
+def test_acceptance_is_validated_in_the_blocks_that_the_run_drafts(base, tmp_path):
+    """Which need not be the model's own, of four tokens."""
+    of_two, of_four = (
+        run(base, tmp_path / str(size), steps=1, lr=1e-9, block_size=size).metrics["eval_accepted"]
+        for size in (2, 4)
+    )
+    assert of_two != pytest.approx(of_four, abs=1e-3)
+
+
 def test_the_cache_gates_by_column(base, tmp_path):
     """Beside a finished block, which stays clean, a noised one: as in one uncached pass."""
     run(base, tmp_path / "run")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def parts_of(
     trainer: BlockDiffusionTrainer, model: Denoiser, windows: dict[str, Tensor]
 ) -> dict[str, float]:
-    """`eval_ar` and so on: means over what counts, in the model's own blocks; {} without parts.
+    """`eval_ar` and so on: means over what counts, in the run's largest blocks; {} without parts.
 
     Every process measures all windows.
     """
@@ -29,7 +29,7 @@ def parts_of(
     x_0, documents, run = windows["x_0"], windows.get("documents"), trainer.run
     counted = trainer.maskable(windows)
     generator = torch.Generator(x_0.device).manual_seed(run.seed)
-    whole = model.config.layout_of(x_0.shape[1])
+    whole = model.config.layout_of(x_0.shape[1], max(run.block_sizes))
     for rows in torch.arange(len(x_0), device=x_0.device).split(run.batch_size):
         layout = whole if documents is None else replace(whole, documents=documents[rows])
         noise = stratified_noise(len(rows), layout, generator)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter
 
-from blockdiff.apps.reproduction.plan import BLOCK_SIZES, COMPARED
+from blockdiff.apps.reproduction.plan import BLOCK_SIZES, COLDER, COMPARED, FRONTIER
 from blockdiff.apps.reproduction.results import Results
 from blockdiff.plots import COLOURS, logarithmic, new_figure, save_figure
 
@@ -84,7 +84,8 @@ def quality_by_nfe(results: Results, path: Path) -> Figure:
         for name, model, colour in FAMILIES:
             jobs = [n for n, job in results.jobs.items()
                     if job.kind == "samples" and job.settings["model"] == f"s0-{model}"
-                    and not n.endswith(("-long", "-end"))]  # fmt: skip
+                    and not n.endswith(("-long", "-end"))
+                    and "temperature" not in job.settings["options"]]  # fmt: skip
             found = sorted((results[n]["quality"] for n in jobs), key=lambda q: q["cost"]["nfe"])
             if not found:
                 continue
@@ -107,6 +108,33 @@ def quality_by_nfe(results: Results, path: Path) -> Figure:
         fontsize=8,
     )  # fmt: skip
     figure.suptitle(f"Samples of {results.scale.length} tokens", x=0.01, ha="left")
+    return save_figure(figure, path)
+
+
+def frontier(results: Results, path: Path) -> Figure:
+    """Generative perplexity against entropy, a point for each temperature."""
+    figure, (axes,) = new_figure(7.5, 4.6)
+    for name, model, colour in FAMILIES:
+        jobs = [f"samples-{model}-at-{t:g}" for t in COLDER] + [f"samples-{model}-all"]
+        if model in FRONTIER:
+            found = [results[job]["quality"] for job in jobs]
+            x, y = ([q[key] for q in found] for key in ("entropy", "perplexity"))
+            across, up = ([1.96 * v["stderr"] for v in values] for values in (x, y))
+            axes.errorbar([v["value"] for v in x], [v["value"] for v in y], xerr=across, yerr=up,
+                          fmt="o-", capsize=2, color=COLOURS[colour], label=name,
+                          markersize=4)  # fmt: skip
+            for t, a, b in zip((*COLDER, 1.0), x, y, strict=True):
+                axes.annotate(f"{t:g}", (a["value"], b["value"]), xytext=(4, -9), fontsize=7,
+                              textcoords="offset points", color=COLOURS[colour])  # fmt: skip
+    real = results["samples-real"]["real"]
+    axes.plot(real["entropy"]["value"], real["perplexity"]["value"], "k*", markersize=11,
+              linestyle="none", label="real text")  # fmt: skip
+    axes.set_yscale("log")
+    logarithmic(axes.yaxis)
+    axes.set_xlabel("entropy of a text, nats; more is more varied")
+    axes.set_ylabel("generative perplexity; 95% intervals")
+    axes.set_title("Temperatures, at one token a step", loc="left")
+    axes.legend(frameon=False, fontsize=8)
     return save_figure(figure, path)
 
 

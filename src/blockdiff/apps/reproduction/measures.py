@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from blockdiff.apps.reproduction.plan import sizes
+from blockdiff.apps.reproduction.plan import COLDER, sizes
 from blockdiff.apps.reproduction.results import Summary
 from blockdiff.apps.reproduction.wording import label, verdict
 from blockdiff.printing import markdown_table
@@ -67,6 +67,8 @@ def generation(results: Summary) -> str:
         model = job.settings["model"].partition("-")[2]
         options = job.settings["options"]
         how = f"T = {options['steps']}" if "steps" in options else "one token a step"
+        if "temperature" in options:
+            how += f", temperature {options['temperature']:g}"
         paper = PAPER_GENERATION.get(model, "") if name == f"samples-{model}-all" else ""
         rows.append([label(model), str(options["max_new_tokens"]), how,
                      *_quality(quality), paper])  # fmt: skip
@@ -92,11 +94,22 @@ def generation(results: Summary) -> str:
         + "\n".join(_at_equal_nfe(results)),
         markdown_table(["model", "tokens", "steps a block", "NFE", "gen. perplexity", "entropy",
                "distinct-2", "divergence, 2-grams", "tokens/s", "paper, OWT, L = 1,024"], rows),
+        *_frontier(results),
         "![lengths](lengths.png)",
         "Texts that end by themselves (or at "
         f"{results.scale.long_tokens} tokens; SEDD at its context):",
         markdown_table(["model", "median", "max", "ended"], lengths),
     ])  # fmt: skip
+
+
+def _frontier(results: Summary) -> list[str]:
+    if not any(f"-at-{COLDER[0]:g}" in name for name in results.jobs):
+        return []
+    return [
+        "A colder text has a lower perplexity and is duller, so models are compared by their "
+        "curves: at the same entropy, which has the lower perplexity.",
+        "![frontier](frontier.png)",
+    ]
 
 
 def _sample_order(results: Summary) -> list[str]:

@@ -20,6 +20,9 @@ COMPARED = (4, 16)
 CLIPS = {"clip-high": "0.45,0.95", "clip-middle": "0.3,0.8", "clip-auto": "auto"}
 # How much longer the two runs are that show whether L' = 1 goes on towards AR.
 LONGER = 2
+# Whose texts are also written at lower temperatures, at one token a step, and which.
+FRONTIER = ("ar", "L4", "mdlm")
+COLDER = (0.5, 0.7, 0.85)
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ def _samplings(scale: Scale) -> list[Job]:
         if model not in ("L1", "L8"):
             add(f"{model}-long", model, 4 * cost, max_new_tokens=scale.long_tokens)
             add(f"{model}-end", model, 4 * cost, max_new_tokens=scale.long_tokens, stop="eos")
+    for model in FRONTIER:
+        for temperature in COLDER:
+            add(f"{model}-at-{temperature:g}", model, 60.0, temperature=temperature)
     for model, steps in (("L4", (1, 2)), ("L8", (1, 2, 4)), ("L16", (1, 2, 4, 8)),
                          ("mdlm", (8, 16, 32, 64)), ("sedd", (8, 16, 32, 64, 128))):  # fmt: skip
         for count in steps:

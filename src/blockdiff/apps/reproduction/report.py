@@ -48,6 +48,7 @@ def write_report(folder: Path, scale: Scale, data: str) -> Path:
     figures.perplexity_by_block_size(results, out / "perplexity.png")
     figures.clip_course(results, out / "clips.png")
     figures.quality_by_nfe(results, out / "quality.png")
+    figures.frontier(results, out / "frontier.png")
     figures.length_histogram(results, out / "lengths.png")
     records = [r for size in sizes(scale) for r in results.estimators(size)]
     variance_plot(records, out / "variance.png", title="Noise of the estimators")

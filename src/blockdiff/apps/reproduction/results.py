@@ -173,6 +173,8 @@ class Summary(_Jobs):
         variance: tuple[int, int, int] = tuple(record["scale"]["variance"])
         super().__init__(Scale(**{**record["scale"], "variance": variance}))
         self.record = record
+        # Of an earlier plan, before samples at lower temperatures were in it.
+        self.jobs = {name: job for name, job in self.jobs.items() if name in record["jobs"]}
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = self.record["jobs"][name]
