@@ -35,8 +35,8 @@ FLOORS = [
     ["noising", "estimators", "attention", "attention.*", "cache", "data", "data.*"],
     ["models", "models.*"],
     ["drafting", "objectives", "sampling", "sampling.*"],
-    ["training", "training.*", "evaluation", "evaluation.*"],
-    ["", "api", "chat", "conversation", "infilling", "plots", "replay", "watch", "writing"],
+    ["training", "training.*", "evaluation", "evaluation.*", "jobs"],
+    ["", "api", "chat", "conversation", "infilling", "many", "plots", "replay", "watch", "writing"],
     ["apps", "apps.*", "recipes.*"],
     ["__main__", "cli", "commands*", "serving", "serving.*"],
 ]

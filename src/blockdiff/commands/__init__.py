@@ -2,6 +2,7 @@
 
 from blockdiff.commands import (
     adapt,
+    batch,
     benchmark,
     chat,
     completion,
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate-samples": evaluate_samples.COMMAND,
     "export": export.COMMAND,
     "generate": generate.COMMAND,
+    "batch": batch.COMMAND,
     "tune": tune.COMMAND,
     "infill": infill.COMMAND,
     "draft-table": draft_table.COMMAND,
