@@ -33,6 +33,8 @@ PAGES = {
     "src/blockdiff/starter/README.md": "starter.md",
 }
 _LINK = re.compile(r"\[([^\]]*)\]\((?!\w+:|#|/)([^)\s#]*)(#[^)\s]*)?\)")
+# What in a help text is code: in backticks, an option, a special token.
+_CODE = re.compile(r"`[^`]+`|(?<![\w-])--[a-z][\w-]*|&lt;\|\w+\|&gt;")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -115,8 +117,7 @@ def option_rows(name: str, command: Command, context: click.Context) -> Iterator
         record = option.get_help_record(context)
         assert record is not None
         words, text = map(html.escape, record)
-        text = re.sub(r"(?<![\w-])--[a-z][\w-]*|&lt;[\w|]+&gt;", r"<code>\g<0></code>", text)
-        text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+        text = _CODE.sub(lambda found: f"<code>{found[0].strip('`')}</code>", text)
         yield f'<tr id="{name}{option.flag[1:]}"><td><code>{words}</code></td><td>{text}</td></tr>'
 
 
