@@ -154,9 +154,6 @@ class Rows:
     def drop(self, place: int) -> None:
         """Forgets a row; those behind it move up."""
         self.state = np.delete(self.state, place)
-        if not len(self.state):
-            self.groups.clear()  # no row names one by its number
-            self.guides.clear()
         del self.automata[place]
         self.canvas, self.u = np.delete(self.canvas, place, 0), np.delete(self.u, place, 0)
         if self.logprobs is not None:
@@ -168,9 +165,11 @@ class Rows:
         for number, (known, *_) in enumerate(self.groups):
             if known == shared:
                 return number
-        self.groups.append((shared, order, rules_of(options.stop)))
-        self.guides.append(Guides.of(options))
-        return len(self.groups) - 1
+        # A number that no row has any more is given again.
+        number = next(n for n in range(len(self.groups) + 1) if n not in self.state["group"])
+        self.groups[number : number + 1] = [(shared, order, rules_of(options.stop))]
+        self.guides[number : number + 1] = [Guides.of(options)]
+        return number
 
     def scales(self, rows: Array) -> Array:
         """float64 [n]: how strongly each row is guided by its twin."""

@@ -1,0 +1,1 @@
+"""A model behind HTTP: `worker` computes, the other modules talk. Imports nothing heavy."""
