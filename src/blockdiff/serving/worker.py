@@ -259,6 +259,10 @@ class Worker:
             self._thread.join(max(seconds, 5.0))
         return done
 
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
     def stats(self) -> Stats:
         with self._wake:
             return Stats(**{**vars(self._stats), "rows": self._running,
@@ -368,7 +372,10 @@ class Worker:
             ticket.told = max(ticket.told, nfe[place])
             if lengths[place] < 0:
                 continue
-            tokens, options = step.tokens[place, start : lengths[place]].tolist(), ticket.job.options
+            tokens, options = (
+                step.tokens[place, start : lengths[place]].tolist(),
+                ticket.job.options,
+            )
             stopped = len(tokens) < options.max_new_tokens or (
                 step.stopped is not None and bool(step.stopped[place])
             )
@@ -378,9 +385,7 @@ class Worker:
                 logprobs = step.logprobs[place, start : lengths[place]].tolist()
             batch.drop(name)
             self._stats.row_evaluations += nfe[place]
-            self._say(
-                ticket, Finished(tokens, nfe[place], stopped, logprobs, ticket.wait, seconds)
-            )
+            self._say(ticket, Finished(tokens, nfe[place], stopped, logprobs, ticket.wait, seconds))
 
     def _say(self, ticket: Ticket, event: Event) -> None:
         with self._wake:
