@@ -37,7 +37,7 @@ FLOORS = [
     ["training", "training.*", "evaluation", "evaluation.*"],
     ["", "api", "chat", "conversation", "infilling", "plots", "replay", "watch", "writing"],
     ["apps", "apps.*"],
-    ["__main__", "cli", "commands*"],
+    ["__main__", "cli", "commands*", "serving", "serving.*"],
 ]
 # Above floor 2 a network is known by what may be asked of it, not by its class. These may name it:
 # the package's own names, what opens or builds a network, and the applications.

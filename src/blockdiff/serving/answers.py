@@ -17,8 +17,8 @@ from blockdiff.replay import text_pieces
 from blockdiff.serving import schemas
 from blockdiff.serving.errors import Refused, refusal
 from blockdiff.serving.inbox import Inbox
+from blockdiff.serving.jobs import Failed, Finished, Job, Progress
 from blockdiff.serving.text import Token, Writer
-from blockdiff.serving.worker import Failed, Finished, Job, Progress
 
 if TYPE_CHECKING:
     from blockdiff.serving.app import Server

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from blockdiff.errors import InputError
-from blockdiff.serving.worker import Draining, Full
+from blockdiff.serving.jobs import Draining, Full
 
 _LOG = logging.getLogger("blockdiff.serving")
 # What a request calls our options.

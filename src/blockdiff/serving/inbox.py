@@ -10,7 +10,8 @@ from contextlib import suppress
 from fastapi import Request
 
 from blockdiff.serving.errors import Refused
-from blockdiff.serving.worker import Event, Job, Progress, Ticket, Worker
+from blockdiff.serving.jobs import Event, Job, Progress, Ticket
+from blockdiff.serving.worker import Worker
 
 
 class Inbox:

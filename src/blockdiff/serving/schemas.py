@@ -29,7 +29,8 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "audio": (), "modalities": (["text"],), "prediction": (),
     "logits_processor": (), "constraint": (), "json_schema": (), "max_new_tokens": (),
     "min_tokens": (0,), "guided_json": (), "guided_regex": (), "guided_choice": (),
-    "guided_grammar": (), "structured_outputs": (), "use_beam_search": (False,), "top_logprobs": (0,),
+    "guided_grammar": (), "structured_outputs": (), "use_beam_search": (False,),
+    "top_logprobs": (0,),
 }  # fmt: skip
 
 
