@@ -28,7 +28,7 @@ pytest.importorskip("prometheus_client")
 from blockdiff.serving.app import make_app  # noqa: E402
 from blockdiff.serving.jobs import Draining, Failed, Finished, Full, Job, Progress  # noqa: E402
 from blockdiff.serving.limits import Limits  # noqa: E402
-from blockdiff.serving.run import listen  # noqa: E402
+from blockdiff.serving.port import listen  # noqa: E402
 from blockdiff.serving.served import Served  # noqa: E402
 from blockdiff.serving.text import Writer  # noqa: E402
 from blockdiff.serving.worker import Worker  # noqa: E402
