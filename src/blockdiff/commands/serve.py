@@ -71,10 +71,13 @@ class ServeOptions:
 
 def _run(given: Given) -> None:
     wish = given.make(ServeOptions)
+    from blockdiff.serving.port import listen
+
+    taken = listen(wish.host, wish.port)
     need("fastapi", "uvicorn", "prometheus_client", extra="serve", what="the server")
     from blockdiff.serving.run import serve
 
-    serve(wish, wish.api_key or os.environ.get("BLOCKDIFF_API_KEY") or None)
+    serve(wish, taken, wish.api_key or os.environ.get("BLOCKDIFF_API_KEY") or None)
 
 
 COMMAND = Command(

@@ -28,7 +28,8 @@ class Choice:
     """One row on its way to its text."""
 
     def __init__(self, writer: Writer) -> None:
-        self.writer, self.tokens = writer, {}  # type: ignore[var-annotated]
+        self.writer = writer
+        self.tokens: dict[int, tuple[int, float | None]] = {}  # fixed and not final yet
         self.given: list[Token] = []  # whose text was given out
         self.done: Finished | None = None
         self.reason: str | None = None
@@ -36,7 +37,7 @@ class Choice:
     def see(self, event: Progress | Finished) -> tuple[str, list[Token]]:
         """What more of the text an event tells, with its tokens."""
         if isinstance(event, Progress):
-            known = event.logprobs or [None] * len(event.at)
+            known: list[Any] = event.logprobs or [None] * len(event.at)
             self.tokens |= dict(zip(event.at, zip(event.tokens, known, strict=True), strict=True))
             new = [self.tokens.pop(at) for at in range(len(self.writer.ids), event.final)]
         else:
@@ -324,7 +325,7 @@ class Chat(Answer):
 class Denoise(Answer):
     """Each evaluation of one row: what it fixed, and what it wrote over."""
 
-    kind, apart, streams = "denoise", 256, True  # type: ignore[assignment]
+    kind, apart, streams = "denoise", 256, True
     body: schemas.DenoiseRequest
 
     def prompts(self) -> list[list[int]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 
 from fastapi import Request
+from starlette.types import Receive
 
 from blockdiff.serving.errors import Refused
 from blockdiff.serving.jobs import Event, Job, Progress, Ticket
@@ -72,7 +73,7 @@ class Inbox:
         self.tickets = worker.submit(jobs, self.listen)
         self._watch = asyncio.create_task(self._watched(request.receive))
 
-    async def _watched(self, receive: Callable) -> None:  # type: ignore[type-arg]
+    async def _watched(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         self.cancel()

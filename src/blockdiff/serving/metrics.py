@@ -30,7 +30,7 @@ class Metrics:
             "Seconds from a request to its first tokens that stay", ["model"],
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
-        self.registry.register(self)  # type: ignore[arg-type]
+        self.registry.register(self)
 
     def describe(self) -> list[Any]:
         return []

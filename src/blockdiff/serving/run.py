@@ -20,7 +20,7 @@ import uvicorn
 
 from blockdiff.data.chat_templates import read_template
 from blockdiff.device import choose_device
-from blockdiff.errors import InputError, first_line
+from blockdiff.errors import InputError
 from blockdiff.models.loading import load
 from blockdiff.models.weights import convert, resolve_precision
 from blockdiff.printing import plain_console, printable
@@ -32,10 +32,11 @@ from blockdiff.serving.worker import Worker
 _LOG = logging.getLogger("blockdiff.serving")
 
 
-def serve(wish: Any, api_key: str | None = None) -> None:
+def serve(wish: Any, taken: socket.socket, api_key: str | None = None) -> None:
     """Serves until a signal comes; `wish` is the command line's `ServeOptions`.
 
-    Raises `InputError` for a port that is taken, and models that cannot be opened.
+    `taken`: a socket that listens (`port.listen`). Raises `InputError` for models that cannot be
+    opened.
     """
     sources = names_of(wish.models)
     template = None if wish.chat_template is None else read_template(wish.chat_template)
@@ -45,7 +46,6 @@ def serve(wish: Any, api_key: str | None = None) -> None:
         body_bytes=wish.max_body, seconds=wish.timeout, drain_seconds=wish.drain,
         api_key=api_key, origins=tuple(filter(None, (wish.cors or "").split(","))),
     )  # fmt: skip
-    taken = listen(wish.host, wish.port)
     models: dict[str, Served] = {}
 
     def opened(name: str, source: str) -> Served:
@@ -137,22 +137,6 @@ def names_of(sources: str | list[str]) -> dict[str, str]:
             raise InputError(f"`models`: two are called {name}; name one folder otherwise")
         found[name] = source
     return found
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; raises `InputError` for one that cannot be had."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, protocol, _, address = found[0]
-        taken = socket.socket(family, kind, protocol)
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
-        taken.listen(2048)
-    except OSError as error:
-        raise InputError(
-            f"cannot listen at {host}, `port` {port}: {first_line(error)}; give another `port`"
-        ) from None
-    return taken
 
 
 def say(text: str) -> None:

@@ -49,7 +49,7 @@ class Served:
         self.template = ChatTemplate(own, PLAIN if self.plain else template)
         self.turn_end = self.template.turn_end
         self.encoder = Encoder(own)
-        self.defaults = options_for(model, {})
+        self.defaults: SamplingOptions = options_for(model, {})
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="blockdiff-encode")
         self.context = model.config.length
 
@@ -72,7 +72,7 @@ class Served:
     def options(self, told: Mapping[str, Any], chat: bool = False) -> SamplingOptions:
         """Sampling options, ready for the worker; raises `InputError` for what cannot be meant."""
         ends = None
-        wish = options_for(self.model, translated(told))
+        wish: SamplingOptions = options_for(self.model, translated(told))
         if chat:
             ends = self.turn_end.ids | end_ids(self.model)
             wish = replace(wish, stop=[*stop_parts(wish.stop), StopAtTokens(ends)])

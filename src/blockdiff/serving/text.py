@@ -48,7 +48,7 @@ class Writer:
         self._left_out = 0  # characters it began with that were stripped
 
     def write(
-        self, ids: Sequence[int], logprobs: Sequence[float] | None = None, last: bool = False
+        self, ids: Sequence[int], logprobs: Sequence[float | None] | None = None, last: bool = False
     ) -> tuple[str, list[Token]]:
         """More text, and the tokens it is whole with; with `last` also what was held back."""
         for place, one in enumerate(ids):
