@@ -78,11 +78,31 @@ def test_a_command_says_which_extra_it_needs(
 
 
 # What the extras and dev bring along, as far as something might import it.
-BEYOND = (
-    "evaluate faiss fastapi hypothesis IPython llguidance lm_eval mauve mkdocs nltk openai peft "
-    "playwright prometheus_client pydantic ray rouge_score sacrebleu scipy sklearn starlette "
-    "uvicorn wandb"
-).split()
+BEYOND = [
+    "evaluate",
+    "faiss",
+    "fastapi",
+    "hypothesis",
+    "IPython",
+    "llguidance",
+    "lm_eval",
+    "mauve",
+    "mkdocs",
+    "nltk",
+    "openai",
+    "peft",
+    "playwright",
+    "prometheus_client",
+    "pydantic",
+    "ray",
+    "rouge_score",
+    "sacrebleu",
+    "scipy",
+    "sklearn",
+    "starlette",
+    "uvicorn",
+    "wandb",
+]
 ALONE = """
 import sys
 from importlib.machinery import PathFinder
