@@ -44,8 +44,6 @@ FLOORS = [
         "many",
         "plots",
         "replay",
-        "serving",
-        "serving.*",
         "watch",
         "writing",
     ],
