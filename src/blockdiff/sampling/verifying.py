@@ -111,7 +111,9 @@ class Verifier:
         self._room(0)
 
     def drop(self, place: int) -> None:
-        """Forgets a row; those behind it move up."""
+        """Forgets a row; those behind it move up. One that came since has no drafts here yet."""
+        if place >= len(self.tokens):
+            return
         self.tokens, self.counts = np.delete(self.tokens, place, 0), np.delete(self.counts, place)
         self.q = torch.cat([self.q[:place], self.q[place + 1 :]])
 

@@ -64,7 +64,7 @@ def refusal(error: BaseException, hidden: str = "") -> Refused:
         if hidden:
             message = re.sub(re.escape(hidden) + r"(/[^\s:]*)?", "the model", message)
         message = re.sub(r"`(\w+)`", lambda one: f"`{THEIRS.get(one[1], one[1])}`", message)
-        named = re.search(r"`(\w+)`", message)
+        named = re.search(r"`(\w+)`", message.replace("block size", "`block_size`"))
         return Refused(400, message, named and named[1], "invalid_value")
     return Refused(500, "the text could not be written; the server's log says why",
                    code="evaluation_failed")  # fmt: skip
@@ -76,9 +76,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def unreadable(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        # Without what pydantic adds for the kinds that a field may be of.
+        kinds = ("str", "Schema", "function-")
         place = [str(part) for part in first["loc"][1:]]
-        if first["type"] in ("json_invalid", "model_attributes_type", "missing") and not place:
-            place = []
+        place = [part for part in place if "[" not in part and not part.startswith(kinds)]
         names = [part for part in place if part.isidentifier()]
         param = ".".join(place) if first["type"] != "json_invalid" else ""
         message = str(first["msg"]).encode(errors="replace").decode()

@@ -6,9 +6,10 @@ is meant (tools, penalties by frequency, other programs' ambiguous step counts) 
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from blockdiff.errors import InputError
 from blockdiff.sampling.options import ALIASES, AMBIGUOUS
@@ -52,10 +53,23 @@ class ResponseFormat(BaseModel):
     json_schema: Schema | None = None
 
 
-class Sampling(BaseModel):
-    """What every request that writes text may hold."""
+class Body(BaseModel):
+    """What every request is: no infinite numbers, and no text that UTF-8 cannot write."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def writable(cls, data: Any) -> Any:
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half of a surrogate pair, which is no UTF-8") from None
+        return data
+
+
+class Sampling(Body):
+    """What every request that writes text may hold."""
 
     model: str | None = None
     max_tokens: Positive | None = None
@@ -166,10 +180,8 @@ class DenoiseRequest(Sampling):
     messages: Annotated[list[Said], Field(min_length=1)] | None = None
 
 
-class ScoreRequest(BaseModel):
+class ScoreRequest(Body):
     """How likely continuations are, in nats: an upper bound with its standard error."""
-
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
 
     model: str | None = None
     context: str = ""

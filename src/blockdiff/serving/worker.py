@@ -22,8 +22,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count, groupby
 from typing import Any, TypeVar
@@ -71,8 +72,12 @@ class _Batch:
             self.rows |= dict(zip(names, members, strict=True))
 
     def drop(self, name: int) -> None:
-        self.engine.drop(name)
         del self.rows[name]
+        self.engine.drop(name)
+
+    def leave(self, tickets: Collection[Ticket]) -> None:
+        for name in [name for name, ticket in self.rows.items() if ticket in tickets]:
+            self.drop(name)
 
 
 class _Same:
@@ -133,7 +138,8 @@ class Worker:
             if ticket.state not in ("queued", "running"):
                 return
             if ticket.state == "queued":
-                self._waiting.remove(ticket)
+                with suppress(ValueError):  # `drain` has it
+                    self._waiting.remove(ticket)
             else:
                 self._leaving.add(ticket)
                 self._wake.notify_all()
@@ -187,62 +193,75 @@ class Worker:
     # What follows runs in the compute thread.
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._waiting or self._calls or self._batches or self._over):
-                    self._wake.wait()
-                if self._over:
-                    break
-                leaving, self._leaving = self._leaving, set()
-                call = self._calls.popleft() if self._calls else None
-                room = self.capacity - self._running + len(leaving)
-                new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
-                for ticket in new:
-                    ticket.state, ticket.wait = "running", time.monotonic() - ticket.submitted
-            begin = time.monotonic()
-            if call is not None:
-                _answer(*call)
-            for batch in self._batches:
-                for name in [name for name, one in batch.rows.items() if one in leaving]:
-                    batch.drop(name)
-            self._batches = [batch for batch in self._batches if batch.rows]
-            if new:
-                self._admit(new)
-            for batch in list(self._batches):
-                self._step(batch)
-            with self._wake:
-                self._batches = [batch for batch in self._batches if batch.rows]
-                self._running = sum(len(batch.rows) for batch in self._batches)
-                self._stats.busy += time.monotonic() - begin
-                self._wake.notify_all()
+        try:
+            while self._turn():
+                pass
+        except BaseException:  # a mistake here: better no server than one that never answers
+            _LOG.exception("the compute thread ended")
         with self._wake:
-            calls, self._calls = list(self._calls), deque()
+            self._draining = self._over = True
+            calls, waiting = list(self._calls), list(self._waiting)
+            self._calls.clear()
+            self._waiting.clear()
         for future, _ in calls:
             future.set_exception(Draining("the server is stopping"))
         rest = [ticket for batch in self._batches for ticket in batch.rows.values()]
+        rest = [*waiting, *(ticket for ticket in rest if ticket.state == "running")]
         self._fail(rest, Draining("the server stopped before the text was finished"))
-        self._batches, self._running = [], 0
+        with self._wake:
+            self._batches, self._running = [], 0
+            self._wake.notify_all()
 
-    def _admit(self, new: list[Ticket]) -> None:
-        if not self._batches:
-            self._batches.append(_Batch(self.model))
-        batch = self._batches[0]
+    def _turn(self) -> bool:
+        """Lets rows leave and come, and evaluates each engine once; False at the end of it all."""
+        with self._wake:
+            while not (self._waiting or self._calls or self._batches or self._over):
+                self._wake.wait()
+            if self._over:
+                return False
+            leaving, self._leaving = self._leaving, set()
+            call = self._calls.popleft() if self._calls else None
+        begin = time.monotonic()
+        if call is not None:
+            _answer(*call)
+        for batch in list(self._batches):
+            self._guarded(batch, batch.leave, leaving)
+        self._batches = [batch for batch in self._batches if batch.rows]
+        room = max(self.capacity - sum(len(batch.rows) for batch in self._batches), 0)
+        with self._wake:
+            new = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            for ticket in new:
+                ticket.state, ticket.wait = "running", time.monotonic() - ticket.submitted
+        if new:
+            if not self._batches:
+                self._batches.append(_Batch(self.model))
+            first = self._batches[0]
+            self._guarded(first, first.admit, new, new)
+        for batch in list(self._batches):
+            self._guarded(batch, self._step, batch)
+        with self._wake:
+            self._batches = [batch for batch in self._batches if batch.rows]
+            self._running = sum(len(batch.rows) for batch in self._batches)
+            self._stats.busy += time.monotonic() - begin
+            self._wake.notify_all()
+        return True
+
+    def _guarded(
+        self, batch: _Batch, work: Callable[[Any], None], on: Any, new: Sequence[Ticket] = ()
+    ) -> None:
+        """Does something with an engine; its rows and the `new` are set apart where it raises."""
         before = list(batch.rows.values())
         try:
-            batch.admit(new)
+            work(on)
         except Exception as error:
             self._batches.remove(batch)
-            self._apart([*before, *new], error)
+            members = [ticket for ticket in [*before, *new] if ticket.state == "running"]
+            self._apart(members, error)
 
     def _step(self, batch: _Batch) -> None:
-        try:
-            step = batch.engine.step()
-        except Exception as error:
-            self._batches.remove(batch)
-            self._apart(list(batch.rows.values()), error)
-        else:
-            self._stats.evaluations += 1
-            self._tell(batch, step)
+        step = batch.engine.step()
+        self._stats.evaluations += 1
+        self._tell(batch, step)
 
     def _apart(self, tickets: list[Ticket], error: Exception) -> None:
         """The rows of an engine that raised, half and half in new ones; one that is alone fails."""
@@ -273,13 +292,14 @@ class Worker:
             if lengths[place] < 0 and nfe[place] <= ticket.told:
                 continue  # nothing new, or run again
             start, seconds = len(ticket.job.prompt), now - ticket.submitted
-            at = step.fixed[place].nonzero().flatten()
+            over = None if step.edited is None else step.edited[place]
+            at = (step.fixed[place] if over is None else step.fixed[place] | over).nonzero()[:, 0]
             if len(at) and nfe[place] > ticket.told:
-                edited = [] if step.edited is None else step.edited[place].nonzero().flatten()
+                edited = [] if over is None else over.nonzero()[:, 0].tolist()
                 asked = ticket.job.options.logprobs and step.logprobs is not None
                 self._say(ticket, Progress(
                     nfe[place], (at - start).tolist(), step.tokens[place, at].tolist(),
-                    [int(one) - start for one in edited],
+                    [one - start for one in edited],
                     len(step.final(place, start, mask)),
                     step.logprobs[place, at].tolist() if asked else None,  # type: ignore[index]
                     seconds,
