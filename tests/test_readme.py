@@ -61,8 +61,9 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-# Hours, or minutes as --smoke: tests/test_reproduction.py runs it.
-ELSEWHERE = {"reproduce"}
+# Hours, or minutes as --smoke: tests/test_reproduction.py runs it. Ray takes long to start:
+# benchmarks/batch_workers.py runs it.
+ELSEWHERE = {"reproduce", "batch"}
 
 
 def commands() -> list[list[str]]:

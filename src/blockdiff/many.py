@@ -135,9 +135,8 @@ def work(job: Job, lines: Lines, task: Task, elsewhere: Elsewhere | None = None)
         if before < total:
             made = elsewhere(left) if elsewhere else task.records(left, between)
             for record in islice(made, before - first * task.records_each, None):
-                if elsewhere:
-                    tokens += record.get("tokens", 0)
-                    evaluations += record.get("nfe", 0)
+                if elsewhere and "nfe" in record:
+                    tokens, evaluations = tokens + record["tokens"], evaluations + record["nfe"]
                 job.write([record])
                 tell(1)
     job.sync()
