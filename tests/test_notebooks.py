@@ -47,6 +47,17 @@ def test_it_runs_and_was_committed_as_it_ran(
     assert counts == list(range(1, len(counts) + 1))
 
 
+def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """What a cell shows, its lines in one piece, and without what libraries warn of."""
+    found: list[nbformat.NotebookNode] = []
+    for one in outputs:
+        if one.get("name") == "stdout" and found and found[-1].get("name") == "stdout":
+            found[-1].text += one.text
+        elif one.get("name") != "stderr":
+            found.append(one)
+    return found
+
+
 def main() -> None:
     from tempfile import TemporaryDirectory
 
@@ -58,7 +69,7 @@ def main() -> None:
         for cell in notebook.cells:
             cell.metadata.clear()  # when each cell ran, which changes every time
             if cell.cell_type == "code":
-                cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]
+                cell.outputs = joined(cell.outputs)
         notebook.metadata = {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},

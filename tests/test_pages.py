@@ -58,9 +58,9 @@ NOT_RUN = {
     "docs/transformers.md": "a trained model; tests/test_transformers.py has a small one",
 }
 # Commands that are not ours and that nothing here checks.
-OTHERS = {"echo", "printf", "mv", "export", "curl", "docker", "podman", "systemctl", "serve"}
-# Appended to a command that is run: the same thing, small.
-SMALLER = {"generate": ["--max-new-tokens", "4"], "chat": ["--max-new-tokens", "4"]}
+OTHERS = {"echo", "printf", "mv", "export", "curl", "docker", "podman", "systemctl"}
+# Commands that are run on the starter, and what is appended: the same thing, small.
+RUN_HERE: dict[str, list[str]] = {"generate": ["--max-new-tokens", "4"], "infill": [], "score": []}
 
 
 def name_of(page: Path) -> str:
@@ -75,24 +75,28 @@ def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
 
 
 def lines_of(script: str) -> list[str]:
-    """A shell script's commands, a line each; its comment lines and variables left out."""
+    """A shell script's commands, a line each; comment lines and variables before them left out."""
     lines = (line.strip() for line in script.replace("\\\n", " ").splitlines())
-    return [x for x in lines if x and not x.startswith("#") and not re.match(r"\w+=", x)]
+    lines = (re.sub(r"^(\w+=\S*(\s+|$))+", "", line) for line in lines)
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 README_LINES = {line for _, body in blocks(ROOT / "README.md", "bash") for line in lines_of(body)}
 
 
 def is_run_here(line: str) -> bool:
-    """What needs nothing but the package: commands on the starter, one to a line."""
+    """What needs nothing but the package: commands on the starter that write or measure."""
     words = shlex.split(line, comments=True)
-    return words[0] == "blockdiff" and "starter" in words[2:3] and not {"|", "<", ">"} & set(words)
+    ours = words[0] == "blockdiff" and words[1] in RUN_HERE and "starter" in words[2:3]
+    return ours and not {"|", "<", ">", "--prompt-file", "--file"} & set(words)
 
 
 def own_words(line: str) -> Iterator[list[str]]:
     """The words behind each `blockdiff` of a line; fails for a command nobody knows."""
-    for part in re.split(r" (?:&&|[|<>]) ", line):
+    for before, part in re.findall(r"(?:^|(?<= )(&&|[|<>]) )(.+?)(?= (?:&&|[|<>]) |$)", line):
         words = shlex.split(part, comments=True)
+        if before in ("<", ">"):
+            continue  # a file
         if words[0] == "blockdiff":
             yield words[1:]
         elif "-m" in words and words[words.index("-m") + 1] == "blockdiff":
@@ -110,8 +114,7 @@ def own_words(line: str) -> Iterator[list[str]]:
         elif words[0] in ("lm_eval", "mkdocs"):
             assert words[1] in ("--model", "build", "serve"), line
         else:
-            known = words[0] in OTHERS or re.fullmatch(r"[\w.-]+\.(jsonl?|txt)", words[0])
-            assert known, f"{line}: what is {words[0]}?"
+            assert words[0] in OTHERS, f"{line}: what is {words[0]}?"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -173,7 +176,7 @@ def test_the_starters_examples_run(
         for line in lines_of(body):
             if is_run_here(line) and line not in README_LINES:
                 words = shlex.split(line, comments=True)[1:]
-                cli.main([*words, *SMALLER.get(words[0], [])])
+                cli.main([*words, *RUN_HERE[words[0]]])
                 assert capsys.readouterr().out, line
     if page in PYTHON_HERE:
         model, tokenizer = blockdiff.load("starter")
@@ -210,8 +213,9 @@ def anchors(page: Path) -> set[str]:
 
 def local(page: Path, target: str) -> Path | None:
     """The file a link of a page leads to; None for one that leads elsewhere."""
-    for url in PROJECT.get("urls", {}).values():
-        found = re.match(rf"{re.escape(url.rstrip('/'))}/(?:blob|tree|raw)/[\w.]+/(.*)", target)
+    if url := PROJECT.get("urls", {}).get("Repository"):
+        raw = url.replace("//github.com/", "//raw.githubusercontent.com/")
+        found = re.match(rf"(?:{re.escape(url)}/(?:blob|tree)|{re.escape(raw)})/\w+/(.*)", target)
         if found:
             return ROOT / found[1]
     return None if re.match(r"\w+:", target) else page.parent / target if target else page
@@ -220,8 +224,8 @@ def local(page: Path, target: str) -> Path | None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     text = without_code(page.read_text("utf-8"))
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        target, _, anchor = unquote(link).partition("#")
+    for link in re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)", text, re.MULTILINE):
+        target, _, anchor = unquote("".join(link)).partition("#")
         place = local(page, target)
         if place is None:
             continue
@@ -322,6 +326,9 @@ def test_the_citation_is_whole() -> None:
     assert found["cff-version"] == "1.2.0" and found["type"] == "software"
     assert found["message"] and found["title"] and found["license"] == PROJECT["license"]
     assert found["version"] == PROJECT["version"] == blockdiff.__version__
+    assert found["repository-code"] == PROJECT.get("urls", {}).get(
+        "Repository", found["repository-code"]
+    )
     paper = found["references"][0]
     assert paper["type"] == "conference-paper" and paper["year"] == 2025
     for author in [*found["authors"], *paper["authors"]]:
