@@ -404,6 +404,8 @@ def test_a_body_that_is_none(address, body, status):
         f"{address}/v1/completions", content=body, headers={"Content-Type": "application/json"}
     )
     assert answer.status_code == status and answer.json()["error"]["message"]
+    plain = httpx.post(f"{address}/v1/completions", content=b'{"prompt": "a"}')
+    assert plain.status_code == 400, "a page elsewhere could send it unasked"
 
 
 def test_no_other_status_than_is_told(address):

@@ -39,7 +39,7 @@ _SAID: dict[int | str, dict[str, Any]] = {
         500: "The server failed", 503: "Loading or stopping", 504: "It took too long",
     }.items()
 }  # fmt: skip
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {}}}  # an event is no JSON value
 
 
 class Server:

@@ -61,6 +61,8 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def writable(cls, data: Any) -> Any:
+        if not isinstance(data, dict):  # refused by what follows
+            return data
         try:
             json.dumps(data, ensure_ascii=False).encode()
         except UnicodeEncodeError:
