@@ -73,10 +73,10 @@ def rows_wanted(count, model):
         yield Wanted(prompt, options, draw.randrange(3))
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 7])
+@pytest.mark.parametrize("at_once", [1, 5])
 def test_rows_come_in_order_and_are_what_they_are_alone(opened, at_once):
     model, _ = opened
-    wanted = list(rows_wanted(40, model))
+    wanted = list(rows_wanted(24, model))
     taken = []
 
     def read():
@@ -89,7 +89,7 @@ def test_rows_come_in_order_and_are_what_they_are_alone(opened, at_once):
     for done in write_rows(model, read(), at_once, lambda *seen: fixed.append(seen)):
         made.append(done)
         assert len(taken) <= len(made) + 8 * at_once, "read only as there is room"
-    assert len(made) == 40 and max(rows for _, rows in fixed) == at_once
+    assert len(made) == 24 and max(rows for _, rows in fixed) == at_once
     for row, done in zip(wanted, made, strict=True):
         alone = generate_tokens(model, [row.prompt], row.options, [row.number])
         assert (done.tokens, done.nfe, done.finish) == (alone.tokens, alone.nfe, alone.finish)
@@ -244,7 +244,7 @@ def test_what_does_not_go_with_a_file_of_texts(folder, words, said, capsys):
 
 def test_killed_jobs_are_resumed_to_the_same_file(folder, tmp_path):
     """A sample of benchmarks/batch_kills.py: two kills, anywhere."""
-    rows = [{"prompt": text, "max_new_tokens": 1 + i % 37} for i, text in enumerate(PROMPTS * 60)]
+    rows = [{"prompt": text, "max_new_tokens": 1 + i % 37} for i, text in enumerate(PROMPTS * 36)]
     prompts = lines_file(tmp_path / "p.jsonl", rows)
     generate(folder, prompts, tmp_path / "whole.jsonl")
     out = tmp_path / "o.jsonl"
@@ -253,7 +253,7 @@ def test_killed_jobs_are_resumed_to_the_same_file(folder, tmp_path):
     for _ in range(2):
         process = processes.started(tmp_path / "streams", [str(word) for word in words])
         end = time.monotonic() + 60
-        while process.is_alive() and (not out.exists() or out.stat().st_size < sizes[-1] + 999):
+        while process.is_alive() and (not out.exists() or out.stat().st_size < sizes[-1] + 400):
             assert time.monotonic() < end
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)

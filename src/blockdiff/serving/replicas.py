@@ -120,7 +120,8 @@ class Replicas:
 
     def app(self) -> Any:
         """Ray Serve's application, for `serve.run`; raises `InputError` where Ray is missing."""
-        serve: Any = need("ray.serve", "fastapi", extra="ray,serve", what="serving by replicas")
+        serve: Any = need("ray.serve", extra="ray", what="serving by replicas")
+        need("fastapi", extra="serve", what="a server")
         import ray
 
         checks.whole_number("replicas", self.replicas, 1, 1024)
