@@ -200,7 +200,7 @@ def test_two_orders_side_by_side(visit, address, starter, served):
         expect(facts.locator('[data-name="rate"]')).to_have_text(f"{new / nfe:.2f}")
         assert float(facts.locator('[data-name="speed"]').inner_text()) > 0
     names = page.locator(".column h2").all_inner_texts()
-    assert names == ["verified", "threshold, block size 8, threshold 0.2"]
+    assert names == ["verified", "threshold 0.2, block size 8"]
     # What was chosen is there again the next time.
     page.reload()
     expect(page.locator("#orders li")).to_have_count(2)

@@ -180,9 +180,10 @@ function common(before) {
 }
 
 function nameOf(order, all) {
-  const { sampler, ...rest } = order;
-  const parts = Object.entries(rest).map(([name, given]) => `${name.replaceAll("_", " ")} ${given}`);
-  const name = [sampler ?? model().default_sampler ?? "as the model", ...parts].join(", ");
+  const { sampler = model().default_sampler ?? "model's", ...settings } = order;
+  const said = (setting) => `${setting.replaceAll("_", " ")} ${settings[setting]}`;
+  const others = Object.keys(settings).filter((setting) => setting !== sampler);
+  const name = [sampler in settings ? said(sampler) : sampler, ...others.map(said)].join(", ");
   const same = all.filter((one) => JSON.stringify(one) === JSON.stringify(order));
   return same.length > 1 ? `${name} (${all.indexOf(order) + 1})` : name;
 }
