@@ -61,9 +61,9 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-# Hours, or minutes as --smoke: tests/test_reproduction.py runs it. Ray takes long to start:
-# benchmarks/batch_workers.py runs it.
-ELSEWHERE = {"reproduce", "batch"}
+# Hours, or minutes as --smoke: tests/test_reproduction.py runs it; till a signal:
+# tests/test_serving.py. Ray takes long to start: benchmarks/batch_workers.py runs it.
+ELSEWHERE = {"reproduce", "serve", "batch"}
 
 
 def commands() -> list[list[str]]:
