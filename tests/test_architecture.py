@@ -27,6 +27,7 @@ FLOORS = [
         "plugins",
         "printing",
         "progress",
+        "recipes",
         "registry",
         "schedules",
         "starter",
@@ -36,7 +37,7 @@ FLOORS = [
     ["drafting", "objectives", "sampling", "sampling.*"],
     ["training", "training.*", "evaluation", "evaluation.*"],
     ["", "api", "chat", "conversation", "infilling", "plots", "replay", "watch", "writing"],
-    ["apps", "apps.*"],
+    ["apps", "apps.*", "recipes.*"],
     ["__main__", "cli", "commands*", "serving", "serving.*"],
 ]
 # Above floor 2 a network is known by what may be asked of it, not by its class. These may name it:
