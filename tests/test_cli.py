@@ -90,7 +90,7 @@ def test_options_are_few_and_known() -> None:
         "train": 69, "evaluate": 28, "score": 17, "zero-shot": 17, "variance": 29,
         "evaluate-samples": 45, "generate": 43, "chat": 39, "tokenizer": 5, "benchmark": 16,
         "reproduce": 6, "demo": 5, "adapt": 10, "export": 4, "infill": 38, "tune": 37,
-        "draft-table": 15, "serve": 16,
+        "draft-table": 15, "serve": 16, "completion": 1,
     }  # fmt: skip
 
 

@@ -54,6 +54,7 @@ SMALLER = {
     "demo": ["--minutes", "0.05"],
     "export": [],
     "adapt": [],
+    "completion": [],
 }
 
 

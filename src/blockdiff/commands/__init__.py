@@ -4,6 +4,7 @@ from blockdiff.commands import (
     adapt,
     benchmark,
     chat,
+    completion,
     demo,
     draft_table,
     evaluate,
@@ -41,4 +42,5 @@ COMMANDS: dict[str, Command] = {
     "benchmark": benchmark.COMMAND,
     "reproduce": reproduce.COMMAND,
     "demo": demo.COMMAND,
+    "completion": completion.COMMAND,
 }
