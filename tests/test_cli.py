@@ -149,7 +149,7 @@ def test_every_option_has_its_help_and_every_example_is_good(
     assert next(iter(COMMANDS[command].options)) in COMMANDS[command].sections
     for option in COMMANDS[command].options.values():
         assert option.help and not option.help.startswith("["), option.name
-    anywhere = ("tokenizer", "reproduce", "adapt", "export")
+    anywhere = ("tokenizer", "reproduce", "adapt", "export", "completion")
     assert "device" in COMMANDS[command].options or command in anywhere
     assert COMMANDS[command].examples
     for example in COMMANDS[command].examples:

@@ -189,5 +189,5 @@ COMMAND = Command(
     run=_run,
     places=("shell",),
     sections={"shell": "Completion"},
-    examples=("blockdiff completion bash",),
+    examples=("blockdiff completion bash > completion.bash",),
 )
