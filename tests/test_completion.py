@@ -16,7 +16,7 @@ from blockdiff.registry import ORDERS
 
 def offered(*words: str) -> list[str]:
     """The names, then the kinds of paths, that may stand in the place of the last word."""
-    items = completions(list(words[:-1]), words[-1])
+    items = completions(list(words[:-1]), words[-1], COMMANDS)
     return [one.value if one.type == "plain" else f"<{one.type}>" for one in items]
 
 

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _any_character():
         if asked := completion.asked():
-            return completion.answer(asked)
+            return completion.answer(asked, COMMANDS)
         try:
             name, given = parse(sys.argv[1:] if argv is None else argv)
         except click.exceptions.Exit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -69,27 +69,31 @@ def _run(given: Given) -> None:
     print(_shell(given.make(CompletionOptions).shell).source(), end="")
 
 
-def answer(instruction: str) -> None:
+def asked() -> str | None:
+    """What a shell asks this process for, if one does."""
+    return os.environ.get(VARIABLE)
+
+
+def answer(instruction: str, commands: Mapping[str, Command]) -> None:
     """Prints what a shell asked for, its script ("bash_source") or words ("bash_complete")."""
-    shell, _, asked = instruction.partition("_")
+    shell, _, wanted = instruction.partition("_")
     if shell in _SHELLS:
-        print(_shell(shell).source() if asked == "source" else _shell(shell).complete())
+        asking = _shell(shell, commands)
+        print(asking.source() if wanted == "source" else asking.complete())
 
 
-def completions(words: list[str], begun: str) -> Items:
+def completions(words: list[str], begun: str, commands: Mapping[str, Command]) -> Items:
     """What may stand next behind `words`, the program's name not among them.
 
     `begun`: what is typed of it; it may be an option and its value in one, `--sampler=ver`.
     """
-    from blockdiff.commands import COMMANDS
-
     words = [word for word in words if word != "="]  # bash cuts --option=value into three
     begun = "" if begun == "=" else begun
     if not words or words == ["help"]:
-        names = {name: command.summary for name, command in COMMANDS.items()}
+        names = {name: command.summary for name, command in commands.items()}
         more = {} if words else {"--help": "Show the commands.", "--version": ""}
         return _plain(names | more, begun)
-    command = COMMANDS.get(words[0].replace("_", "-"))
+    command = commands.get(words[0].replace("_", "-"))
     if command is None:
         return []
     flags = {option.flag: option for option in command.options.values()}
@@ -158,7 +162,7 @@ def _plain(names: Iterable[str], begun: str) -> Items:
 
 class _Ours(ShellComplete):
     def get_completions(self, args: list[str], incomplete: str) -> Items:
-        return completions(args, incomplete)
+        return completions(args, incomplete, self.ctx_args["commands"])
 
 
 class _Bash(_Ours, BashComplete):
@@ -174,13 +178,9 @@ class _Fish(_Ours, FishComplete): ...
 _SHELLS: dict[str, type[ShellComplete]] = {"bash": _Bash, "zsh": _Zsh, "fish": _Fish}
 
 
-def _shell(name: str) -> ShellComplete:
-    return _SHELLS[name](click.Command("blockdiff"), {}, "blockdiff", VARIABLE)
-
-
-def asked() -> str | None:
-    """What a shell asks this process for, if one does."""
-    return os.environ.get(VARIABLE)
+def _shell(name: str, commands: Mapping[str, Command] | None = None) -> ShellComplete:
+    known = {"commands": commands or {}}
+    return _SHELLS[name](click.Command("blockdiff"), known, "blockdiff", VARIABLE)
 
 
 COMMAND = Command(
