@@ -2,9 +2,9 @@
 
 import ast
 import importlib
+import os
+import subprocess
 import sys
-import tomllib
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,8 @@ import pytest
 import blockdiff
 from blockdiff import cli
 from blockdiff.errors import InputError, need
+from test_packaging import EXTRAS, distribution, names
 
-ROOT = Path(__file__).parents[1]
 SOURCE = Path(blockdiff.__file__).parent
 
 
@@ -35,19 +35,6 @@ def test_need_gives_the_module_or_says_what_to_install(tmp_path, monkeypatch):
         need("built_wrong", extra="ray", what="it")
 
 
-def requirements(extra: str) -> set[str]:
-    """Distributions of an extra of pyproject.toml, in lower case; of those it names, too."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    found = set()
-    for line in extras["optional-dependencies"][extra]:
-        name, _, inner = line.partition("[")
-        if name == "blockdiff":
-            found |= {one for part in inner.rstrip("]").split(",") for one in requirements(part)}
-        else:
-            found.add(name.lower())
-    return found
-
-
 def calls_of_need():
     """(file, modules, extra) of every `need(…)` in the package."""
     for path in SOURCE.rglob("*.py"):
@@ -60,13 +47,9 @@ def calls_of_need():
 def test_every_extra_that_is_named_installs_what_is_missing():
     calls = list(calls_of_need())
     assert len(calls) >= 4
-    distributions = packages_distributions()
     for file, modules, extra in calls:
         for module in modules:
-            package = module.partition(".")[0]
-            names = {name.lower() for name in distributions.get(package, [package])}
-            assert names & requirements(extra), (file, module, extra)
-            assert names & requirements("dev") or extra == "wandb"
+            assert distribution(module.partition(".")[0]) in names(EXTRAS[extra]), (file, module)
 
 
 # A command that needs an extra, the module it lacks, and the extra.
@@ -92,6 +75,44 @@ def test_a_command_says_which_extra_it_needs(
     assert left.value.code == 2 and told.count("\n") == 1, told
     assert told.endswith(f"needs {module}: pip install 'blockdiff[{extra}]'\n")
     assert not Path("out").exists()
+
+
+# What the extras and dev bring along, as far as something might import it.
+BEYOND = (
+    "evaluate faiss fastapi hypothesis IPython llguidance lm_eval mauve mkdocs nltk openai peft "
+    "playwright prometheus_client pydantic ray rouge_score sacrebleu scipy sklearn starlette "
+    "uvicorn wandb"
+).split()
+ALONE = """
+import sys
+from importlib.machinery import PathFinder
+from blockdiff import cli
+
+class Core(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] in BEYOND
+        return None if hidden else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Core
+cli.main("train texts.jsonl --preset nano --vocab-size 270 --length 16 --steps 2 --batch-size 2 "
+         "--eval-windows 2 --block-size 4 --out run".split())
+cli.main("evaluate run texts.jsonl --windows 2".split())
+cli.main("generate run some --max-new-tokens 4".split())
+print("loaded", *set(BEYOND) & set(sys.modules))
+"""
+
+
+def test_the_core_alone_trains_evaluates_and_generates(tmp_path):
+    """Without any extra: a program where it was left out sees none of its modules."""
+    (tmp_path / "texts.jsonl").write_text('{"text": "some words of a text"}\n' * 60)
+    run = subprocess.run(
+        [sys.executable, "-c", f"BEYOND = {BEYOND}\n{ALONE}"], cwd=tmp_path, capture_output=True,
+        text=True, env={**os.environ, "BLOCKDIFF_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.endswith("loaded\n") and "perplexity" in run.stdout
+    assert list((tmp_path / "run" / "tensorboard").iterdir()), "the default log is kept"
 
 
 @pytest.fixture(scope="module")
