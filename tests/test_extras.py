@@ -82,7 +82,7 @@ BEYOND = (
     "evaluate faiss fastapi hypothesis IPython llguidance lm_eval mauve mkdocs nltk openai peft "
     "playwright prometheus_client pydantic ray rouge_score sacrebleu scipy sklearn starlette "
     "uvicorn wandb"
-).split()
+)
 ALONE = """
 import sys
 from importlib.machinery import PathFinder
@@ -107,8 +107,9 @@ def test_the_core_alone_trains_evaluates_and_generates(tmp_path):
     """Without any extra: a program where it was left out sees none of its modules."""
     (tmp_path / "texts.jsonl").write_text('{"text": "some words of a text"}\n' * 60)
     run = subprocess.run(
-        [sys.executable, "-c", f"BEYOND = {BEYOND}\n{ALONE}"], cwd=tmp_path, capture_output=True,
-        text=True, env={**os.environ, "BLOCKDIFF_CACHE": str(tmp_path / "cache")},
+        [sys.executable, "-c", f"BEYOND = {BEYOND!r}.split()\n{ALONE}"], cwd=tmp_path,
+        capture_output=True, text=True,
+        env={**os.environ, "BLOCKDIFF_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.endswith("loaded\n") and "perplexity" in run.stdout
