@@ -54,6 +54,8 @@ def test_every_extra_that_is_named_installs_what_is_missing():
 
 # A command that needs an extra, the module it lacks, and the extra.
 COMMANDS = [
+    ("serve starter --port 0", "fastapi", "serve"),
+    ("serve starter --port 0", "prometheus_client", "serve"),
     ("generate starter It --max-new-tokens 1 --regex a", "llguidance", "constrain"),
     ("evaluate-samples texts.jsonl --judge x --reference y --mauve", "mauve", "eval"),
     ("train texts.jsonl --init-from {adapted} --lora 2 --out out", "peft", "adapt"),

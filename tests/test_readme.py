@@ -62,8 +62,8 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-# Hours, or minutes as --smoke: tests/test_reproduction.py runs it.
-ELSEWHERE = {"reproduce"}
+# Hours, or minutes as --smoke: tests/test_reproduction.py runs it; till a signal: tests/test_serving.py.
+ELSEWHERE = {"reproduce", "serve"}
 
 
 def commands() -> list[list[str]]:
