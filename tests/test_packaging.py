@@ -27,8 +27,8 @@ SOURCE = ROOT / "src"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # What a build or a run leaves in a checkout.
-LEFT = (".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis",
-        ".schemathesis")  # fmt: skip
+LEFT = (".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".*_cache",
+        ".hypothesis", ".schemathesis")  # fmt: skip
 
 
 def names(lines: list[str]) -> set[str]:

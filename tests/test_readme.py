@@ -62,7 +62,7 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-# Hours, or minutes as --smoke: tests/test_reproduction.py runs it; till a signal: tests/test_serving.py.
+# Hours, and until a signal: test_reproduction.py and test_serving.py run them.
 ELSEWHERE = {"reproduce", "serve"}
 
 
