@@ -8,18 +8,21 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
-import uvicorn
-from playwright import sync_api
 
 import blockdiff
 from blockdiff.api import continuation
 from blockdiff.sampling.generate import generate_tokens, stream_tokens
 from blockdiff.sampling.options import SamplingOptions
-from blockdiff.serving.app import make_app
-from blockdiff.serving.limits import Limits
-from blockdiff.serving.port import listen
-from blockdiff.serving.served import Served
-from blockdiff.serving.worker import Worker
+
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+sync_api = pytest.importorskip("playwright.sync_api")
+
+from blockdiff.serving.app import make_app  # noqa: E402
+from blockdiff.serving.limits import Limits  # noqa: E402
+from blockdiff.serving.port import listen  # noqa: E402
+from blockdiff.serving.served import Served  # noqa: E402
+from blockdiff.serving.worker import Worker  # noqa: E402
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")

@@ -148,7 +148,9 @@ def likelihood(
         ('enumerate', True, True)
     """
     SCHEDULES.find(schedule)
-    checks.numbers(draws=draws, seed=seed, timesteps=timesteps, batch_size=batch_size)
+    checks.numbers(
+        draws=draws, seed=seed, timesteps=timesteps, batch_size=batch_size, budget=budget
+    )
     check_estimator(estimator)
     _check(model, x_0)
     x_0 = x_0.to(model.device)
