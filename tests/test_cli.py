@@ -87,10 +87,10 @@ def test_options_are_few_and_known() -> None:
     """A new option is a decision: it changes this test."""
     counts = {name: len(command.options) for name, command in COMMANDS.items()}
     assert counts == {
-        "train": 69, "evaluate": 28, "score": 17, "zero-shot": 17, "variance": 29,
-        "evaluate-samples": 45, "generate": 43, "chat": 39, "tokenizer": 5, "benchmark": 16,
+        "train": 69, "evaluate": 30, "score": 19, "zero-shot": 17, "variance": 29,
+        "evaluate-samples": 45, "generate": 46, "chat": 39, "tokenizer": 5, "benchmark": 16,
         "reproduce": 6, "demo": 5, "adapt": 10, "export": 4, "infill": 38, "tune": 37,
-        "draft-table": 15,
+        "draft-table": 15, "completion": 1, "serve": 16, "batch": 46,
     }  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def test_every_option_has_its_help_and_every_example_is_good(
     assert next(iter(COMMANDS[command].options)) in COMMANDS[command].sections
     for option in COMMANDS[command].options.values():
         assert option.help and not option.help.startswith("["), option.name
-    anywhere = ("tokenizer", "reproduce", "adapt", "export")
+    anywhere = ("tokenizer", "reproduce", "adapt", "export", "completion")
     assert "device" in COMMANDS[command].options or command in anywhere
     assert COMMANDS[command].examples
     for example in COMMANDS[command].examples:

@@ -17,7 +17,6 @@ from blockdiff import cli, folders
 from blockdiff.apps import demo
 from blockdiff.apps.benchmark import compare
 from blockdiff.apps.demo import Pace, PacedTrainer
-from blockdiff.cli import parse
 from blockdiff.commands import COMMANDS
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.training.callbacks import read_metrics
@@ -54,6 +53,7 @@ SMALLER = {
     "demo": ["--minutes", "0.05"],
     "export": [],
     "adapt": [],
+    "completion": [],
 }
 
 
@@ -61,8 +61,9 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
-# Hours, or minutes as --smoke: tests/test_reproduction.py runs it.
-ELSEWHERE = {"reproduce"}
+# Hours, or minutes as --smoke: tests/test_reproduction.py runs it; till a signal:
+# tests/test_serving.py. Ray takes long to start: benchmarks/batch_workers.py runs it.
+ELSEWHERE = {"reproduce", "serve", "batch"}
 
 
 def commands() -> list[list[str]]:
@@ -182,22 +183,3 @@ def test_the_demo_leaves_everything_it_promises(tmp_path: Path) -> None:
     with folders.claim(out, overwrite=True, kinds=("demo",)):
         folders.clear(out)
     assert not list(out.iterdir()), "all it wrote is what `overwrite` replaces"
-
-
-DOCS = sorted(README.parent.glob("docs/*.md"))
-
-
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
-def test_the_commands_of_every_page_are_ones_there_are(page: Path) -> None:
-    """Names of options and their kinds; what they do is tested where each command is."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    fenced = re.split(r"^ *```.*$", text, flags=re.MULTILINE)[1::2]  # in any language, or none
-    lines = [line.strip().removeprefix("$ ") for line in "\n".join(fenced).splitlines()]
-    lines = [line for line in lines if line.startswith("blockdiff ")]
-    assert lines or page.stem not in ("adaptation", "chat", "released", "training")
-    for line in lines:
-        words = shlex.split(re.split(r" [|<>] ", line)[0], comments=True)[1:]
-        words = [str(README.parent / w) if w.startswith("recipes/") else w for w in words]
-        if "--help" not in words and "--plugin" not in words:
-            name, given = parse(words)
-            given.make(COMMANDS[name].kinds[0])

@@ -8,10 +8,12 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from blockdiff import cli
 from blockdiff.cli import parse as parse_words
 from blockdiff.data.corpora import load_corpus
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.models.hub import load_model
+from blockdiff.recipes import recipes
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.run import train
 
@@ -71,6 +73,30 @@ def test_a_recipe_has_the_papers_settings(path: Path) -> None:
     if path.stem in PAPER and path.stem.startswith("bd3lm"):
         assert config.init_from == f"runs/{path.parent.name}/base"
         assert config.steps == 150_000 and config.estimator == "clipped_redraw"
+
+
+def test_a_recipe_is_found_by_name_wherever_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    every = {f"{path.parent.name}/{path.stem}": path
+             for name in (*SETS, "starter") for path in RECIPES.glob(f"{name}/*.yaml")}  # fmt: skip
+    assert len(every) == 38 and set(recipes()) == set(every)
+    Path("owt").mkdir()
+    Path("owt", "bd3lm-4").mkdir()  # a run's folder is no file with options
+    for name, path in every.items():
+        data = ["--data", "x"] if name.startswith("starter") else []
+        for typed in (name, f"{name}.yaml", f"recipes/{name}.yaml"):
+            assert parse(Path(typed), *data) == parse(path, *data), typed
+    Path("owt", "bd3lm-4.yaml").write_text("steps: 7")
+    assert parse(Path("owt/bd3lm-4.yaml"), "--data", "x").steps == 7, "a file wins"
+    for typed in ("owt/bd3lm-5", "nosuch.yaml"):
+        with pytest.raises(SystemExit) as left:
+            cli.main(["train", "--config", typed])
+        told = capsys.readouterr().err
+        assert left.value.code == 2 and told.count("\n") == 1 and f"--config {typed}: no " in told
+        assert "in lm1b/ and owt/: ar, ar-base, base, bd3lm-1," in told
+        assert told.endswith("; in starter/: ar, ar-alike, draft, joint\n")
 
 
 @pytest.mark.parametrize("name", SETS)

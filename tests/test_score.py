@@ -246,8 +246,8 @@ def test_a_file_of_pairs(tmp_path, capsys, starter):
     ("text", "said"),
     [
         ('{"context": "a"}', "line 1 holds no text 'continuation'"),
-        ('{"context": "a", "continuation": "b"}\n[1]', "line 2 holds no text 'context'"),
-        ("{", "line 1 is not valid JSON"),
+        ('{"context": "a", "continuation": "b"}\n[1]', "line 2: a JSON object is needed"),
+        ("{", "line 1: not JSON"),
         ("", "holds no pairs"),
         ('{"context": "a", "continuation": ""}', "continuation of pair 1 is empty"),
     ],

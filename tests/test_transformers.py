@@ -317,6 +317,7 @@ def test_recomputed_activations_have_the_same_gradients(model):
 
 
 def test_peft_trains_it(model):
+    pytest.importorskip("peft")
     from peft import LoraConfig, get_peft_model
 
     x_0 = random_tokens(model, 2, 12)

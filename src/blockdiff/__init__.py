@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from blockdiff.estimators import Estimator
     from blockdiff.evaluation.likelihood import Likelihood, likelihood
     from blockdiff.evaluation.score import Score
+    from blockdiff.infilling import Filled, infill
     from blockdiff.layout import BlockLayout
+    from blockdiff.models.adapted import Adapted
+    from blockdiff.models.adapting import adapt
     from blockdiff.models.card import model_card
     from blockdiff.models.config import DiTConfig
     from blockdiff.models.dit import DiT

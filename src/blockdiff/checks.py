@@ -37,6 +37,7 @@ Reals = Mapping[str, tuple[float, float, bool, bool]]
 # What the functions and commands that measure can be told, the same wherever the name is used.
 WHOLE_NUMBERS: Whole = {
     "batch_size": (1, LARGEST_SIZE),
+    "budget": (1, LARGEST_SIZE),
     "batches": (2, LARGEST_SIZE),
     "block_size": (1, LARGEST_SIZE),
     "draws": (1, LARGEST_TEXT),

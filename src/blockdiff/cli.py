@@ -15,7 +15,7 @@ from typing import NoReturn
 import click
 
 from blockdiff.allocator import keep_freed_memory
-from blockdiff.commands import COMMANDS
+from blockdiff.commands import COMMANDS, completion
 from blockdiff.commands.hints import hint_command
 from blockdiff.commands.options import Given, Parser, as_typed
 from blockdiff.errors import InputError, RunStopped
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; exit code 0, or 2 with one line on standard error."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _any_character():
+        if asked := completion.asked():
+            return completion.answer(asked, COMMANDS)
         try:
             name, given = parse(sys.argv[1:] if argv is None else argv)
         except click.exceptions.Exit:

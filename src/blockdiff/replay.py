@@ -79,13 +79,15 @@ class Recording:
         # Inside <script> nothing but "<" could end the element, or open a comment that hides its
         # end.
         data = to_json(asdict(self)).replace("<", "\\u003c")
+        templates = files("blockdiff") / "templates"
         values = {
+            "style": (templates / "denoising.css").read_text("utf-8"),
             "title": html.escape(title),
             "subtitle": html.escape(subtitle),
             "text": html.escape(self.text),
             "recording": data,
         }
-        template = (files("blockdiff") / "templates" / "denoising.html").read_text("utf-8")
+        template = (templates / "denoising.html").read_text("utf-8")
         # One pass, so that text which happens to look like a placeholder stays as it is.
         page = re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], template)
         return page.encode(errors="replace").decode()

@@ -17,6 +17,7 @@ import blockdiff
 from blockdiff.data.tokenizers import train_tokenizer
 from blockdiff.models.lora import add_lora, open_adapter
 
+pytest.importorskip("peft")
 TEXT = "The law of the land is the law, and the people keep the law of the land. "
 
 

@@ -30,6 +30,7 @@ from blockdiff.sampling.generate import generate_tokens, stream_tokens
 from helpers import tiny_model
 from sampling.test_orders_whole import GIVEN, model_of
 
+pytest.importorskip("llguidance")
 ORDERS = {**GIVEN, "first hitting": {}, "ancestral": {"sampler": "ancestral", "steps": 2}}
 
 

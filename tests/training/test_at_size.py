@@ -156,6 +156,6 @@ def test_the_pages_commands_are_ones_there_are():
         name, given = cli.parse(words)
         assert name == "train" and "out" in given.values
         given.make(TrainConfig)
-    (script,) = re.findall(r"```bash\n(.*?)```", page, re.S)
+    (script,) = re.findall(r"```bash\n(#!.*?)```", page, re.S)
     if shutil.which("bash"):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)

@@ -23,4 +23,4 @@ def test_a_little_load(tmp_path, capsys):
         assert load["tokens_per_evaluation"] == pytest.approx(6 / 7, rel=0.3)
         assert 0 < load["first_token_p50"] <= load["first_token_p99"]
         assert load["of_generate"] > 0 and load["tokens_per_second"] > 0
-    assert "room for 3 texts" in capsys.readouterr().out
+    assert "3 rows of up to" in capsys.readouterr().out

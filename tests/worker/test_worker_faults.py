@@ -250,7 +250,7 @@ def test_room_by_memory():
     room = Room.of(model, memory=10**6)
     assert room.rows == min((10**6 - room.prefixes) // room.whole, 128) and room.fits([(64, 0)])
     assert room.whole == (64 + 4) * room.token + 4 * 9 * 12
-    for word in (f"room for {room.rows} texts", "context of 64 tokens", "MB of", "free memory"):
+    for word in (f"{room.rows} rows of up to 0.0 MB each (", "MB of", "free memory"):
         assert word in str(room)
     assert Room.of(model, rows=5).rows == 5 and Room.of(model, memory=1).rows == 1
     assert 1 <= Room.of(model).rows <= 128

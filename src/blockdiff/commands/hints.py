@@ -131,6 +131,7 @@ _COMMANDS = {
         "eval evaluation perplexity ppl likelihood loglikelihood score test measure validate "
         "val bpb"
     ),
+    "batch": "ray cluster bulk offline distribute distributed map many",
     "chat": "talk converse conversation dialog dialogue interactive repl ask assistant",
     "train": "fit pretrain pre-train finetune fine-tune training learn sft",
     "zero-shot": "zeroshot zero",

@@ -23,6 +23,7 @@ from blockdiff.commands.hints import hint_option
 from blockdiff.errors import InputError, first_line
 from blockdiff.outputs import to_json
 from blockdiff.plugins import load_plugin
+from blockdiff.recipes import recipe_or_file
 
 # Every command has these, and they are read before the others.
 FIRST = {"--config", "--plugin"}
@@ -197,9 +198,11 @@ class Parser(click.Command):
 
     def __init__(self, name: str, command: Command) -> None:
         self.command = command
+        recipe = ", or a recipe of the package, for example owt/bd3lm-4" * (name == "train")
         self.config = click.Option(
             ["config", "--config"], multiple=True, is_eager=True, expose_value=False,
-            callback=self._read_config, metavar="FILE", help="YAML file with these options.",
+            callback=self._read_config, metavar="FILE",
+            help=f"YAML file with these options{recipe}.",
         )  # fmt: skip
         self.plugin = click.Option(
             ["plugin", "--plugin"], multiple=True, is_eager=True, expose_value=False,
@@ -336,7 +339,8 @@ class Parser(click.Command):
     def _read_config(self, ctx: click.Context, _: click.Parameter, paths: Sequence[str]) -> None:
         found: dict[str, Any] = {}
         for path in paths:
-            for key, node in read_yaml(Path(path)).items():
+            file = recipe_or_file(Path(path)) if self.name == "train" else Path(path)
+            for key, node in read_yaml(file).items():
                 name = key.replace("-", "_")
                 if name == "plugin":
                     nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from blockdiff.commands.model import ModelOptions
 from blockdiff.commands.options import Command, Given
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, first_line
 from blockdiff.evaluation.options import Precision
-from blockdiff.outputs import to_json
+from blockdiff.outputs import local_path, to_json
 from blockdiff.registry import BoundName
 
 
@@ -25,6 +24,9 @@ class ScoreOptions:
         continuation: What follows it.
         file: JSON lines instead, each with a context and a continuation, - for standard input; what
             else a line holds is printed again with --json.
+        out: File of JSON lines with what --json prints, each with an id; a job that was stopped
+            goes on with the same command.
+        overwrite: Begin the job of --out anew.
         estimator: What bounds the likelihood: auto is enumerate up to L' = 4, else exact_k.
         draws: Noised copies per pair, where masks are not enumerated.
         timesteps: Time steps T of d3pm.
@@ -39,6 +41,8 @@ class ScoreOptions:
     context: str | None = None
     continuation: str | None = None
     file: str | None = None
+    out: str | None = None
+    overwrite: bool = False
     estimator: BoundName = "auto"
     draws: int = 8
     timesteps: int = 1000
@@ -58,33 +62,56 @@ def read_pairs(options: ScoreOptions) -> list[dict[str, Any]]:
         return [{"context": options.context, "continuation": options.continuation}]
     if options.context is not None or options.continuation is not None:
         raise InputError("`file` stands for `context` and `continuation`; leave these out")
-    try:
-        is_input = options.file == "-"
-        text = sys.stdin.read() if is_input else Path(options.file).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"cannot read {options.file}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{options.file} is not valid UTF-8; save it as UTF-8") from None
+    from blockdiff.data.files import json_lines
+
     pairs = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{options.file}, line {number}"
-        try:
-            pair = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not valid JSON: {error}") from None
-        for name in ("context", "continuation"):
-            if not isinstance(pair, dict) or not isinstance(pair.get(name), str):
-                raise InputError(f"{where} holds no text {name!r}")
-        pairs.append(pair)
+    with _opened(options.file) as file:
+        for number, pair in json_lines(file, options.file):
+            for name in ("context", "continuation"):
+                if not isinstance(pair.get(name), str):
+                    raise InputError(f"{options.file}, line {number} holds no text {name!r}")
+            pairs.append(pair)
     if not pairs:
         raise InputError(f"{options.file} holds no pairs")
     return pairs
 
 
+def _opened(name: str) -> AbstractContextManager[IO[bytes]]:
+    if name == "-":
+        if sys.stdin is None or sys.stdin.closed:
+            raise InputError("`file` is -, but there is no standard input to read")
+        return nullcontext(sys.stdin.buffer)
+    try:
+        return local_path("file", name).open("rb")
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {first_line(error)}") from None
+
+
+def _write_file(options: ScoreOptions, place: ModelOptions) -> None:
+    if options.file is None or options.json:
+        raise InputError(
+            "`out` is for a `file` of pairs: give one"
+            if options.file is None
+            else "`json` and `out` exclude each other: leave one out"
+        )
+    from blockdiff.data.lines import Lines
+    from blockdiff.evaluation.likelihood import check_estimator
+    from blockdiff.jobs import open_job
+    from blockdiff.many import Scoring, work
+
+    check_estimator(options.estimator)
+    lines = Lines("file", options.file, json=True)
+    with open_job(options.out or "", overwrite=options.overwrite) as job:
+        work(job, lines, Scoring(place.model, options, place.device, **place.opening))
+
+
 def _run(given: Given) -> None:
     options = given.make(ScoreOptions)
+    if options.out is not None:
+        _write_file(options, given.make(ModelOptions))
+        return
+    if options.overwrite:
+        raise InputError("`overwrite` is for a file of scores: give `out` as well")
     pairs = read_pairs(options)
     from blockdiff.api import load, score
     from blockdiff.device import choose_device
@@ -133,5 +160,6 @@ COMMAND = Command(
     examples=(
         'blockdiff score starter "The people of the" " United States"',
         "blockdiff score runs/bd3lm --file pairs.jsonl --json > scores.jsonl",
+        "blockdiff score runs/bd3lm --file pairs.jsonl --out scores.jsonl",
     ),
 )

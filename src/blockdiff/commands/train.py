@@ -48,6 +48,6 @@ COMMAND = Command(
         "blockdiff train notes.txt --init-from runs/ar --block-size 16 --grow --out runs/grown",
         "blockdiff train chat.jsonl --format chat --init-from runs/base --out runs/chat",
         "blockdiff train --out runs/bd3lm --resume",
-        "blockdiff train --config recipes/owt/bd3lm-4.yaml",
+        "blockdiff train --config owt/bd3lm-4",
     ),
 )

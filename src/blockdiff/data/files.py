@@ -207,31 +207,41 @@ def _read_text(file: IO[bytes], path: Path) -> str:
             text.write(decoder.decode(data, final=not data))
         except UnicodeDecodeError as error:
             line += (pending + data)[: error.start].count(b"\n")
-            raise _no_utf8(path, line, error) from error
+            raise no_utf8(path, line, error) from error
         line += data.count(b"\n")
         if not data:
             return text.getvalue()
 
 
-def _no_utf8(path: Path, line: int, error: UnicodeDecodeError) -> InputError:
+def no_utf8(path: Path | str, line: int, error: UnicodeDecodeError) -> InputError:
+    """What a line that is none says."""
     return InputError(
         f"{path}, line {line}: not valid UTF-8 ({error.reason}); convert the file to UTF-8"
     )
 
 
 def _read_json_lines(file: IO[bytes], path: Path, rows: Rows) -> Iterator[str]:
+    for number, row in json_lines(file, path):
+        yield rows.document(row, f"{path}, line {number}")
+
+
+def json_lines(file: IO[bytes], path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, JSON object) of each line of a file that is not blank.
+
+    Raises `InputError` for a line that is none; `path` is what messages call the file.
+    """
     for number, data in enumerate(file, start=1):
         try:
             line = data.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise _no_utf8(path, number, error) from error
+            raise no_utf8(path, number, error) from error
         if not line or line.isspace():
             continue
         where = f"{path}, line {number}"
         row = _json(line, where)
         if not isinstance(row, dict):
             raise InputError(f"{where}: a JSON object is needed, not {type(row).__name__}")
-        yield rows.document(row, where)
+        yield number, row
 
 
 def _json(line: str, where: str) -> object:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.evaluation.likelihood import Likelihood, likelihood, summed_up, tokens_per_pass
 from blockdiff.evaluation.options import CorpusOptions, EvaluateOptions, Opening
+from blockdiff.jobs import Job, open_job
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
-from blockdiff.models.weights import convert, resolve_precision
+from blockdiff.models.weights import convert, fingerprint, resolve_precision
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
 from blockdiff.starter import packaged
@@ -214,17 +216,28 @@ def pack_documents(
 
 
 def evaluate_corpus(
-    model: str | Path, wish: EvaluateOptions, device: str | None = None, **opening: Any
+    model: str | Path,
+    wish: EvaluateOptions,
+    device: str | None = None,
+    *,
+    job: Job | None = None,
+    **opening: Any,
 ) -> dict[str, object]:
     """Measures a corpus under the model in a folder or hub repository.
 
     What is None is the run's own where `data` is what the model in that folder was trained on
-    (then `part` is what it held out), else as in `DEFAULTS`. `opening`: how `load` opens the model.
+    (then `part` is what it held out), else as in `DEFAULTS`. `job`: where each sequence's figures
+    go; opened here where `wish` names a file. `opening`: how `load` opens the model.
     Returns `measure_sequences`'s record.
     Raises `InputError` on bad input.
     """
+    if wish.out is not None and job is None:
+        with open_job(wish.out, overwrite=wish.overwrite) as opened:
+            return evaluate_corpus(model, wish, device, job=opened, **opening)
     source, corpus, measured = options_of_run(model, wish.data, text_options(wish))
     network, words, precision = open_to_measure(model, wish, device, **opening)
+    if job is not None:
+        job.told["precision"] = precision
     packed, sequences = open_sequences(
         network, words, source, length=wish.length, windows=wish.windows,
         block_sizes=[wish.block_size] if wish.block_size is not None else [], **corpus,
@@ -232,7 +245,7 @@ def evaluate_corpus(
     record = measure_sequences(
         network, packed, sequences, model=str(model), data=source, block_size=wish.block_size,
         estimator=wish.estimator, draws=wish.draws, timesteps=wish.timesteps,
-        batch_size=wish.batch_size, seed=wish.seed,
+        batch_size=wish.batch_size, seed=wish.seed, job=job,
     )  # fmt: skip
     return {**record, "part": measured, "precision": precision}
 
@@ -265,18 +278,21 @@ def measure_sequences(
     model: str,
     data: Texts,
     block_size: int | None = None,
+    job: Job | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Measures what `open_sequences` gave; `model` and `data` name the two in the record.
 
-    `options` are those of `likelihood`. Returns `Likelihood.record()` with the model, the data and
+    `options` are those of `likelihood`; `job`: where each sequence's figures go, and come from
+    where it has them. Returns `Likelihood.record()` with the model, the data and
     the same figures per UTF-8 byte: nats per token times tokens per byte of the whole corpus.
     """
     with advance(f"{network.config.kind} on {data}", len(sequences["x_0"]), "sequences") as done:
-        result = likelihood(
-            network, sequences["x_0"], documents=sequences.get("documents"), block_size=block_size,
-            maskable=sequences.get("maskable"), progress=done, **options,
-        )  # fmt: skip
+        options = {"block_size": block_size, "progress": done, **options}
+        if job is None:
+            result = likelihood(network, **sequences, **options)  # type: ignore[arg-type]
+        else:
+            result = likelihood_in(job, network, sequences, **options)
     per_byte = packed.corpus_tokens / packed.bytes
     return {
         "model": model,
@@ -292,6 +308,54 @@ def measure_sequences(
         "bits_per_byte": result.bits_per_token * per_byte,
         "bits_per_byte_stderr": result.stderr / math.log(2) * per_byte,
     }
+
+
+def likelihood_in(
+    job: Job,
+    network: Denoiser,
+    sequences: dict[str, Tensor],
+    *,
+    batch_size: int | None,
+    progress: Callable[[int], None],
+    **options: Any,
+) -> Likelihood:
+    """`likelihood` of what a job has not measured yet, together with what it has.
+
+    Its lines: `id`, the sequence's number, `nats`, `error` and `tokens`, as in `Likelihood`.
+    """
+    count, length = sequences["x_0"].shape
+    text = {name: zlib.crc32(x.cpu().numpy().tobytes()) for name, x in sequences.items()}
+    told = {"task": "evaluate", "weights": fingerprint(network), "sequences": count}
+    settings = {**told, "length": length, **options, **text}
+    budget = tokens_per_pass(network)
+    at_once = max(1, budget // (2 * length)) if batch_size is None else batch_size
+    job.begin(settings, range(count), kept={"budget": budget, "at_once": at_once})
+    at_once, budget = job.kept["at_once"], job.kept["budget"]
+    progress(job.done)
+    # What is measured together stays together, for its last digits; there is always something
+    # to measure, which says what estimator it was.
+    for start in range(min(job.done, count - 1) // at_once * at_once, count, at_once):
+        part = slice(start, start + at_once)
+        x: dict[str, Any] = {name: values[part] for name, values in sequences.items()}
+        found = likelihood(
+            network, **x, **options, budget=budget, batch_size=at_once,
+            rows=torch.arange(count)[part],
+        )  # fmt: skip
+        assert found.errors is not None
+        each = zip(found.nats.tolist(), found.errors.tolist(), found.tokens.tolist(), strict=True)
+        new = [
+            {"id": number, "nats": nats, "error": error, "tokens": tokens}
+            for number, (nats, error, tokens) in enumerate(each, start=start)
+        ][job.done - start :]
+        job.write(new)
+        progress(len(new))
+    job.sync()
+    lines = list(job.records())
+    nats, errors, tokens = (
+        torch.tensor([math.nan if one[name] is None else one[name] for one in lines], dtype=dtype)
+        for name, dtype in (("nats", torch.float64), ("error", torch.float64), ("tokens", None))
+    )
+    return summed_up(nats, errors, tokens, found.estimator, found.draws, found.exact)
 
 
 def summary_table(record: dict[str, object]) -> str:

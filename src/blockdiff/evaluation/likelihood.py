@@ -118,6 +118,7 @@ def likelihood(
     maskable: Tensor | None = None,
     rows: Tensor | None = None,
     batch_size: int | None = None,
+    budget: int | None = None,
     progress: Callable[[int], None] | None = None,
     processes: PartialState | None = None,
 ) -> Likelihood:
@@ -133,9 +134,10 @@ def likelihood(
     is measured is −log p(tokens that count | those given before or among them). Whatever it says,
     padding does not count, nor does position 0 under `keep_first`, the model's own by default.
 
-    `progress` is called with the number of sequences done. `processes` share the sequences, and
-    each gets the result of all. Raises `InputError` for biased draws, sizes below 1, or tokens
-    outside the vocabulary.
+    `budget`: tokens in one network evaluation, by default as many as free memory suggests; the last
+    digits depend on it. `progress` is called with the number of sequences done. `processes` share
+    the sequences, and each gets the result of all. Raises `InputError` for biased draws, sizes
+    below 1, or tokens outside the vocabulary.
 
     Example:
         >>> import torch, blockdiff
@@ -146,7 +148,9 @@ def likelihood(
         ('enumerate', True, True)
     """
     SCHEDULES.find(schedule)
-    checks.numbers(draws=draws, seed=seed, timesteps=timesteps, batch_size=batch_size)
+    checks.numbers(
+        draws=draws, seed=seed, timesteps=timesteps, batch_size=batch_size, budget=budget
+    )
     check_estimator(estimator)
     _check(model, x_0)
     x_0 = x_0.to(model.device)
@@ -173,7 +177,7 @@ def likelihood(
         )
     if not random:
         draws = 1
-    tokens = tokens_per_pass(model)
+    tokens = tokens_per_pass(model) if budget is None else budget
     at_once = max(1, tokens // (2 * x_0.shape[1])) if batch_size is None else batch_size
     numbers = torch.arange(len(x_0), device=x_0.device) if rows is None else rows.to(x_0.device)
     was_training = model.training
@@ -307,15 +311,26 @@ def addressed_noise(numbers: Tensor, layout: BlockLayout, seed: int, draws: int 
 
 def _summary(per_draw: Tensor, tokens: Tensor, estimator: str, exact: bool) -> Likelihood:
     """The result of per-sequence totals [R, B] and counts of tokens [B]."""
-    draws, nats, total = len(per_draw), per_draw.mean(0), tokens.sum().item()
-    if total == 0:
-        raise InputError("nothing to measure: no token of these sequences counts")
-    rate = nats.sum().item() / total
-    stderr = ratio_error(nats.numpy(), tokens.numpy())
+    draws, nats = len(per_draw), per_draw.mean(0)
     variances = torch.full_like(nats, 0.0 if exact else math.nan)
     if not exact and draws > 1:
         groups = per_draw.unflatten(0, (independent_groups(draws), -1)).mean(1)
         variances = groups.var(0) / len(groups)
-    mask_stderr = math.sqrt(variances.sum().item()) / total
-    errors = variances.sqrt()
+    return summed_up(nats, variances.sqrt(), tokens, estimator, draws, exact)
+
+
+def summed_up(
+    nats: Tensor, errors: Tensor, tokens: Tensor, estimator: str, draws: int, exact: bool
+) -> Likelihood:
+    """The result of sequences that were measured, together or apart.
+
+    `nats`, `errors` float64 [B], `tokens` [B] and the others as in `Likelihood`. Raises
+    `InputError` where no token counts.
+    """
+    total = tokens.sum().item()
+    if total == 0:
+        raise InputError("nothing to measure: no token of these sequences counts")
+    rate = nats.sum().item() / total
+    stderr = ratio_error(nats.numpy(), tokens.numpy())
+    mask_stderr = math.sqrt((errors**2).sum().item()) / total
     return Likelihood(nats, tokens, rate, stderr, mask_stderr, estimator, draws, exact, errors)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, need
 
 NOTE = "not comparable with published MAUVE (GPT-2 large features)"
 # Under this the buckets hold too few texts for the value to mean much.
@@ -51,12 +51,8 @@ class Mauve:
 
 def require_mauve() -> Any:
     """The module of mauve-text; raises `InputError` where it is not installed."""
-    try:
-        with _quiet():
-            from mauve import compute_mauve
-    except ImportError:
-        raise InputError("MAUVE needs mauve-text: pip install 'blockdiff[eval]'") from None
-    return compute_mauve
+    with _quiet():
+        return need("mauve", extra="eval", what="MAUVE").compute_mauve
 
 
 def mauve(p: np.ndarray, q: np.ndarray, *, features: str = "", seed: int = 0) -> Mauve:

@@ -94,6 +94,9 @@ class EvaluateOptions(TextOptions):
         batch_size: Sequences per pass; chosen by size when left out.
         seed: Seed of the masks.
         precision: Weights; auto is bf16 where the processor is made for it.
+        out: File of JSON lines with the nats of each sequence; a measurement that was stopped goes
+            on with the same command.
+        overwrite: Begin the measurement of --out anew.
     """
 
     block_size: int | None = None
@@ -104,6 +107,14 @@ class EvaluateOptions(TextOptions):
     batch_size: int | None = None
     seed: int = 0
     precision: Precision = "float32"
+    out: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` for sizes and names that cannot be meant."""
+        super().__post_init__()
+        if self.overwrite and self.out is None:
+            raise InputError("`overwrite` is for a file of figures: give `out` as well")
 
 
 @dataclass(frozen=True)

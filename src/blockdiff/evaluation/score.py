@@ -65,6 +65,7 @@ def score_tokens(
     greedy: bool = True,
     block_size: int | None = None,
     batch_size: int | None = None,
+    budget: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Score]:
     """The score of each continuation given its beginning, both token ids and neither empty.
@@ -72,22 +73,15 @@ def score_tokens(
     Of a row that is longer than the model's context L its last L tokens are taken. Masks, and the
     order in which a block diffusion model decodes greedily (its sampler is first_hitting), depend
     on `seed` and the row's own tokens, not on the other rows. `block_size`: L' of the bound, the
-    model's own when left out. `progress` is called with the number of rows that are measured.
-    Raises `InputError` for an empty part, or a continuation that leaves no room for a token before
-    it.
+    model's own when left out. `budget`: as in `likelihood`. `progress` is called with the number of
+    rows that are measured. Raises `InputError` for an empty part, or a continuation that leaves no
+    room for a token before it.
     """
     length = model.config.length
     size = model.config.block_size if block_size is None else block_size
     rows: list[tuple[list[int], int]] = []
     for number, (before, after) in enumerate(zip(beginnings, continuations, strict=True), start=1):
-        if not len(before) or not len(after):
-            what = "continuation" if len(before) else "beginning"
-            raise InputError(f"the {what} of pair {number} is empty; give at least one token")
-        if len(after) >= length:
-            raise InputError(
-                f"the continuation of pair {number} has {len(after)} tokens: with one before it "
-                f"that is more than the model's context of {length}"
-            )
+        check_pair(before, after, length, number)
         rows.append(([*before, *after][-length:], len(after)))
     addresses = [address(row) for row, _ in rows]
 
@@ -113,13 +107,25 @@ def score_tokens(
             model, x_0, estimator, draws, seed, timesteps=timesteps, maskable=maskable,
             block_size=block_size,
             rows=torch.tensor([addresses[i] for i in members]), batch_size=batch_size,
-            progress=progress,
+            budget=budget, progress=progress,
         )  # fmt: skip
         assert found.errors is not None
         pairs = zip(found.nats.tolist(), found.errors.tolist(), strict=True)
         measured |= dict(zip(members, pairs, strict=True))
-    same = _greedy(model, rows, addresses, seed, batch_size) if greedy else {}
+    same = _greedy(model, rows, addresses, seed, batch_size, budget) if greedy else {}
     return [Score(*measured[i], rows[i][1], same.get(i)) for i in range(len(rows))]
+
+
+def check_pair(before: Sequence[int], after: Sequence[int], length: int, number: int) -> None:
+    """Raises `InputError` for an empty part, or an `after` that leaves no room for a token."""
+    if not len(before) or not len(after):
+        what = "continuation" if len(before) else "beginning"
+        raise InputError(f"the {what} of pair {number} is empty; give at least one token")
+    if len(after) >= length:
+        raise InputError(
+            f"the continuation of pair {number} has {len(after)} tokens: with one before it "
+            f"that is more than the model's context of {length}"
+        )
 
 
 def address(row: Sequence[int]) -> int:
@@ -133,6 +139,7 @@ def _greedy(
     addresses: Sequence[int],
     seed: int,
     batch_size: int | None,
+    budget: int | None,
 ) -> dict[int, bool]:
     """Whether each row is what greedy decoding makes of its beginning."""
     groups: dict[int, list[int]] = defaultdict(list)
@@ -142,7 +149,7 @@ def _greedy(
     for new, members in groups.items():
         options = SamplingOptions(max_new_tokens=new, temperature=0.0, seed=seed, stop="none")
         longest = max(len(rows[i][0]) for i in members)
-        fits = max(1, tokens_per_pass(model) // (2 * longest))
+        fits = max(1, (budget or tokens_per_pass(model)) // (2 * longest))
         at_once = fits if batch_size is None else batch_size
         for start in range(0, len(members), at_once):
             part = members[start : start + at_once]

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blockdiff.errors import InputError, first_line
+from blockdiff.errors import InputError, first_line, need
 from blockdiff.models.adapted import Adapted
 from blockdiff.outputs import staging
 
@@ -31,12 +31,9 @@ _PREFIX = "base_model.model."  # of names in peft's files
 EVERY_LAYER = "all-linear"
 
 
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise InputError("LoRA needs peft: pip install 'blockdiff[lora]'") from None
-    return peft
+def require_peft() -> Any:
+    """The module; raises `InputError` where it is not installed."""
+    return need("peft", extra="adapt", what="LoRA")
 
 
 def add_lora(
@@ -47,7 +44,7 @@ def add_lora(
     By default into every linear map but the output's. α is 2r. `base`: where the base model is, for
     the adapter's own folder. Raises `InputError` for a layer that is not there.
     """
-    peft = _peft()
+    peft = require_peft()
     names: Any = targets if targets == EVERY_LAYER else targets.split(",")
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM",
@@ -65,7 +62,7 @@ def add_lora(
 
 def _inject(model: Adapted, config: Any) -> None:
     device, dtype = model.device, model.dtype
-    _peft().inject_adapter_in_model(config, model.lm)
+    require_peft().inject_adapter_in_model(config, model.lm)
     for parameter in model.lm.parameters():
         parameter.data = parameter.data.to(device=device, dtype=dtype)
     model.adapter = Adapter(config)
@@ -127,7 +124,7 @@ class Adapter:
             self._write(model, temporary)
 
     def _write(self, model: Adapted, folder: Path) -> None:
-        state = _peft().get_peft_model_state_dict(model.lm, save_embedding_layers=False)
+        state = require_peft().get_peft_model_state_dict(model.lm, save_embedding_layers=False)
         named = {f"{_PREFIX}{name}": x.contiguous() for name, x in state.items()}
         save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
         table: Any = model.get_input_embeddings()
@@ -151,7 +148,7 @@ def base_of(folder: Path) -> str:
 
 def open_adapter(model: Adapted, folder: Path) -> Adapted:
     """The model with the adapter in `folder`; raises `InputError` where they do not fit."""
-    peft = _peft()
+    peft = require_peft()
     if not isinstance(model, Adapted):
         raise InputError(f"the base model of the adapter in {folder} is no adapted model")
     try:

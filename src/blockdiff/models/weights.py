@@ -14,6 +14,7 @@ Shapes: K input and N output features.
 
 from __future__ import annotations
 
+import zlib
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -116,6 +117,17 @@ def _processor_packs() -> bool:
 def can_pack(device: torch.device) -> bool:
     """Whether torch and the processor have oneDNN's packed bf16 linear maps."""
     return device.type == "cpu" and torch.backends.mkldnn.is_available() and _processor_packs()
+
+
+def fingerprint(model: Any) -> str:
+    """Changes where the weights do: a checksum of a thousand numbers of each."""
+    found = 0
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach()
+        flat = (tensor.to_dense() if tensor.is_mkldnn else tensor).flatten()
+        taken = flat[:: max(1, len(flat) // 1024)].float().cpu().contiguous()
+        found = zlib.crc32(taken.numpy().tobytes(), zlib.crc32(name.encode(), found))
+    return f"{found:08x}"
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

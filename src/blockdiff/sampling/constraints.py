@@ -31,7 +31,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from blockdiff.categorical import Array
-from blockdiff.errors import InputError, first_line
+from blockdiff.errors import InputError, first_line, need
 
 
 class Automaton(Protocol):
@@ -147,15 +147,11 @@ def only_one(given: Mapping[str, Any]) -> str:
 
 
 def _library() -> Any:
-    try:
-        import llguidance
-        from llguidance import _lib, hf
-    except ImportError:
-        raise InputError(
-            "constraints need llguidance: pip install 'blockdiff[constrain]'"
-        ) from None
+    library = need("llguidance", "llguidance.hf", extra="constrain", what="a constraint")
     return SimpleNamespace(
-        LLMatcher=llguidance.LLMatcher, lark=_lib.regex_to_lark, of_hf=hf.from_tokenizer
+        LLMatcher=library.LLMatcher,
+        lark=library._lib.regex_to_lark,
+        of_hf=library.hf.from_tokenizer,
     )
 
 

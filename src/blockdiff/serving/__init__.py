@@ -1,1 +1,1 @@
-"""Models that answer over the network."""
+"""A model behind HTTP: `worker` computes, the other modules talk. Imports nothing heavy."""

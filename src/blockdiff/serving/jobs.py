@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
+
+from blockdiff.sampling.generate import collect
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.step import Step
 
 
-class Unavailable(Exception):
-    """A worker that takes no job now."""
+class Full(RuntimeError):
+    """As many rows wait as may."""
 
 
-class Full(Unavailable):
-    """The queue is full; later there is room."""
+class Draining(RuntimeError):
+    """The worker takes no more rows, or ended before the row did."""
 
 
-class Draining(Unavailable):
-    """The worker ends: it takes no new jobs, and some may be given up."""
-
-
-class Interrupted(Exception):
+class Interrupted(RuntimeError):
     """The row's evaluation failed, not by its fault, and it cannot be written once more."""
 
 
@@ -43,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Progress:
-    """What one evaluation did to a row, on the host.
+    """What an evaluation that wrote to a row did, on the host.
 
     `nfe`: its evaluations so far. `at`: the positions it wrote to, counted from the first new
     token, with the `tokens`; `edited`: those of them that held a token before. `final`: how many
@@ -78,23 +78,37 @@ class Progress:
 class Finished:
     """A row's end.
 
-    `tokens`: the new ones, EOS included. `finish`: as in `Generation`. `stopped`: by a rule, EOS or
-    a constraint, not by its length. `logprobs`: of `tokens`, where the options ask. In seconds:
-    `queue_seconds` until it was admitted, `prompt_seconds` from there until its prompt was read,
-    `first_seconds` since `submit` until its first new token was final, `seconds` until its end.
-    `cached_tokens`: how many of the prompt were known already.
+    `tokens`: the new ones, EOS included. `stopped`: by a rule, EOS or a constraint, not by its
+    length. `logprobs`: of `tokens`, where the options ask. In seconds: `wait` in the queue;
+    `seconds` since `submit`; `prompt_seconds` from the queue until its prompt was read;
+    `first_seconds` since `submit` until its first new token was final. `finish`: as in
+    `Generation`. `cached_tokens`: how many of the prompt were known already.
     """
 
     tokens: list[int]
     nfe: int
     stopped: bool
-    finish: str
     logprobs: list[float] | None
-    queue_seconds: float
-    prompt_seconds: float
-    first_seconds: float
+    wait: float
     seconds: float
-    cached_tokens: int
+    prompt_seconds: float = 0.0
+    first_seconds: float = 0.0
+    finish: str = "length"
+    cached_tokens: int = 0
+
+    @classmethod
+    def of(cls, ticket: Ticket, step: Step, place: int, eos: int | None, cached: int) -> Finished:
+        """Of the row at `place` of its last step."""
+        options, prompt = ticket.job.options, ticket.job.prompt
+        own = step.of(torch.tensor([place]))
+        done = collect(own, [prompt], eos, options.max_new_tokens, 0.0)
+        stopped = own.rejected if own.stopped is None else own.stopped
+        known = done.path_logprobs[0] if done.path_logprobs and options.logprobs else None
+        return cls(
+            done.tokens[0], done.nfe[0], bool(stopped[0]), known, ticket.admitted, ticket.seconds,
+            max(ticket.read - ticket.admitted, 0.0), ticket.first or ticket.seconds,
+            done.finish[0], cached,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,22 +125,21 @@ class Failed:
 
 Event = Progress | Finished | Failed
 State = Literal["queued", "running", "finished", "cancelled", "failed"]
-Listener = Callable[["Ticket", Event], None]
+Listen = Callable[["Ticket", Event], None]
 
 
 class Ticket:
     """A job that was taken; `state` tells how far it is."""
 
-    def __init__(self, job: Job, number: int, need: tuple[int, int], listen: Listener) -> None:
+    def __init__(self, job: Job, number: int, need: tuple[int, int], listen: Listen) -> None:
         self.job, self.id, self.listen = job, number, listen
         self.state: State = "queued"
         self.need = need  # tokens of the cache, and bytes beside it
         self.submitted = time.perf_counter()
         self.admitted = self.read = self.first = 0.0  # seconds since then
         self.nfe = 0
-        # Steps that wrote something: how many were told, and how many of these are to come once
-        # more since the row was begun anew; and up to which evaluation all was told.
-        self.told = self.again = self.seen = 0
+        # Steps that were told, and how many of them are to come once more where a row began anew.
+        self.told = self.again = 0
 
     @property
     def seconds(self) -> float:
@@ -135,23 +148,37 @@ class Ticket:
 
 @dataclass(frozen=True)
 class Stats:
-    """Plain numbers.
+    """Plain numbers, since the start but for `rows`, `queued` and `prefix_bytes`, which are now.
 
-    `rows` running, `queued`, how many rows there may be (`capacity`), bytes of kept beginnings
-    (`prefix_bytes`); and since the start new `tokens`, network `evaluations`, tokens of the prompts
-    (`prompt_tokens`) and those of them that were known (`cached_tokens`), jobs by their end, and
-    rows that were begun anew because an evaluation failed (`restarted`).
+    `capacity`: rows there may be. `tokens`: new ones, of rows that are finished.
+    `evaluations`: of the network, of all rows at once; `row_evaluations`: each row's own, of those
+    that are finished. `prompt_tokens`: of prompts that were read, `cached_tokens` of them known.
+    `restarted`: rows that began again because an evaluation failed. `busy`: seconds of work.
+    `prefix_bytes`: of kept beginnings.
     """
 
+    capacity: int
     rows: int = 0
     queued: int = 0
-    capacity: int = 0
     tokens: int = 0
     evaluations: int = 0
+    row_evaluations: int = 0
     finished: int = 0
-    cancelled: int = 0
     failed: int = 0
+    cancelled: int = 0
+    busy: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     restarted: int = 0
     prefix_bytes: int = 0
+
+
+def answer(work: Callable[[], Any], future: Future[Any]) -> None:
+    """Does the work and gives its result, or what it raises, to the future."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        with torch.inference_mode():
+            future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)

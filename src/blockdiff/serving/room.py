@@ -34,7 +34,7 @@ Need = tuple[int, int]  # tokens of the cache, bytes beside it
 class Room:
     """`free` bytes there were, of which `cache` are for rows and `prefixes` for beginnings.
 
-    `token`: bytes of a token of the cache. `whole`: bytes of a row of the whole `context`. `rows`:
+    `token`: bytes of a token of the cache. `whole`: bytes of a row of the whole context. `rows`:
     how many may be written side by side.
     """
 
@@ -44,7 +44,6 @@ class Room:
     token: int
     whole: int
     rows: int
-    context: int
 
     @classmethod
     def of(cls, model: Denoiser, rows: int | None = None, memory: int | None = None) -> Room:
@@ -61,13 +60,12 @@ class Room:
         whole = (length + size) * token + reads * model.config.vocab_size * LOGIT
         fit = max(min((given - prefixes) // whole, MOST_ROWS), 1)
         counted = fit if rows is None else rows
-        return cls(free, given - prefixes, prefixes, token, whole, counted, length)
+        return cls(free, given - prefixes, prefixes, token, whole, counted)
 
     def __str__(self) -> str:
         return (
-            f"room for {self.rows} texts at a time, {_bytes(self.whole)} each at the whole context "
-            f"of {self.context} tokens ({_bytes(self.cache)} of {_bytes(self.free)} free memory), "
-            f"and {_bytes(self.prefixes)} for beginnings that are known"
+            f"{self.rows} rows of up to {_bytes(self.whole)} each ({_bytes(self.cache)} of "
+            f"{_bytes(self.free)} free memory), {_bytes(self.prefixes)} for known beginnings"
         )
 
     def fits(self, needs: Iterable[Need]) -> bool:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -32,7 +33,6 @@ import torch
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.sampling.engine import Engine
 from blockdiff.sampling.fitting import fitted
-from blockdiff.sampling.generate import collect
 from blockdiff.sampling.prefill import Prefixes
 from blockdiff.sampling.step import Step
 from blockdiff.serving.jobs import (
@@ -43,22 +43,22 @@ from blockdiff.serving.jobs import (
     Full,
     Interrupted,
     Job,
-    Listener,
+    Listen,
     Progress,
     State,
     Stats,
     Ticket,
-    Unavailable,
+    answer,
 )
 from blockdiff.serving.room import Room, need
 
 __all__ = [
-    "Draining", "Event", "Failed", "Finished", "Full", "Interrupted", "Job", "Listener", "Progress",
-    "State", "Stats", "Ticket", "Unavailable", "Worker",
+    "Draining", "Event", "Failed", "Finished", "Full", "Interrupted", "Job", "Listen", "Progress",
+    "State", "Stats", "Ticket", "Worker",
 ]  # fmt: skip
 
 T = TypeVar("T")
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("blockdiff.serving")
 # New prompts that are read before the rows that run go on, in tokens.
 PROMPTS = 4096
 
@@ -67,19 +67,17 @@ class Worker:
     """Owns the engine of a model; all of its methods may be called from any thread.
 
     Example:
-        >>> import blockdiff
-        >>> from blockdiff.serving.worker import Finished, Job, Worker
+        >>> import queue, blockdiff
+        >>> from blockdiff.serving.worker import Job, Worker
         >>> model, tokenizer = blockdiff.load("starter")
-        >>> worker, texts = Worker(model), []
+        >>> worker, events = Worker(model), queue.Queue()
         >>> worker.start()
-        >>> def listen(ticket, event):
-        ...     if isinstance(event, Finished):
-        ...         texts.append(event.tokens)
-        >>> options = blockdiff.SamplingOptions(max_new_tokens=4)
-        >>> tickets = worker.submit([Job([1, 2, 3], options)], listen)
-        >>> worker.drain(60)
+        >>> job = Job([1, 2, 3], blockdiff.SamplingOptions(max_new_tokens=4), progress=False)
+        >>> (ticket,) = worker.submit([job], lambda ticket, event: events.put(event))
+        >>> finished = events.get()
+        >>> [finished.tokens] == blockdiff.generate(model, [[1, 2, 3]], max_new_tokens=4).tokens
         True
-        >>> texts == blockdiff.generate(model, [[1, 2, 3]], max_new_tokens=4).tokens
+        >>> worker.drain(1)
         True
     """
 
@@ -109,13 +107,13 @@ class Worker:
         self._gone: list[Ticket] = []  # cancelled while they ran
         self._draining = self._ended = self._idle = False
         self._ids = count()
-        self._stats = Stats()
+        self._stats = Stats(self.rows)
         self._thread = threading.Thread(target=self._run, name="blockdiff-worker", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, jobs: Sequence[Job], listen: Listener) -> list[Ticket]:
+    def submit(self, jobs: Sequence[Job], listen: Listen) -> list[Ticket]:
         """Queues all jobs or none; `listen(ticket, event)` is called in the computing thread.
 
         Raises `InputError` for what does not fit the model, `Full` and `Draining`.
@@ -126,10 +124,10 @@ class Worker:
             needs.append(need(self.model, len(job.prompt), job.options))
         with self._changed:
             if self._draining:
-                raise Draining("the server is shutting down and takes no new work")
+                raise Draining("the server is stopping")
             busy = len(self._waiting) + len(self._running)
             if busy + len(jobs) > self.rows + self.queue:
-                raise Full(f"{busy} texts are being written or wait; try again later")
+                raise Full(f"{len(self._waiting)} rows wait already")
             tickets = [
                 Ticket(job, next(self._ids), one, listen)
                 for job, one in zip(jobs, needs, strict=True)
@@ -155,37 +153,55 @@ class Worker:
         """Other work of the model, done in the computing thread between two evaluations."""
         future: Future[T] = Future()
         with self._changed:
-            if self._ended:
-                raise Draining("the server is shutting down and takes no new work")
+            if self._draining:
+                raise Draining("the server is stopping")
+            if len(self._calls) >= max(self.queue, 1):
+                raise Full(f"{len(self._calls)} calls wait already")
             self._calls.append((work, future))
             self._changed.notify_all()
         return future
 
     def drain(self, seconds: float) -> bool:
-        """Takes no more jobs; whether all were finished in the time. The rest fail, `Draining`."""
+        """Takes no more jobs; what runs finishes within the time, and the thread ends.
+
+        What waits, or is not finished by then, fails with `Draining`. Whether all that ran was
+        finished.
+        """
         with self._changed:
             self._draining = True
             alive = self._thread.is_alive()
-            done = alive and self._changed.wait_for(lambda: self._idle and not self._busy, seconds)
+            self._changed.notify_all()
+            done = self._changed.wait_for(lambda: self._idle and not self._busy, seconds * alive)
             self._ended = True
             self._changed.notify_all()
         if alive:
             self._thread.join()
-        return bool(done) or not (self._busy or alive)
+        else:
+            self._give_up("the server is stopping")
+        return bool(done) or not alive
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def capacity(self) -> int:
+        """How many rows there may be."""
+        return self.rows
 
     def stats(self) -> Stats:
         with self._changed:
             prefixes = self._engine.prefixes
             return replace(
                 self._stats, rows=len(self._running), queued=len(self._waiting),
-                capacity=self.rows, prefix_bytes=0 if prefixes is None else prefixes.held,
+                prefix_bytes=0 if prefixes is None else prefixes.held,
             )  # fmt: skip
 
     @property
     def _busy(self) -> bool:
         return bool(self._waiting or self._running or self._calls)
 
-    def _count(self, **more: int) -> None:
+    def _count(self, **more: float) -> None:
         with self._changed:
             now = {name: getattr(self._stats, name) + n for name, n in more.items()}
             self._stats = replace(self._stats, **now)
@@ -210,8 +226,15 @@ class Worker:
                     break
                 gone, self._gone = self._gone, []
                 call = self._calls.popleft() if self._calls else None
+                stranded = []
+                if self._draining:  # those that ran may wait to begin again
+                    stranded = [ticket for ticket in self._waiting if not ticket.admitted]
+                    self._waiting = deque(one for one in self._waiting if one.admitted)
+            begin = time.perf_counter()
+            for ticket in stranded:
+                self._end(ticket, "failed", Failed(Draining("the server is stopping")))
             if call is not None:
-                _answer(*call)
+                answer(*call)
             try:
                 for ticket in gone:
                     self._leave(ticket)
@@ -220,15 +243,19 @@ class Worker:
                     self._report(self._engine.step())
             except BaseException as error:
                 self._begin_again(error)
+            self._count(busy=time.perf_counter() - begin)
+        self._give_up("the server stopped before the text was finished")
+
+    def _give_up(self, message: str) -> None:
         with self._changed:
-            left = [*self._running.values(), *self._waiting]
-            calls = list(self._calls)
-            for kept in (self._running, self._waiting, self._calls):
-                kept.clear()
-        for ticket in left:
-            self._end(ticket, "failed", Failed(Draining("the server was shut down")))
+            tickets, calls = [*self._running.values(), *self._waiting], list(self._calls)
+            self._running.clear()
+            self._waiting.clear()
+            self._calls.clear()
+        for ticket in tickets:
+            self._end(ticket, "failed", Failed(Draining(message)))
         for _, future in calls:
-            future.set_exception(Draining("the server was shut down"))
+            future.set_exception(Draining(message))
 
     def _admit(self) -> None:
         """Takes from the queue, in its order, what there is room for."""
@@ -266,7 +293,6 @@ class Worker:
         """Tells the rows of an evaluation what it did."""
         state = self._engine.rows.state
         state = state[state["name"] >= 0]  # as they stand in the step
-        new = 0
         places = zip(step.rows.tolist(), step.nfe.tolist(), step.done.tolist(), strict=True)
         for place, (name, nfe, done) in enumerate(places):
             ticket = self._running.get(name)
@@ -284,8 +310,8 @@ class Worker:
             if ticket.job.progress:
                 self._progress(ticket, step, place, final)
             if done:
-                new += self._finish(ticket, step, place, int(row["cached"]))
-        self._count(evaluations=1, tokens=new)
+                self._finish(ticket, step, place, int(row["cached"]))
+        self._count(evaluations=1)
         for name, error in list(self._engine.failed.items()):
             ticket = self._running.get(name)
             if ticket is not None:
@@ -295,31 +321,20 @@ class Worker:
 
     def _progress(self, ticket: Ticket, step: Step, place: int, final: int) -> None:
         event = Progress.of(ticket, step, place, final)
-        if event.at and ticket.again:  # its listener knows of it, since before it began again
+        if not event.at:
+            return
+        if ticket.again:  # its listener knows of it, since before it began again
             ticket.again -= 1
-        elif event.at or event.nfe > ticket.seen:
-            ticket.told += bool(event.at)
-            ticket.seen = event.nfe
-            self._tell(ticket, event)
+            return
+        ticket.told += 1
+        self._tell(ticket, event)
 
-    def _finish(self, ticket: Ticket, step: Step, place: int, cached: int) -> int:
-        """How many new tokens it has."""
-        job = ticket.job
-        done = collect(
-            step.of(torch.tensor([place])), [job.prompt], self.model.config.eos_token_id,
-            job.options.max_new_tokens, 0.0,
-        )  # fmt: skip
+    def _finish(self, ticket: Ticket, step: Step, place: int, cached: int) -> None:
+        event = Finished.of(ticket, step, place, self.model.config.eos_token_id, cached)
         self._leave(ticket)
         self._most = min(2 * self._most, self.rows)
-        stopped = bool(step.rejected[place]) if step.stopped is None else bool(step.stopped[place])
-        logprobs = done.path_logprobs[0] if done.path_logprobs and job.options.logprobs else None
-        first = ticket.first or ticket.seconds
-        event = Finished(
-            done.tokens[0], done.nfe[0], stopped, done.finish[0], logprobs, ticket.admitted,
-            max(ticket.read - ticket.admitted, 0.0), first, ticket.seconds, cached,
-        )  # fmt: skip
+        self._count(tokens=len(event.tokens), row_evaluations=event.nfe)
         self._end(ticket, "finished", event)
-        return len(event.tokens)
 
     def _begin_again(self, error: BaseException) -> None:
         """After an evaluation failed: a new engine, and its rows at the head of the queue."""
@@ -377,12 +392,3 @@ class Worker:
         except Exception:
             LOG.exception("a listener failed; its row is dropped")
             self.cancel(ticket)
-
-
-def _answer(work: Callable[[], Any], future: Future[Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(work())
-    except BaseException as error:
-        future.set_exception(error)

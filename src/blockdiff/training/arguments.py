@@ -14,7 +14,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from blockdiff.checks import one_of
-from blockdiff.errors import InputError
+from blockdiff.errors import InputError, need
 from blockdiff.models.weights import resolve_precision
 from blockdiff.training import parallel
 from blockdiff.training.config import TrainConfig
@@ -162,6 +162,8 @@ def reporters(config: TrainConfig) -> list[str]:
     for name in names:
         one_of("report_to", name, INTEGRATION_TO_CALLBACK)
         if name not in there:
+            if name == "wandb":
+                need("wandb", extra="wandb", what="`report_to` wandb")
             raise InputError(
                 f"`report_to` {name} needs a package that is not installed; leave it out, or "
                 f"install {name} first"

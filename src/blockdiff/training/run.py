@@ -24,6 +24,7 @@ from blockdiff.layout import BlockLayout
 from blockdiff.models.adapted import Adapted
 from blockdiff.models.card import write_card
 from blockdiff.models.hub import WEIGHTS, load_model, save_model
+from blockdiff.models.lora import require_peft
 from blockdiff.models.weights import resolve_precision
 from blockdiff.noising import stratified_noise
 from blockdiff.registry import OBJECTIVES
@@ -165,6 +166,8 @@ def _train(
     config = _with_precision(config, where)
     _try_estimator(config)
     training_arguments(config, where)
+    if config.lora is not None:
+        require_peft()
     set_seed(config.seed)
     checkpoint = None
     if stored is not None:

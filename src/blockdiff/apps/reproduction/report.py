@@ -43,8 +43,7 @@ _ARRAYS = ("nats", "tokens", "metrics", "config", "lengths", "finish")
 def write_report(folder: Path, scale: Scale, data: str) -> Path:
     """Writes report.md, its plots and results.json into the folder's `report`."""
     results = Results(folder, scale)
-    out = folder / "report"
-    out.mkdir(exist_ok=True)
+    (out := folder / "report").mkdir(exist_ok=True)
     figures.perplexity_by_block_size(results, out / "perplexity.png")
     figures.clip_course(results, out / "clips.png")
     figures.quality_by_nfe(results, out / "quality.png")

@@ -5,8 +5,11 @@ LAMBADA. A passage is its words up to the last, which is asked for; for the choi
 stand beside it, the last words of other passages, drawn with a fixed seed.
 """
 
+from __future__ import annotations
+
 import os
 import random
+from typing import Any
 
 from datasets import Dataset
 
@@ -16,7 +19,7 @@ SEED = 0
 OTHERS = 3
 
 
-def passages(**_):
+def passages(**_: Any) -> dict[str, Dataset]:
     """What the tasks ask for as their `custom_dataset`."""
     if "LAMBADA" not in os.environ:
         raise SystemExit("LAMBADA is not set: let it name the file of passages")

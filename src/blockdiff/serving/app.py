@@ -1,0 +1,192 @@
+"""The server's routes: OpenAI's, and those that tell of the denoising.
+
+    app = make_app({"starter": served}, Limits())
+
+`models` may be filled after the app has begun to listen; `/ready` tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+
+from blockdiff.errors import InputError
+from blockdiff.evaluation.likelihood import check_estimator
+from blockdiff.evaluation.score import score_tokens
+from blockdiff.serving import answers, errors, schemas
+from blockdiff.serving.errors import Refused, refusal
+from blockdiff.serving.gate import Gate
+from blockdiff.serving.limits import Limits
+from blockdiff.serving.metrics import Metrics
+from blockdiff.serving.page import page_response
+from blockdiff.serving.served import Served
+
+T = TypeVar("T")
+_SAID: dict[int | str, dict[str, Any]] = {
+    status: {"model": schemas.ErrorAnswer, "description": text}
+    for status, text in {
+        400: "The request cannot be meant", 401: "Wrong or no API key", 404: "No such model",
+        408: "The body took too long", 413: "The body is too large",
+        429: "The queue is full; Retry-After says when to come again",
+        500: "The server failed", 503: "Loading or stopping", 504: "It took too long",
+    }.items()
+}  # fmt: skip
+_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {}}}  # an event is no JSON value
+
+
+class Server:
+    """What the routes share."""
+
+    def __init__(self, models: Mapping[str, Served], limits: Limits) -> None:
+        self.models, self.limits, self.metrics = models, limits, Metrics(models)
+        self.created = int(time.time())
+
+    def find(self, name: str | None) -> Served:
+        if not self.models:
+            raise Refused(503, "the model is being loaded", code="loading", retry=2)
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise Refused(404, f"there is no `model` of that name; there is {known}", "model",
+                          "model_not_found")  # fmt: skip
+        return self.models[name]
+
+    async def apart(self, served: Served, work: Callable[..., T], *given: Any) -> T:
+        """Runs what takes long outside the event loop; its errors as they are answered."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(served.thread, functools.partial(work, *given))
+        except InputError as error:
+            raise refusal(error, str(getattr(served.model, "name_or_path", ""))) from None
+
+
+def make_app(models: Mapping[str, Served], limits: Limits | None = None) -> FastAPI:
+    """The application; `models` by name, the first is meant where a request names none."""
+    server = Server(models, Limits() if limits is None else limits)
+    app = FastAPI(
+        title="blockdiff", version=version("blockdiff"), docs_url=None, redoc_url=None,
+        summary="Block diffusion language models behind OpenAI's API.",
+    )  # fmt: skip
+    app.state.server = server
+    errors.install(app)
+    routes = APIRouter(responses=_SAID)
+    _texts(routes, server)
+    _facts(app, routes, server)
+    app.include_router(routes)
+    if server.limits.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(server.limits.origins), allow_methods=["*"],
+            allow_headers=["*"],
+        )  # fmt: skip
+    app.add_middleware(Gate, limits=server.limits, metrics=server.metrics)
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        """Without the 422 that is never answered."""
+        found = described()
+        for path in found["paths"].values():
+            for method in path.values():
+                method["responses"].pop("422", None)
+        return found
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+def _texts(routes: APIRouter, server: Server) -> None:
+    stream = {200: {"content": _STREAM | {"application/json": {"schema": {"type": "object"}}}}}
+
+    @routes.post("/v1/completions", responses=stream)  # type: ignore[arg-type]
+    async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
+        """Texts that go on from prompts."""
+        return await answers.Completion(server, body, request).response()
+
+    @routes.post("/v1/chat/completions", responses=stream)  # type: ignore[arg-type]
+    async def chat(body: schemas.ChatRequest, request: Request) -> Response:
+        """The next message of a conversation."""
+        return await answers.Chat(server, body, request).response()
+
+    @routes.post(
+        "/v1/denoise", responses={200: {"content": _STREAM}}, response_class=StreamingResponse
+    )
+    async def denoise(body: schemas.DenoiseRequest, request: Request) -> Response:
+        """A text while it is denoised, as server-sent events."""
+        return await answers.Denoise(server, body, request).response()
+
+    @routes.post("/v1/score")
+    async def score(body: schemas.ScoreRequest) -> schemas.ScoreAnswer:
+        """How likely continuations are, given their beginning."""
+        served = server.find(body.model)
+        after = [body.continuation] if isinstance(body.continuation, str) else body.continuation
+
+        def encoded() -> list[tuple[list[int], list[int]]]:
+            check_estimator(body.estimator)
+            pairs = [served.pair(body.context, one) for one in after]
+            for before, behind in pairs:
+                if len(before) + len(behind) > served.context:
+                    raise InputError(
+                        f"`context` and `continuation` come to {len(before) + len(behind)} tokens; "
+                        f"the model's context is {served.context}"
+                    )
+                if not behind:
+                    raise InputError("`continuation` is empty; give at least one token")
+            return pairs
+
+        found = []
+        for before, behind in await server.apart(served, encoded):
+            work = functools.partial(
+                score_tokens, served.model, [before], [behind], estimator=body.estimator,
+                draws=body.draws, seed=body.seed, greedy=body.greedy,
+            )  # fmt: skip
+            try:
+                one = (await asyncio.wrap_future(served.worker.call(work)))[0]
+            except Exception as error:
+                raise refusal(error) from None
+            found.append(schemas.Scored(**vars(one)))
+        return schemas.ScoreAnswer(model=served.name, data=found)
+
+
+def _facts(app: FastAPI, routes: APIRouter, server: Server) -> None:
+    @routes.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The models there are."""
+        server.find(None)
+        data = [one.entry(server.created) for one in server.models.values()]
+        return {"object": "list", "data": data}
+
+    @routes.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One model."""
+        return server.find(name).entry(server.created)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the server listens."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: _SAID[503]})
+    async def ready() -> Response:
+        """Whether the models answer."""
+        stopping = any(one.worker.draining for one in server.models.values())
+        if not server.models or stopping:
+            raise Refused(503, "stopping" if stopping else "the model is being loaded", retry=2,
+                          code="stopping" if stopping else "loading")  # fmt: skip
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics", responses={401: _SAID[401]}, response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus' text."""
+        return Response(server.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def front() -> Response:
+        return page_response()
