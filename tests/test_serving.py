@@ -277,7 +277,13 @@ def test_streaming_equals_not_streaming_whatever_else_runs(client, wish):
             if choice.logprobs:
                 tokens.setdefault(choice.index, []).extend(choice.logprobs.tokens)
     other.close()
-    assert chunk.usage == whole.usage
+    first, then = whole.usage, chunk.usage
+    assert (first.prompt_tokens, first.total_tokens) == (then.prompt_tokens, then.total_tokens)
+    # The prompt is known by then: it may cost no evaluation.
+    known = then.prompt_tokens_details.cached_tokens
+    assert known <= len(whole.choices) * then.prompt_tokens
+    assert first.evaluations - (len(whole.choices) if known else 0) <= then.evaluations
+    assert then.evaluations <= first.evaluations
     for choice in whole.choices:
         assert texts[choice.index] == choice.text
         assert reasons[choice.index] == choice.finish_reason
