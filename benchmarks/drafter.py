@@ -7,7 +7,7 @@
 
 The runs' own records, one after the other, go into benchmarks/results/drafter.json: "accepted" on
 the training text, which is read once, as the mean of every ten records with its standard error;
-and beside it what their checkpoints (the averaged weights) have on 32 windows of each of their
+and beside it what their checkpoints (the averaged weights) have on 8 windows of each of their
 texts that were held out, at fully masked blocks of the run's size. A plot of both is
 docs/drafter.png.
 """
@@ -34,7 +34,7 @@ from blockdiff.plots import COLOURS, new_figure, save_figure
 
 HOME = Path(__file__).parents[1]
 KEPT = ("block_size", "length", "batch_size", "steps", "lr", "lr_schedule", "precision", "seed")
-MEAN_OF, WINDOWS = 10, 32
+MEAN_OF, WINDOWS = 10, 8
 
 
 @torch.no_grad()
