@@ -383,7 +383,8 @@ def test_make_installs_what_a_target_needs_and_runs_it(
     target: str, extra: str, command: str, tmp_path: Path
 ) -> None:
     run = subprocess.run(
-        ["make", "-n", target, f"VENV={tmp_path / 'venv'}"], cwd=ROOT, capture_output=True,
+        ["make", "--no-print-directory", "-n", target, f"VENV={tmp_path / 'venv'}"],
+        cwd=ROOT, capture_output=True,
         text=True, check=True,
     )  # fmt: skip
     (install,) = (line for line in run.stdout.splitlines() if "pip install" in line)
