@@ -89,8 +89,7 @@ class Ticket:
 class Stats:
     """Plain numbers, since the start but for `rows` and `queued`, which are now.
 
-    `evaluations`: of the network, of all rows at once; `row_evaluations`: each row's own, of those
-    that are finished.
+    `evaluations`: of the network, of all rows at once; `row_evaluations`: each row's own.
     """
 
     capacity: int

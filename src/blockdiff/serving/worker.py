@@ -291,6 +291,7 @@ class Worker:
             ticket = batch.rows[name]
             if lengths[place] < 0 and nfe[place] <= ticket.told:
                 continue  # nothing new, or run again
+            self._stats.row_evaluations += max(nfe[place] - ticket.told, 0)
             start, seconds = len(ticket.job.prompt), now - ticket.submitted
             over = None if step.edited is None else step.edited[place]
             at = (step.fixed[place] if over is None else step.fixed[place] | over).nonzero()[:, 0]
@@ -320,7 +321,6 @@ class Worker:
             if options.logprobs and step.logprobs is not None:
                 logprobs = step.logprobs[place, start : lengths[place]].tolist()
             batch.drop(name)
-            self._stats.row_evaluations += nfe[place]
             self._say(ticket, Finished(tokens, nfe[place], stopped, logprobs, ticket.wait, seconds))
 
     def _say(self, ticket: Ticket, event: Event) -> None:
