@@ -1,6 +1,9 @@
 """What several test files share: small networks, and the golden tensors."""
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -142,3 +145,14 @@ class Operators(TorchDispatchMode):
     def tables(self, sizes: set[int]) -> list[tuple[int, ...]]:
         """Shapes of the matrices both of whose sizes are among these."""
         return [shape for shape in self.shapes if len(shape) == 2 and set(shape) <= sizes]
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk that takes files of up to so many bytes, as far as a write can tell."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

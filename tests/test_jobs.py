@@ -2,15 +2,14 @@
 
 import json
 import os
-import resource
 import signal
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from blockdiff.errors import InputError, RunStopped
 from blockdiff.jobs import SUFFIX, open_job
+from helpers import largest_file
 
 IDS = list(range(1, 41))
 SETTINGS = {"seed": 3, "top_p": None, "stop": ["eos"]}
@@ -133,16 +132,6 @@ def test_a_job_that_never_begins_leaves_nothing(tmp_path):
     with pytest.raises(KeyError), open_job(tmp_path / "out.jsonl"):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-
-
-@contextmanager
-def largest_file(size):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_that_is_full_is_one_line_and_nothing_is_lost(tmp_path, whole):

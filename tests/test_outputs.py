@@ -3,9 +3,7 @@
 import errno
 import json
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 
 from blockdiff import cli
 from blockdiff.outputs import to_json, write_failure, write_text
+from helpers import largest_file
 
 TENSOR = torch.arange(125_000.0)
 
@@ -43,16 +42,6 @@ def failure_of(writer: str, path: Path) -> str:
     line = write_failure(caught.value)
     assert line is not None and "\n" not in line, caught.value
     return line
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("writer", WRITERS)

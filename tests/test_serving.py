@@ -167,10 +167,13 @@ def test_only_the_rows_that_raise_fail_and_nothing_is_told_twice(starter, poison
 def test_a_cancelled_row_leaves_at_once_and_calls_run_between(served):
     events = []
     worker = served.worker
+    before = worker.stats()
     (ticket,) = worker.submit(
         [Job([1], SamplingOptions(max_new_tokens=10_000, stop="none"))], lambda *e: events.append(e)
     )
     wait_for(lambda: events)
+    now = worker.stats()  # of one row that is not finished: its own evaluations are all there are
+    assert now.tokens > before.tokens and now.row_evaluations > before.row_evaluations
     assert worker.call(lambda: threading.current_thread().name).result(5) == "blockdiff-worker"
     worker.cancel(ticket)
     told = len(events)
@@ -208,7 +211,7 @@ def test_draining_waits_for_what_runs_and_fails_what_is_too_long(starter):
         assert isinstance(last[first], kind) and isinstance(last[second], Failed)
 
 
-@pytest.mark.parametrize("stops", [[], ["é"], ["ab", "bc"], ["\n\n"]])
+@pytest.mark.parametrize("stops", [[], ["é"], ["ab", "bc"], [" abc", "b"], ["\n\n"]])
 def test_text_does_not_depend_on_how_many_tokens_come_at_once(starter, stops):
     text = "  naïve café 漢字 🙂 ab abc \n\nend"
     tokens = starter[1].encode(text, add_special_tokens=False)
@@ -220,8 +223,22 @@ def test_text_does_not_depend_on_how_many_tokens_come_at_once(starter, stops):
             parts.append(writer.write(tokens[start : start + size], last=last)[0])
         assert "".join(parts) == writer.text
         found.add(writer.text)
-    ends = [text.find(stop) for stop in stops if stop in text]
-    assert found == {text[: min(ends, default=len(text))].lstrip()}
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert found == {text[: min(ends, default=(0, len(text)))[1]].lstrip()}
+
+
+def test_a_text_that_ends_within_a_character(starter):
+    """Its tokens come one by one, before and behind a stop string, too."""
+    tokens = starter[1].encode("so 🙂", add_special_tokens=False)[:-1]
+    for stops, text in (([], "so \ufffd"), (["o"], "s"), (["never"], "so \ufffd")):
+        for last in (tokens[-1:], []):
+            writer, given = Writer(starter[1], [1], stops), []
+            for one in tokens[: len(tokens) - len(last)]:
+                given += writer.write([one])[1]
+            given += writer.write(last, last=True)[1]
+            assert writer.text == text and writer.ids == tokens
+            assert "".join(token.text for token in given) in text
+            assert stops == ["o"] or [token.id for token in given] == tokens
 
 
 # OpenAI's client
@@ -367,6 +384,7 @@ REFUSED = [
     ({"temperature": "hot"}, "temperature"),
     ({"n": 1000}, "n"),
     ({"n": 100}, None),
+    ({"regex": "[" * 5000}, "regex"),
     ({"sampler": "other"}, "sampler"),
     ({"sampler": "ancestral"}, "steps"),
     ({"block_size": 5}, "block_size"),
@@ -530,9 +548,13 @@ def test_a_process_drains_and_a_port_in_use_is_said_before_the_model_is_opened()
 
     wait_for(ready, 60)
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-    stream = client.completions.create(model="starter", prompt="A", max_tokens=80, stream=True)
+    stream = client.completions.create(model="starter", prompt="A", max_tokens=240, stream=True)
     next(stream)
     process.send_signal(signal.SIGTERM)
+    # A new connection is answered, too: who balances load sees that it ends.
+    wait_for(lambda: httpx.get(f"{address}/ready").status_code == 503)
+    asked = httpx.post(f"{address}/v1/completions", json={"prompt": "a"}, timeout=20)
+    assert asked.status_code == 503 and asked.headers["retry-after"]
     *_, last = stream
     assert last.choices[0].finish_reason == "length"
     assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()

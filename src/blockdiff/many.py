@@ -6,7 +6,7 @@
 
 A line without an id has its number, counted from 1. What is written for a line depends on the line
 and the options: its seed, where it gives none, is made of the job's seed and its id. The last digit
-of a float also depends on what is computed beside it, and once in some thousand tokens it decides
+of a float also depends on what is computed beside it, and once in thousands of tokens it decides
 which one is drawn (docs/precision.md). So that a job comes to the same bytes however often it is
 stopped, and however many models work on it, its lines are worked on in units, always the same and
 each from its beginning.

@@ -1,6 +1,5 @@
 import json
 import pickle
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from blockdiff.data import encoding, packing
 from blockdiff.data.packing import StreamedWindows, Windows, pack
 from blockdiff.data.tokenizers import add_mask_token, train_tokenizer
 from blockdiff.errors import InputError
+from helpers import largest_file
 
 DOCUMENTS = ["the cat sat on the mat\n", "zwölf 🙂 世界, and the dog", "x", "the end\n" * 20]
 
@@ -355,13 +355,9 @@ def test_an_interruption_leaves_nothing(tokenizer, tmp_path, monkeypatch, error)
 
 
 def test_a_full_disk_leaves_nothing(tokenizer, tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(InputError, match=f"cannot pack into {tmp_path}: File too large"):
-            pack(DOCUMENTS * 1000, tokenizer, length=4, cache_dir=tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refused = pytest.raises(InputError, match=f"cannot pack into {tmp_path}: File too large")
+    with largest_file(1000), refused:
+        pack(DOCUMENTS * 1000, tokenizer, length=4, cache_dir=tmp_path)
     assert is_empty(tmp_path)
 
 

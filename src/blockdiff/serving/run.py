@@ -102,21 +102,27 @@ def run(models: dict[str, Served], limits: Limits, sockets: Any, opening: Any) -
 
 
 class Drained(uvicorn.Server):
-    """A server that ends as if nothing had happened: uvicorn's own raises the signal again."""
+    """A server that ends as if nothing had happened: uvicorn's own raises the signal again.
+
+    While running texts finish it still listens: `/ready` and new requests are answered 503.
+    """
 
     def __init__(
         self, models: Mapping[str, Served], limits: Limits, config: uvicorn.Config
     ) -> None:
         super().__init__(config)
         self.models, self.limits = models, limits
+        self.draining = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
-            self.force_exit = True
+        if self.draining:
+            self.should_exit = self.force_exit = True
             return
-        threading.Thread(
-            target=drain, args=(self.models, self.limits.drain_seconds), daemon=True
-        ).start()
+        self.draining = True
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        drain(self.models, self.limits.drain_seconds)
         self.should_exit = True
 
 

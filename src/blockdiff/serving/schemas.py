@@ -101,8 +101,9 @@ class Sampling(Body):
     top_p_rule: str | None = None
     repetition_penalty: float | None = None
     cfg_scale: float | None = None
-    regex: str | None = None
-    choices: list[str] | None = None
+    # What is looked for in a regular expression takes the square of its length.
+    regex: Annotated[str, Field(max_length=4096)] | None = None
+    choices: Annotated[list[str], Field(max_length=1024)] | None = None
 
     def told(self) -> dict[str, Any]:
         """The `SamplingOptions` that are given but for length and seed; `Refused` or `InputError`

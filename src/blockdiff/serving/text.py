@@ -51,6 +51,9 @@ class Writer:
         self, ids: Sequence[int], logprobs: Sequence[float | None] | None = None, last: bool = False
     ) -> tuple[str, list[Token]]:
         """More text, and the tokens it is whole with; with `last` also what was held back."""
+        if self.ended:
+            self.ids += ids
+            return "", []
         for place, one in enumerate(ids):
             self.ids.append(one)
             self._partial.append(one)
@@ -81,13 +84,11 @@ class Writer:
         self._held += text
 
     def _give(self, last: bool) -> tuple[str, list[Token]]:
-        if self.ended:
-            self._held, self._tokens = "", []
-            return "", []
-        found = [at for at in (self._held.find(stop) for stop in self.stops) if at >= 0]
+        places = [(self._held.find(stop), len(stop)) for stop in self.stops]
+        found = [(at + length, at) for at, length in places if at >= 0]
         keep = 0
-        if found:
-            self.ended, self._held = True, self._held[: min(found)]
+        if found:  # the first to be complete, whatever came with it
+            self.ended, self._held = True, self._held[: min(found)[1]]
         elif not last:
             keep = max((_begun(self._held, stop) for stop in self.stops), default=0)
         text = self._held[: len(self._held) - keep]
@@ -95,7 +96,11 @@ class Writer:
         self.text += text
         given: list[Token] = []
         whole = len(self.text) + self._left_out
-        while self._tokens and self._made + len(self._tokens[0].text) <= whole:
+        # Those of a character that is not whole wait for its last.
+        while (
+            len(self._tokens) > len(self._partial)
+            and self._made + len(self._tokens[0].text) <= whole
+        ):
             token = self._tokens.pop(0)
             self._made += len(token.text)
             given.append(token)
