@@ -13,8 +13,8 @@ def test_a_little_load(tmp_path, capsys):
     main, out = runpy.run_path(str(SCRIPT))["main"], tmp_path / "serving.json"
     for name in ("one", "two"):
         main(
-            f"starter --direct --clients 1,3 --requests 2 --prompt 9 --new 6 --repeats 1 --stream "
-            f"--name {name} --out {out}".split()
+            f"starter --way direct --clients 1,3 --requests 2 --prompt 9 --new 6 --repeats 1 "
+            f"--stream --name {name} --out {out}".split()
         )
     record = json.loads(out.read_text())["direct"]
     assert list(record) == ["one", "two"]  # nothing measured before is lost

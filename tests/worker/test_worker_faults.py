@@ -10,7 +10,7 @@ import torch
 import blockdiff
 from blockdiff import SamplingOptions, plugins, registry
 from blockdiff.errors import InputError, WrongAnswer
-from blockdiff.serving.room import Room, need
+from blockdiff.serving.room import Room, need_of
 from blockdiff.serving.worker import Failed, Finished, Interrupted, Job, Progress
 from helpers import tiny_model
 from worker.listening import FAST, LONG, PLAIN, Heard, alone, replayed
@@ -212,7 +212,7 @@ def test_rows_that_come_and_go_leave_nothing(working):
 def test_rows_are_admitted_as_memory_allows(working):
     """So many tokens of the cache; a row that alone is more than there is goes alone."""
     model = tiny_model(vocab_size=9, length=64)
-    tokens, beside = need(model, 4, SamplingOptions(max_new_tokens=20, stop="none"))
+    tokens, beside = need_of(model, 4, SamplingOptions(max_new_tokens=20, stop="none"))
     assert tokens == 24 + 8
     token = Room.of(model).token
     assert token == 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
@@ -258,7 +258,7 @@ def test_room_by_memory():
     for settings in ({"block_size": 64}, {"causal": True}, {"clean_stream": "causal"}):
         other = tiny_model(vocab_size=9, length=64, **settings)
         for options in (PLAIN, FAST, SamplingOptions(9, cfg_scale=1.0)):
-            tokens, beside = need(other, 5, options)
+            tokens, beside = need_of(other, 5, options)
             engine = blockdiff.Engine(other.eval())
             other.config.bos_token_id = 0
             engine.admit([1, 2, 3, 4, 5], options)
@@ -268,5 +268,5 @@ def test_room_by_memory():
             assert tokens >= (cache._room + cache._front) * (2 if options.cfg_scale else 1)
             assert beside >= 9 * 12
     with pytest.raises(InputError):
-        need(model, 1, SamplingOptions(block_size=5))
+        need_of(model, 1, SamplingOptions(block_size=5))
     assert isinstance(Failed(ValueError()).error, ValueError)

@@ -102,7 +102,8 @@ class Prefixes:
 
         def ends(here: int) -> list[int]:
             first = (here + shift) // step * step + step - shift
-            return list(range(first, min(here + most, length) + 1, step)) or [length]
+            pieces = list(range(first, min(here + most, length) + 1, step))
+            return pieces if pieces else [length]
 
         return ends
 

@@ -137,7 +137,7 @@ class Ticket:
         self.need = need  # tokens of the cache, and bytes beside it
         self.submitted = time.perf_counter()
         self.admitted = self.read = self.first = 0.0  # seconds since then
-        self.nfe = 0
+        self.nfe = self.final = 0  # evaluations, and new tokens that no later one changes
         # Steps that were told, and how many of them are to come once more where a row began anew.
         self.told = self.again = 0
 
@@ -150,11 +150,11 @@ class Ticket:
 class Stats:
     """Plain numbers, since the start but for `rows`, `queued` and `prefix_bytes`, which are now.
 
-    `capacity`: rows there may be. `tokens`: new ones, of rows that are finished.
-    `evaluations`: of the network, of all rows at once; `row_evaluations`: each row's own, of those
-    that are finished. `prompt_tokens`: of prompts that were read, `cached_tokens` of them known.
-    `restarted`: rows that began again because an evaluation failed. `busy`: seconds of work.
-    `prefix_bytes`: of kept beginnings.
+    `capacity`: rows there may be. `tokens`: new ones that no later evaluation changes.
+    `evaluations`: of the network, of all rows at once; `row_evaluations`: each row's own.
+    `prompt_tokens`: of prompts that were read, `cached_tokens` of them known. `restarted`: rows
+    that began again because an evaluation failed. `busy`: seconds of work. `prefix_bytes`: of kept
+    beginnings.
     """
 
     capacity: int

@@ -42,7 +42,7 @@ class Metrics:
             "rows_capacity": ("Rows there is room for", lambda s: s.capacity),
             "queue": ("Rows that wait", lambda s: s.queued),
             "tokens_per_evaluation": (
-                "New tokens over the rows' evaluations, of those finished",
+                "New tokens over the rows' own evaluations, since the start",
                 lambda s: s.tokens / max(s.row_evaluations, 1),
             ),
         }

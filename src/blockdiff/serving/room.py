@@ -76,7 +76,7 @@ class Room:
         return len(needs) * longest * self.token + beside <= self.cache
 
 
-def need(model: Denoiser, prompt: int, options: SamplingOptions) -> Need:
+def need_of(model: Denoiser, prompt: int, options: SamplingOptions) -> Need:
     """What a row with a prompt of so many tokens takes of a model's cache, and beside it."""
     config, order = model.config, ORDERS.find(options.sampler, "sampler")
     size = fitted(config, [], options).size
@@ -85,7 +85,9 @@ def need(model: Denoiser, prompt: int, options: SamplingOptions) -> Need:
         tokens = 2 * (size if config.slides else text)
     else:
         tokens = min(config.length - size, -(-text // size) * size) + 2 * size
-    reads = size if type(order).wanted is Order.wanted else -(-size // (options.steps or size))
+    reads = size
+    if type(order).wanted is not Order.wanted:
+        reads = -(-size // (size if options.steps is None else options.steps))
     if order.verifies:
         tokens, reads = tokens + DRAFTED, DRAFTED // 2
     if options.cfg_scale:

@@ -21,7 +21,7 @@ import gc
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -50,7 +50,7 @@ from blockdiff.serving.jobs import (
     Ticket,
     answer,
 )
-from blockdiff.serving.room import Room, need
+from blockdiff.serving.room import Room, need_of
 
 __all__ = [
     "Draining", "Event", "Failed", "Finished", "Full", "Interrupted", "Job", "Listen", "Progress",
@@ -121,7 +121,7 @@ class Worker:
         needs = []
         for job in jobs:
             fitted(self.model.config, [job.prompt], job.options, [job.number])
-            needs.append(need(self.model, len(job.prompt), job.options))
+            needs.append(need_of(self.model, len(job.prompt), job.options))
         with self._changed:
             if self._draining:
                 raise Draining("the server is stopping")
@@ -294,24 +294,29 @@ class Worker:
         state = self._engine.rows.state
         state = state[state["name"] >= 0]  # as they stand in the step
         places = zip(step.rows.tolist(), step.nfe.tolist(), step.done.tolist(), strict=True)
+        more, ended = Counter[str](evaluations=1), []
         for place, (name, nfe, done) in enumerate(places):
             ticket = self._running.get(name)
             if ticket is None or nfe == ticket.nfe or name in self._engine.failed:
                 continue
-            ticket.nfe = nfe
-            row = state[place]
-            final = int(step.lengths[place] if done else row["known"]) - len(ticket.job.prompt)
+            row, prompt = state[place], len(ticket.job.prompt)
+            final = int(step.lengths[place] if done else row["known"]) - prompt
+            more["row_evaluations"] += nfe - ticket.nfe
+            more["tokens"] += max(final - ticket.final, 0)
+            ticket.nfe, ticket.final = nfe, max(final, ticket.final)
             if not ticket.read and not row["prompt"]:
                 ticket.read = ticket.seconds
-                cached = int(row["cached"])
-                self._count(prompt_tokens=len(ticket.job.prompt), cached_tokens=cached)
+                more["prompt_tokens"] += prompt
+                more["cached_tokens"] += int(row["cached"])
             if final and not ticket.first:
                 ticket.first = ticket.seconds
             if ticket.job.progress:
                 self._progress(ticket, step, place, final)
             if done:
-                self._finish(ticket, step, place, int(row["cached"]))
-        self._count(evaluations=1)
+                ended.append((ticket, place, int(row["cached"])))
+        self._count(**more)  # before any listener hears of an end
+        for ticket, place, cached in ended:
+            self._finish(ticket, step, place, cached)
         for name, error in list(self._engine.failed.items()):
             ticket = self._running.get(name)
             if ticket is not None:
@@ -333,7 +338,6 @@ class Worker:
         event = Finished.of(ticket, step, place, self.model.config.eos_token_id, cached)
         self._leave(ticket)
         self._most = min(2 * self._most, self.rows)
-        self._count(tokens=len(event.tokens), row_evaluations=event.nfe)
         self._end(ticket, "finished", event)
 
     def _begin_again(self, error: BaseException) -> None:
