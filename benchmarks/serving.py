@@ -163,9 +163,9 @@ async def asked(port: int, path: str, body: dict[str, Any], leave: float | None 
     first, tokens, evaluations, answer = 0.0, 0, 0, bytearray()
     try:
         async with asyncio.timeout(leave):
-            async for line in reader:
-                answer += line
-                if not first and re.search(rb'"(text|content)": ?"[^"]', line):
+            while more := await reader.read(2**16):
+                answer += more
+                if not first and re.search(rb'"(text|content)": ?"[^"]', answer):
                     first = time.perf_counter() - begin
     except TimeoutError:
         writer.transport.abort()

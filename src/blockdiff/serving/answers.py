@@ -40,6 +40,8 @@ class Choice:
             known: list[Any] = event.logprobs or [None] * len(event.at)
             self.tokens |= dict(zip(event.at, zip(event.tokens, known, strict=True), strict=True))
             new = [self.tokens.pop(at) for at in range(len(self.writer.ids), event.final)]
+            if not new:
+                return "", []
         else:
             said = len(self.writer.ids)
             if event.tokens[:said] != self.writer.ids:  # run again below float32

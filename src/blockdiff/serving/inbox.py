@@ -19,32 +19,39 @@ class Inbox:
     """The events of one request's rows.
 
     Of a row at most `apart` events wait apart from each other; what comes then is joined with the
-    last, so that what waits grows with the row's tokens and not with its evaluations.
+    last, so that what waits grows with the row's tokens and not with its evaluations. Where
+    `apart` is 1, text is what is wanted: tokens that have an unfixed one before them wait for it.
     """
 
     def __init__(self, apart: int = 1) -> None:
         self.apart, self._lock = apart, threading.Lock()
         self._loop, self._there = asyncio.get_running_loop(), asyncio.Event()
         self._events: dict[Ticket, list[Event]] = {}
+        self._final: dict[Ticket, int] = {}
+        self._woken = False
         self.tickets: list[Ticket] = []
         self.gone = False  # whether the client is
 
     def listen(self, ticket: Ticket, event: Event) -> None:
         with self._lock:
-            empty = not self._events
             mine = self._events.setdefault(ticket, [])
             last = mine[-1] if len(mine) >= self.apart else None
             if isinstance(last, Progress) and isinstance(event, Progress):
                 mine[-1] = joined(last, event)
             else:
                 mine.append(event)
-        if empty:
+            if isinstance(event, Progress) and self.apart == 1:
+                if event.final <= self._final.get(ticket, 0):
+                    return
+                self._final[ticket] = event.final
+            woken, self._woken = self._woken, True
+        if not woken:
             with suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._there.set)
 
     def _take(self) -> dict[Ticket, list[Event]]:
         with self._lock:
-            events, self._events = self._events, {}
+            events, self._events, self._woken = self._events, {}, False
         return events
 
     async def events(self, until: float) -> AsyncIterator[tuple[int, Event]]:
@@ -54,18 +61,20 @@ class Inbox:
         """
         number = {ticket: place for place, ticket in enumerate(self.tickets)}
         left = len(number)
-        while left and not self.gone:
-            try:
-                async with asyncio.timeout_at(until):
-                    await self._there.wait()
-            except TimeoutError:
-                raise Refused(504, "the request took longer than the server allows",
-                              code="timeout") from None  # fmt: skip
-            self._there.clear()
-            for ticket, events in self._take().items():
-                for event in events:
-                    left -= not isinstance(event, Progress)
-                    yield number[ticket], event
+        timer = self._loop.call_at(until, self._there.set)
+        try:
+            while left and not self.gone:
+                await self._there.wait()
+                if self._loop.time() >= until:
+                    raise Refused(504, "the request took longer than the server allows",
+                                  code="timeout")  # fmt: skip
+                self._there.clear()
+                for ticket, events in self._take().items():
+                    for event in events:
+                        left -= not isinstance(event, Progress)
+                        yield number[ticket], event
+        finally:
+            timer.cancel()
 
     def submit(self, worker: Worker, jobs: Sequence[Job], request: Request) -> None:
         """Queues the rows; they are cancelled when the client goes away."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -96,6 +97,8 @@ def run(models: dict[str, Served], limits: Limits, sockets: Any, opening: Any) -
         app, log_level="warning", access_log=False, server_header=False, date_header=False,
         timeout_graceful_shutdown=int(limits.drain_seconds) + 5,
     ))  # fmt: skip
+    # The thread that computes waits so long at most for one that writes answers.
+    sys.setswitchinterval(0.0005)
     server.run(sockets=sockets)
     if failures:
         raise failures[0]
