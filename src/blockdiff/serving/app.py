@@ -21,7 +21,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import check_estimator
 from blockdiff.evaluation.score import score_tokens
-from blockdiff.serving import answers, errors, schemas
+from blockdiff.serving import answers, errors, replies, schemas
+from blockdiff.serving.denoise import Denoise
 from blockdiff.serving.errors import Refused, refusal
 from blockdiff.serving.gate import Gate
 from blockdiff.serving.limits import Limits
@@ -31,7 +32,7 @@ from blockdiff.serving.served import Served
 
 T = TypeVar("T")
 _SAID: dict[int | str, dict[str, Any]] = {
-    status: {"model": schemas.ErrorAnswer, "description": text}
+    status: {"model": replies.ErrorAnswer, "description": text}
     for status, text in {
         400: "The request cannot be meant", 401: "Wrong or no API key", 404: "No such model",
         408: "The body took too long", 413: "The body is too large",
@@ -39,7 +40,6 @@ _SAID: dict[int | str, dict[str, Any]] = {
         500: "The server failed", 503: "Loading or stopping", 504: "It took too long",
     }.items()
 }  # fmt: skip
-_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {}}}  # an event is no JSON value
 
 
 class Server:
@@ -91,8 +91,9 @@ def make_app(models: Mapping[str, Served], limits: Limits | None = None) -> Fast
     described = app.openapi
 
     def openapi() -> dict[str, Any]:
-        """Without the 422 that is never answered."""
+        """With what streams hold, and without the 422 that is never answered."""
         found = described()
+        found["components"]["schemas"] |= replies.described()
         for path in found["paths"].values():
             for method in path.values():
                 method["responses"].pop("422", None)
@@ -103,27 +104,32 @@ def make_app(models: Mapping[str, Served], limits: Limits | None = None) -> Fast
 
 
 def _texts(routes: APIRouter, server: Server) -> None:
-    stream = {200: {"content": _STREAM | {"application/json": {"schema": {"type": "object"}}}}}
+    def described(whole: type[replies.Reply], chunk: type[replies.Reply]) -> dict[int | str, Any]:
+        return {200: {"model": whole, "content": replies.chunks(chunk)}}
 
-    @routes.post("/v1/completions", responses=stream)  # type: ignore[arg-type]
+    text = described(replies.CompletionAnswer, replies.CompletionChunk)
+    message = described(replies.ChatAnswer, replies.ChatChunk)
+
+    @routes.post("/v1/completions", responses=text)
     async def completions(body: schemas.CompletionRequest, request: Request) -> Response:
         """Texts that go on from prompts."""
         return await answers.Completion(server, body, request).response()
 
-    @routes.post("/v1/chat/completions", responses=stream)  # type: ignore[arg-type]
+    @routes.post("/v1/chat/completions", responses=message)
     async def chat(body: schemas.ChatRequest, request: Request) -> Response:
         """The next message of a conversation."""
         return await answers.Chat(server, body, request).response()
 
     @routes.post(
-        "/v1/denoise", responses={200: {"content": _STREAM}}, response_class=StreamingResponse
-    )
+        "/v1/denoise", responses={200: {"content": replies.denoising()}},
+        response_class=StreamingResponse,
+    )  # fmt: skip
     async def denoise(body: schemas.DenoiseRequest, request: Request) -> Response:
         """A text while it is denoised, as server-sent events."""
-        return await answers.Denoise(server, body, request).response()
+        return await Denoise(server, body, request).response()
 
     @routes.post("/v1/score")
-    async def score(body: schemas.ScoreRequest) -> schemas.ScoreAnswer:
+    async def score(body: schemas.ScoreRequest) -> replies.ScoreAnswer:
         """How likely continuations are, given their beginning."""
         served = server.find(body.model)
         after = [body.continuation] if isinstance(body.continuation, str) else body.continuation
@@ -151,29 +157,29 @@ def _texts(routes: APIRouter, server: Server) -> None:
                 one = (await asyncio.wrap_future(served.worker.call(work)))[0]
             except Exception as error:
                 raise refusal(error) from None
-            found.append(schemas.Scored(**vars(one)))
-        return schemas.ScoreAnswer(model=served.name, data=found)
+            found.append(replies.Scored(**vars(one)))
+        return replies.ScoreAnswer(model=served.name, data=found)
 
 
 def _facts(app: FastAPI, routes: APIRouter, server: Server) -> None:
-    @routes.get("/v1/models")
+    @routes.get("/v1/models", response_model=replies.Models)
     async def models() -> dict[str, Any]:
         """The models there are."""
         server.find(None)
         data = [one.entry(server.created) for one in server.models.values()]
         return {"object": "list", "data": data}
 
-    @routes.get("/v1/models/{name:path}")
+    @routes.get("/v1/models/{name:path}", response_model=replies.Model)
     async def model(name: str) -> dict[str, Any]:
         """One model."""
         return server.find(name).entry(server.created)
 
-    @app.get("/health")
+    @app.get("/health", response_model=replies.State)
     async def health() -> dict[str, str]:
         """Whether the server listens."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: _SAID[503]})
+    @app.get("/ready", responses={200: {"model": replies.State}, 503: _SAID[503]})
     async def ready() -> Response:
         """Whether the models answer."""
         stopping = any(one.worker.draining for one in server.models.values())

@@ -29,7 +29,7 @@ from blockdiff.printing import plain_console, printable
 from blockdiff.serving.app import make_app
 from blockdiff.serving.limits import Limits
 from blockdiff.serving.room import SHARE
-from blockdiff.serving.served import Served
+from blockdiff.serving.served import NO_PROMISE, Served
 from blockdiff.serving.worker import Worker
 
 _LOG = logging.getLogger("blockdiff.serving")
@@ -60,7 +60,7 @@ def serve(wish: Any, taken: socket.socket, api_key: str | None = None) -> None:
         served = Served(name, model, tokenizer, worker, precision, template)
         say(f"{name}: {precision}, context of {served.context} tokens, {worker.room}")
         if precision != "float32":
-            say(f"{name}: in {precision} a seed does not promise the same text beside others")
+            say(f"{name}: in {precision} {NO_PROMISE}")
         if served.plain:
             say(f"{name} has no chat template: messages are written as “User: … Assistant: …”")
         worker.start()

@@ -108,6 +108,9 @@ class Sampling(Body):
     def told(self) -> dict[str, Any]:
         """The `SamplingOptions` that are given but for length and seed; `Refused` or `InputError`
         for what is not done here."""
+        if self.stream_options is not None and not self.stream:
+            raise Refused(400, "`stream_options` is for answers with `stream` true; leave it out",
+                          "stream_options", "invalid_value")  # fmt: skip
         extra = self.model_extra or {}
         for name, neutral in _REFUSED.items():
             value = extra.get(name, getattr(self, name, None))
@@ -193,27 +196,3 @@ class ScoreRequest(Body):
     draws: Annotated[int, Field(ge=1, le=256)] = 8
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     greedy: bool = False
-
-
-class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    error: ErrorBody
-
-
-class Scored(BaseModel):
-    nats: float
-    error: float
-    tokens: int
-    greedy: bool | None
-
-
-class ScoreAnswer(BaseModel):
-    object: Literal["list"] = "list"
-    model: str
-    data: list[Scored]

@@ -22,6 +22,13 @@ from blockdiff.sampling.options import SamplingOptions, stop_parts, translated
 from blockdiff.sampling.stopping import StopAtTokens
 from blockdiff.serving.worker import Worker
 
+# What a seed promises (docs/serving.md).
+PROMISE = (
+    "the same request with the same seed gives the same text whatever else runs, as far as float32 "
+    "goes: beside other rows a number may be rounded otherwise, and rarely a token differs"
+)
+NO_PROMISE = "a seed does not promise the same text beside others"
+
 
 class Served:
     """A model with its tokenizer and worker.
@@ -108,6 +115,7 @@ class Served:
                 "context": config.length,
                 "precision": self.precision,
                 "reproducible": self.precision == "float32",
+                "promise": PROMISE if self.precision == "float32" else NO_PROMISE,
                 "chat": not self.plain,
             },
         }  # fmt: skip
