@@ -109,8 +109,8 @@ def nothing_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     def begin(*given: object, **named: object) -> None:
         raise Opened
 
-    for module in ("corpus", "variance"):
-        monkeypatch.setattr(f"blockdiff.evaluation.{module}.load", begin)
+    for name in ("corpus.load_in", "variance.load"):
+        monkeypatch.setattr(f"blockdiff.evaluation.{name}", begin)
     monkeypatch.setattr("blockdiff.evaluation.samples.read_samples", begin)
     monkeypatch.setattr("blockdiff.evaluation.judge.AutoConfig.from_pretrained", begin)
     monkeypatch.setattr("blockdiff.apps.reproduction.pool.prepared", begin)

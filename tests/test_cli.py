@@ -445,7 +445,7 @@ def test_ctrl_c_is_one_line(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("blockdiff.writing.load", interrupt)
+    monkeypatch.setattr("blockdiff.writing.load_in", interrupt)
     with pytest.raises(SystemExit) as stop:
         cli.main(["generate", str(model_folder)])
     assert stop.value.code == 130

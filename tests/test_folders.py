@@ -202,7 +202,9 @@ def test_every_folder_that_takes_files_is_good(
 def test_commands_try_their_files_before_the_work(
     nowhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
-    monkeypatch.setattr("blockdiff.writing.load", lambda *_, **__: pytest.fail("it began to work"))
+    monkeypatch.setattr(
+        "blockdiff.writing.load_in", lambda *_, **__: pytest.fail("it began to work")
+    )
     command = {"--page": ["generate", "starter"], "--plot": ["variance", "starter", "--data", "."]}
     for kind in ("below a file", "name too long", "URL"):
         folder = nowhere / kind

@@ -20,10 +20,8 @@ from typing import Any
 from blockdiff import checks
 from blockdiff.conversation import Answer, Conversation, Reply
 from blockdiff.data.chat_templates import PLAIN, ChatTemplate, read_template
-from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.models.loading import load
-from blockdiff.models.weights import convert, resolve_precision
+from blockdiff.models.loading import load_in
 from blockdiff.outputs import to_json
 from blockdiff.printing import plain_console, printable
 from blockdiff.sampling.defaults import filled
@@ -66,14 +64,12 @@ def chat(
     given = None if wish.chat_template is None else read_template(wish.chat_template)
     if sys.stdin is None or sys.stdin.closed:
         raise InputError("there is no standard input to read messages from")
-    model, tokenizer = load(
-        source, tokenizer=wish.tokenizer, device=choose_device(device), **opening
-    )
+    opening["tokenizer"] = wish.tokenizer
+    model, tokenizer, _ = load_in(source, wish.precision, device, **opening)
     options = filled(model, options, told)
     plain = given is None and tokenizer.chat_template is None
     template = ChatTemplate(tokenizer, PLAIN if plain else given)
     talk = Conversation(model, tokenizer, template, options, wish.system)
-    convert(model, resolve_precision(wish.precision, model.device), model.device)
     face = _Face(talk, wish)
     if plain:
         face.note(

@@ -26,13 +26,12 @@ from blockdiff import checks
 from blockdiff.data.chat_templates import PLAIN, ChatTemplate
 from blockdiff.data.lines import Line, Lines, seed_of
 from blockdiff.data.rows import Rows
-from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import tokens_per_pass
 from blockdiff.evaluation.score import check_pair, score_tokens
 from blockdiff.jobs import Job
-from blockdiff.models.loading import end_ids, load
-from blockdiff.models.weights import convert, fingerprint, resolve_precision
+from blockdiff.models.loading import end_ids, load_in
+from blockdiff.models.weights import fingerprint
 from blockdiff.printing import plain_console
 from blockdiff.progress import advance
 from blockdiff.registry import ORDERS
@@ -68,16 +67,13 @@ class Task:
         """Opens the model, as the command line says."""
         checks.numbers(batch_size=wish.batch_size)
         self.model: Any
-        self.model, self.tokenizer = load(
-            source, tokenizer=wish.tokenizer, device=choose_device(device), **opening
+        self.model, self.tokenizer, precision = load_in(
+            source, precision, device, few_tokens=few_tokens, tokenizer=wish.tokenizer, **opening
         )
         self.settings: Record = {
-            "weights": fingerprint(self.model), "dtype": str(self.model.dtype),
-            "mask_token_id": self.model.config.mask_token_id,
+            "precision": precision, "weights": fingerprint(self.model),
+            "dtype": str(self.model.dtype), "mask_token_id": self.model.config.mask_token_id,
         }  # fmt: skip
-        precision = resolve_precision(precision, self.model.device)
-        convert(self.model, precision, self.model.device, few_tokens=few_tokens)
-        self.settings["precision"] = precision
 
     def check(self, line: Line) -> None:
         """Raises `InputError` for a line that cannot be worked on."""

@@ -13,11 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from blockdiff import checks
 from blockdiff.api import continuation, encode_prompts, to_text
-from blockdiff.device import choose_device
 from blockdiff.errors import InputError, RunStopped, first_line
 from blockdiff.evaluation.score import score_tokens
-from blockdiff.models.loading import load
-from blockdiff.models.weights import convert, resolve_precision
+from blockdiff.models.loading import load_in
 from blockdiff.outputs import local_path, new_file, to_json
 from blockdiff.printing import plain_console, printable
 from blockdiff.progress import advance
@@ -126,14 +124,10 @@ def open_to_write(
     source: str, wish: Any, device: str | None = None, **opening: Any
 ) -> tuple[Any, PreTrainedTokenizerBase, str]:
     """The model in the number format it writes in, its tokenizer, and that format's name."""
-    model, tokenizer = load(
-        source, tokenizer=wish.tokenizer, device=choose_device(device), **opening
-    )
-    precision = resolve_precision(wish.precision, model.device)
     # The compiler brings weights into order itself.
-    compiled = getattr(wish, "compile", False)
-    convert(model, precision, model.device, few_tokens=not compiled)
-    return model, tokenizer, precision
+    few_tokens = not getattr(wish, "compile", False)
+    opening |= {"tokenizer": wish.tokenizer, "few_tokens": few_tokens}
+    return load_in(source, wish.precision, device, **opening)
 
 
 def _work(steps: Iterable[Step], ids: Sequence[Sequence[int]], new: int, mask: int) -> None:

@@ -113,22 +113,17 @@ def _run(given: Given) -> None:
     if options.overwrite:
         raise InputError("`overwrite` is for a file of scores: give `out` as well")
     pairs = read_pairs(options)
-    from blockdiff.api import load, score
-    from blockdiff.device import choose_device
+    from blockdiff.api import score
     from blockdiff.evaluation.likelihood import check_estimator
-    from blockdiff.models.weights import convert, resolve_precision
+    from blockdiff.models.loading import load_in
     from blockdiff.printing import printable, table_text
     from blockdiff.progress import advance
 
     check_estimator(options.estimator)
     place = given.make(ModelOptions)
-    model, words = load(
-        place.model,
-        tokenizer=options.tokenizer,
-        device=choose_device(place.device),
-        **place.opening,
+    model, words, _ = load_in(
+        place.model, options.precision, place.device, tokenizer=options.tokenizer, **place.opening
     )
-    convert(model, resolve_precision(options.precision, model.device), model.device)
     with advance(f"{model.config.kind} on {options.file or 'a pair'}", len(pairs), "pairs") as done:
         found = score(
             model, [pair["context"] for pair in pairs], [pair["continuation"] for pair in pairs],

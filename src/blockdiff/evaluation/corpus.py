@@ -20,14 +20,13 @@ from blockdiff.data.detokenizers import detokenized
 from blockdiff.data.mixture import chained
 from blockdiff.data.packing import Windows, pack
 from blockdiff.data.windows import stack
-from blockdiff.device import choose_device
 from blockdiff.errors import InputError
 from blockdiff.evaluation.likelihood import Likelihood, likelihood, summed_up, tokens_per_pass
 from blockdiff.evaluation.options import CorpusOptions, EvaluateOptions, Opening
 from blockdiff.jobs import Job, open_job
 from blockdiff.models.denoiser import Denoiser
-from blockdiff.models.loading import load
-from blockdiff.models.weights import convert, fingerprint, resolve_precision
+from blockdiff.models.loading import load_in
+from blockdiff.models.weights import fingerprint
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
 from blockdiff.starter import packaged
@@ -262,12 +261,8 @@ def open_to_measure(
 
     `few_tokens`: as `convert` has it, for a model that writes.
     """
-    network, words = load(model, tokenizer=wish.tokenizer, device=choose_device(device), **opening)
-    precision = resolve_precision(wish.precision, network.device)
-    convert(network, precision, network.device, few_tokens=few_tokens)
-    if precision == "float32" and network.dtype == torch.bfloat16:
-        precision = "bf16"  # as its weights were read
-    return network, words, precision
+    opening |= {"tokenizer": wish.tokenizer, "few_tokens": few_tokens}
+    return load_in(model, wish.precision, device, **opening)
 
 
 def measure_sequences(

@@ -28,6 +28,8 @@ from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.hub import DeviceMap, Dtype, load_model, resolve, save_model, stored_mask
 from blockdiff.models.ngrams import Table
 from blockdiff.models.pretrained import DenoiserModel
+from blockdiff.models.tensors import require_memory
+from blockdiff.models.weights import convert, resolve_precision
 
 
 def load(
@@ -60,7 +62,9 @@ def load(
         folder, dtype=dtype, mask_token_id=mask_token_id, block_size=block_size,
         device_map=device_map,
     )  # fmt: skip
-    if chosen is not None:
+    if chosen is not None and chosen != model.device:
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+        require_memory(numbers, model.dtype, folder, [chosen])
         model.to(device=chosen)
     has_own = (folder / "tokenizer_config.json").is_file()
     if tokenizer is None and not has_own:
@@ -79,6 +83,29 @@ def load(
     if model.config.eos_token_id is None:
         model.config.eos_token_id = loaded.eos_token_id
     return model, loaded
+
+
+def load_in(
+    source: str | Path, precision: str, device: str | torch.device | None = "auto", *,
+    few_tokens: bool = False, **how: Any,
+) -> tuple[DenoiserModel, PreTrainedTokenizerBase, str]:  # fmt: skip
+    """What `load` gives, for inference in a precision of `weights.WEIGHTS`, and that precision.
+
+    "auto" becomes what the device is made for. Weights that are used in bf16 are read in it, so no
+    more has to fit into memory. `few_tokens`: as `convert` has it; `how`: as for `load`.
+    """
+    chosen = choose_device(device)
+    precision = resolve_precision(precision, chosen)
+    if precision == "bf16":
+        how["dtype"] = torch.bfloat16
+    try:
+        model, tokenizer = load(source, device=chosen, **how)
+    except InputError as error:  # of weights that would fit in bf16
+        raise InputError(str(error).replace("give `dtype`", "give `precision`")) from None
+    convert(model, precision, chosen, few_tokens=few_tokens)
+    if precision == "float32" and model.dtype == torch.bfloat16:
+        precision = "bf16"  # as its weights were read
+    return model, tokenizer, precision
 
 
 def mark_mask(

@@ -123,7 +123,7 @@ def find_tensors(folder: Path) -> Files:
     found: Files = {}
     for name in sorted(names):
         path = folder / name
-        with opened(path) as file:
+        with opened(path, "numpy") as file:  # torch cannot map what is larger than memory
             for key in file.keys():  # noqa: SIM118
                 header = file.get_slice(key)
                 found[key] = Stored(path, list(header.get_shape()), header.get_dtype())
@@ -131,13 +131,15 @@ def find_tensors(folder: Path) -> Files:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(path: Path, framework: str = "pt") -> Iterator[Any]:
     """A safetensors file; what can be wrong with it in one line."""
     try:
         path.open("rb").close()  # safetensors calls every failure a missing file
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             yield file
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "mmap" not in str(error):
+            raise
         raise InputError(f"cannot read {path}: {first_line(error)}") from None
     except SafetensorError as error:
         raise InputError(

@@ -146,15 +146,12 @@ class Replicas:
 
 def built(model: str, precision: str, device: str, name: str | None, limits: Limits) -> Any:
     """A replica's app, its model opened and its worker at work."""
-    from blockdiff.models.loading import load
-    from blockdiff.models.weights import convert, resolve_precision
+    from blockdiff.models.loading import load_in
     from blockdiff.serving.app import make_app
     from blockdiff.serving.served import Served
     from blockdiff.serving.worker import Worker
 
-    network, tokenizer = load(model, device=device)
-    precision = resolve_precision(precision, network.device)
-    convert(network, precision, network.device, few_tokens=True)
+    network, tokenizer, precision = load_in(model, precision, device, few_tokens=True)
     worker = Worker(network)
     worker.start()
     known = name or model

@@ -22,9 +22,8 @@ import uvicorn
 from blockdiff.data.chat_templates import read_template
 from blockdiff.device import choose_device
 from blockdiff.errors import InputError
-from blockdiff.models.loading import load
+from blockdiff.models.loading import load_in
 from blockdiff.models.tensors import free_memory
-from blockdiff.models.weights import convert, resolve_precision
 from blockdiff.printing import plain_console, printable
 from blockdiff.serving.app import make_app
 from blockdiff.serving.limits import Limits
@@ -52,9 +51,9 @@ def serve(wish: Any, taken: socket.socket, api_key: str | None = None) -> None:
     models: dict[str, Served] = {}
 
     def opened(name: str, source: str) -> Served:
-        model, tokenizer = load(source, tokenizer=wish.tokenizer, device=device)
-        precision = resolve_precision(wish.precision, model.device)
-        convert(model, precision, model.device)
+        model, tokenizer, precision = load_in(
+            source, wish.precision, device, tokenizer=wish.tokenizer
+        )
         memory = int(SHARE * free_memory([device]) / len(sources))
         worker = Worker(model, rows=wish.rows, queue=wish.queue, memory=memory)
         served = Served(name, model, tokenizer, worker, precision, template)
