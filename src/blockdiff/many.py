@@ -71,8 +71,8 @@ class Task:
             source, precision, device, few_tokens=few_tokens, tokenizer=wish.tokenizer, **opening
         )
         self.settings: Record = {
-            "precision": precision, "weights": fingerprint(self.model),
-            "dtype": str(self.model.dtype), "mask_token_id": self.model.config.mask_token_id,
+            "precision": precision, "mask_token_id": self.model.config.mask_token_id,
+            "weights": fingerprint(self.model), "weights_dtype": str(self.model.dtype),
         }  # fmt: skip
 
     def check(self, line: Line) -> None:
