@@ -6,12 +6,14 @@ import os
 import queue
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx2")
 pytest.importorskip("prometheus_client")
 
+from blockdiff.serving import schemas  # noqa: E402
 from blockdiff.serving.app import make_app  # noqa: E402
+from blockdiff.serving.errors import Refused  # noqa: E402
 from blockdiff.serving.jobs import Draining, Failed, Finished, Full, Job, Progress  # noqa: E402
 from blockdiff.serving.limits import Limits  # noqa: E402
 from blockdiff.serving.port import listen  # noqa: E402
@@ -275,6 +279,18 @@ def test_completions_are_what_generate_writes(client, starter):
         assert choice.text[place:].startswith(choice.logprobs.tokens[3])
 
 
+def test_every_sampling_option_is_served_or_refused():
+    ours = set(SamplingOptions.__dataclass_fields__)
+    served = schemas.CompletionRequest.model_fields.keys() & ours
+    assert ours == served | (schemas._REFUSED.keys() & ours)
+    for name in sorted(served - {"stop", "seed", "logit_bias", "logprobs"}):
+        told = schemas.CompletionRequest.model_construct(**{name: 1}).told()
+        assert told == {name: 1}, "it arrives"
+    for name in sorted(ours - served):
+        with pytest.raises(Refused, match=f"`{name}`"):
+            schemas.CompletionRequest.model_validate({name: [1]}).told()
+
+
 WISHES = [
     {}, {"stop": [" of", "the "]}, {"logprobs": 1, "n": 2}, {"extra_body": {"sampler": "editing"}},
     {"extra_body": {"sampler": "verified"}}, {"logit_bias": {"260": -100}, "top_p": 0.9},
@@ -378,6 +394,16 @@ def test_an_object_and_plain_chat(client):
     )
     if found.choices[0].finish_reason == "stop":
         assert isinstance(json.loads(found.choices[0].message.content), dict)
+
+
+def test_a_row_ends_with_the_words_that_end_a_turn(starter, served):
+    template = "{% for one in messages %}{{ one.content }} of {% endfor %}"
+    talk = Served("talk", *starter, served.worker, template=template)
+    assert talk.turn_end.text == "of"
+    options = talk.options({"max_new_tokens": 200, "seed": 1}, chat=True)
+    ((*_, end),) = collected(served.worker, [Job(talk.encode(PROMPT), options)])
+    text = starter[1].decode(end.tokens)
+    assert end.stopped and text.endswith("of") and text.count("of") == 1
 
 
 def test_score(address, starter):
@@ -563,8 +589,10 @@ def test_the_queue_keeps_no_more_than_the_text_of_one_who_does_not_read():
     assert [at for step in steps for at in step.at] == list(range(100))
 
 
-def test_a_process_drains_and_a_port_in_use_is_said_before_the_model_is_opened():
-    command = [sys.executable, "-m", "blockdiff", "serve", "starter", "--port", "0"]
+def test_a_process_drains_and_a_port_in_use_is_said_before_the_model_is_opened(tmp_path):
+    shutil.copytree(Path(blockdiff.__file__).parent / "starter", tmp_path / "other")
+    command = [sys.executable, "-m", "blockdiff", "serve", "starter"]
+    command += [str(tmp_path / "other"), "--port", "0"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -592,4 +620,16 @@ def test_a_process_drains_and_a_port_in_use_is_said_before_the_model_is_opened()
     assert asked.status_code == 503 and asked.headers["retry-after"]
     *_, last = stream
     assert last.choices[0].finish_reason == "length"
-    assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+    assert process.wait(20) == 0
+    said = process.stderr.read()
+    assert "Traceback" not in said
+    together = 0.0
+    for name in ("starter", "other"):
+        assert said.count(f"{name} has no chat template") == 1
+        (line,) = re.findall(f"{name}: float32, context of 256 tokens, .*", said)
+        _, cache, free, known = (
+            float(number) * {"G": 1e9, "M": 1e6}[unit]
+            for number, unit in re.findall(r"([\d.]+) ([GM])B", line)
+        )
+        together += cache + known
+    assert together < 0.41 * free, "of what is free all models together take their share"

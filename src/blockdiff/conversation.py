@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,10 +22,9 @@ from blockdiff.errors import InputError
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import end_ids
 from blockdiff.sampling.generate import stream_tokens
-from blockdiff.sampling.guides import bound
-from blockdiff.sampling.options import SamplingOptions, stop_parts
+from blockdiff.sampling.guides import bound_to_answer
+from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.step import Step
-from blockdiff.sampling.stopping import StopAtText, StopAtTokens, StoppingRule
 from blockdiff.watch import Timed
 
 
@@ -65,11 +63,7 @@ class Reply:
         self._tokenizer, self._mask = talk.tokenizer, talk.model.config.mask_token_id
         self._ends, self._end = talk.ends, talk.template.turn_end.text
         self.longest = min(talk.options.max_new_tokens, talk.context - len(prompt))
-        stop: list[str | StoppingRule] = [*stop_parts(talk.options.stop), StopAtTokens(self._ends)]
-        if self._end:
-            decode = partial(continuation, talk.tokenizer, prompt)
-            stop.append(StopAtText((self._end,), decode))
-        options = replace(talk.options, max_new_tokens=self.longest, stop=stop)
+        options = replace(talk.options, max_new_tokens=self.longest)
         # Every answer has random numbers of its own: asked again, a model answers anew.
         self.steps = Timed(stream_tokens(talk.model, [prompt], options, [talk.answers]))
 
@@ -124,7 +118,7 @@ class Conversation:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         model.config.sampling_blocks(options.block_size)
         self.ends, self.context = template.turn_end.ids | end_ids(model), model.config.length
-        self.options = bound(options, model, tokenizer, self.ends)
+        self.options = bound_to_answer(options, model, tokenizer, template.turn_end, self.ends)
         self.messages: list[Message] = []
         self.answers = 0
         self.instruct(system)

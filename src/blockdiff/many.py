@@ -37,11 +37,10 @@ from blockdiff.progress import advance
 from blockdiff.registry import ORDERS
 from blockdiff.sampling.defaults import filled, options_for, without
 from blockdiff.sampling.fitting import check_options, check_prompt
-from blockdiff.sampling.guides import bound
+from blockdiff.sampling.guides import bound, bound_to_answer
 from blockdiff.sampling.many import Wanted, write_rows
-from blockdiff.sampling.options import FROM_PYTHON, SamplingOptions, stop_parts, translated
+from blockdiff.sampling.options import FROM_PYTHON, SamplingOptions, translated
 from blockdiff.sampling.prompts import continuation, encode, encode_pair
-from blockdiff.sampling.stopping import StopAtText, StopAtTokens, StoppingRule
 
 MOST_ROWS, LONGEST_UNIT = 32, 64
 WAVES = 4  # a unit has so many times as many rows as are written at once
@@ -202,10 +201,7 @@ class Writing(Task):
             return bound(merged, self.model, self.tokenizer)
         end = self.template.turn_end
         ends = end.ids | end_ids(self.model)
-        stop: list[str | StoppingRule] = [*stop_parts(merged.stop), StopAtTokens(ends)]
-        if end.text:
-            stop.append(StopAtText((end.text,), lambda ids: str(self.tokenizer.decode(ids))))
-        return bound(replace(merged, stop=stop), self.model, self.tokenizer, ends)
+        return bound_to_answer(merged, self.model, self.tokenizer, end, ends)
 
     @property
     def template(self) -> ChatTemplate:

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from blockdiff.categorical import Array
+from blockdiff.data.chat_templates import TurnEnd
 from blockdiff.errors import InputError, WrongAnswer
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.sampling.constraints import Automaton, Constraint, allowed_along, constrain
 from blockdiff.sampling.options import NEED_TOKENIZER, SamplingOptions, stop_parts
-from blockdiff.sampling.stopping import StopAtText
+from blockdiff.sampling.stopping import StopAtText, StopAtTokens, StoppingRule
 
 NO_TOKEN = "the constraint and what else changes the logits leave no token"
 
@@ -270,3 +271,13 @@ def bound(
             banned=banned,
         )  # fmt: skip
     return replace(options, **changes) if changes else options
+
+
+def bound_to_answer(
+    options: SamplingOptions, model: Denoiser, tokenizer: Any, turn: TurnEnd, ends: frozenset[int]
+) -> SamplingOptions:
+    """`bound`, of a chat's answer: it ends with one of the tokens `ends`, or the turn's text."""
+    stop: list[str | StoppingRule] = [*stop_parts(options.stop), StopAtTokens(ends)]
+    if turn.text:
+        stop.append(StopAtText((turn.text,), tokenizer.decode))
+    return bound(replace(options, stop=stop), model, tokenizer, ends)

@@ -50,10 +50,15 @@ def serve(wish: Any, taken: socket.socket, api_key: str | None = None) -> None:
     )  # fmt: skip
     models: dict[str, Served] = {}
 
-    def opened(name: str, source: str) -> Served:
-        model, tokenizer, precision = load_in(
-            source, wish.precision, device, tokenizer=wish.tokenizer
-        )
+    def opened() -> dict[str, Served]:
+        # Rows share what memory all of the models leave.
+        loaded = {
+            name: load_in(source, wish.precision, device, tokenizer=wish.tokenizer)
+            for name, source in sources.items()
+        }
+        return {name: made(name, *parts) for name, parts in loaded.items()}
+
+    def made(name: str, model: Any, tokenizer: Any, precision: str) -> Served:
         memory = int(SHARE * free_memory([device]) / len(sources))
         worker = Worker(model, rows=wish.rows, queue=wish.queue, memory=memory)
         served = Served(name, model, tokenizer, worker, precision, template)
@@ -68,7 +73,7 @@ def serve(wish: Any, taken: socket.socket, api_key: str | None = None) -> None:
     with taken:
         host, port = taken.getsockname()[:2]
         say(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-        run(models, limits, [taken], lambda: {n: opened(n, s) for n, s in sources.items()})
+        run(models, limits, [taken], opened)
 
 
 def run(models: dict[str, Served], limits: Limits, sockets: Any, opening: Any) -> None:

@@ -12,23 +12,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from blockdiff.errors import InputError
-from blockdiff.sampling.options import ALIASES, AMBIGUOUS
+from blockdiff.sampling.options import ALIASES, AMBIGUOUS, SamplingOptions
 from blockdiff.serving.errors import Refused
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-# As they stand in `SamplingOptions`.
-_SAME = (
-    "sampler", "steps", "tokens_per_step", "threshold", "margin", "entropy_bound", "remasking",
-    "edit_threshold", "drafts", "drafter", "schedule", "temperature", "top_k", "top_p",
-    "top_p_rule", "block_size", "sub_block", "repetition_penalty", "cfg_scale", "regex", "choices",
-)  # fmt: skip
+# Fields that do not hold what those of `SamplingOptions` do, or are told elsewhere.
+_OWN = ("stop", "seed", "logit_bias", "logprobs")
 # Fields of OpenAI's that are refused unless they say what is done anyway.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "suffix": ("",),
     "function_call": ("none", "auto"), "echo": (False,), "presence_penalty": (0,),
     "frequency_penalty": (0,), "audio": (), "modalities": (["text"],), "prediction": (),
     "logits_processor": (), "constraint": (), "json_schema": (), "max_new_tokens": (),
+    "stop_strings": (),
     "min_tokens": (0,), "guided_json": (), "guided_regex": (), "guided_choice": (),
     "guided_grammar": (), "structured_outputs": (), "use_beam_search": (False,),
     "top_logprobs": (0,),
@@ -116,7 +113,9 @@ class Sampling(Body):
             value = extra.get(name, getattr(self, name, None))
             if value is not None and value not in neutral:
                 raise Refused(400, f"`{name}` is not supported; leave it out", name, "unsupported")
-        found = {name: getattr(self, name) for name in _SAME if getattr(self, name) is not None}
+        ours = SamplingOptions.__dataclass_fields__.keys() - {*_OWN}
+        given = {name: getattr(self, name) for name in type(self).model_fields if name in ours}
+        found = {name: value for name, value in given.items() if value is not None}
         found |= {
             name: value
             for name, value in extra.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,9 +16,8 @@ from blockdiff.models.loading import end_ids
 from blockdiff.registry import ORDERS
 from blockdiff.sampling.defaults import options_for
 from blockdiff.sampling.fitting import check_options
-from blockdiff.sampling.guides import bound
-from blockdiff.sampling.options import SamplingOptions, stop_parts, translated
-from blockdiff.sampling.stopping import StopAtTokens
+from blockdiff.sampling.guides import bound, bound_to_answer
+from blockdiff.sampling.options import SamplingOptions, translated
 from blockdiff.serving.worker import Worker
 
 # What a seed promises (docs/serving.md).
@@ -78,12 +76,11 @@ class Served:
 
     def options(self, told: Mapping[str, Any], chat: bool = False) -> SamplingOptions:
         """Sampling options, ready for the worker; raises `InputError` for what cannot be meant."""
-        ends = None
         wish: SamplingOptions = options_for(self.model, translated(told))
-        if chat:
-            ends = self.turn_end.ids | end_ids(self.model)
-            wish = replace(wish, stop=[*stop_parts(wish.stop), StopAtTokens(ends)])
-        return bound(wish, self.model, self.tokenizer, ends)
+        if not chat:
+            return bound(wish, self.model, self.tokenizer)
+        ends = self.turn_end.ids | end_ids(self.model)
+        return bound_to_answer(wish, self.model, self.tokenizer, self.turn_end, ends)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The ids of a conversation, up to where the answer begins."""
