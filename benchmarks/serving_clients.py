@@ -28,7 +28,7 @@ import blockdiff
 
 PROMPTS = ["The people of the", "In the beginning", "A law", "She said that", "War and", "I am"]
 NEW, LONG = 24, 240  # tokens of an ordinary text, and of one that is long enough to interrupt
-PATIENCE = 20.0  # seconds after which an answer counts as none
+PATIENCE = 60.0  # seconds after which an answer counts as none
 # Starts `blockdiff words`: its process id, what waits for its exit code, the line it says first.
 Launch = Callable[[Sequence[str]], tuple[int, Callable[[float], int], str]]
 
@@ -290,8 +290,10 @@ def status_of(link: socket.socket, patience: float = PATIENCE) -> str:
     try:
         while not (found := re.search(rb"content-length: (\d+)\r\n(?:.*\r\n)*?\r\n", told, re.I)):
             part = link.recv(65536)
-            if not part:
-                return "closed" if not told else "cut"
+            if not part and b"\r\n\r\n" not in told:
+                return "cut" if told else "closed"
+            if not part:  # its length was not told
+                return refused(int(told.split()[1]), told.partition(b"\r\n\r\n")[2])
             told += part
         while len(told) < found.end() + int(found[1]):
             part = link.recv(65536)

@@ -359,19 +359,21 @@ def shown(server: Server, fault: Any, smoke: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# Name → the signal, tokens of a text, `--drain`, how clients may be answered
-ENDS: dict[str, tuple[signal.Signals, int, int, set[str]]] = {
-    "sigterm": (signal.SIGTERM, LONG, 20, {"whole", "stream: whole", "late: 503"}),
+# Name → the signal, `--drain`, how clients may be answered
+ENDS: dict[str, tuple[signal.Signals, int, set[str]]] = {
+    "sigterm": (signal.SIGTERM, 20, {"whole", "stream: whole", "late: 503"}),
     "sigterm_hasty": (
-        signal.SIGTERM, LONG, 1, {"503", "stream: 503", "stream: error in the stream", "late: 503"}
+        signal.SIGTERM, 1, {"503", "stream: 503", "stream: error in the stream", "late: 503"}
     ),
-    "sigkill": (signal.SIGKILL, LONG, 20, {"lost", "stream: cut", "stream: lost", "late: lost"}),
+    "sigkill": (signal.SIGKILL, 20, {"lost", "stream: cut", "stream: lost", "late: lost"}),
 }  # fmt: skip
 
 
-def ended(server: Server, name: str, clients: int = 16, late: int = 4) -> dict[str, Any]:
+def ended(
+    server: Server, name: str, new: int = LONG, clients: int = 16, late: int = 4
+) -> dict[str, Any]:
     """A signal under load: what became of its clients and of the process."""
-    sign, new, drain, allowed = ENDS[name]
+    sign, drain, allowed = ENDS[name]
     begun, struck, equal = threading.Semaphore(0), threading.Event(), []
 
     def client(number: int) -> str:
@@ -433,8 +435,8 @@ def campaign(
             tell(fault.__name__, found[fault.__name__])
         for name in ["sigkill", "sigterm"] if smoke else ENDS:
             if server.over:
-                server = start(server.port, ENDS[name][2])
-            found[name] = ended(server, name)
+                server = start(server.port, ENDS[name][1])
+            found[name] = ended(server, name, 4 * NEW if smoke else LONG)
             tell(name, found[name])
         if not smoke:
             server = start(server.port, 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from contextlib import suppress
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,6 +15,8 @@ from blockdiff.serving.limits import Limits
 from blockdiff.serving.metrics import Metrics
 
 OPEN = ("/", "/health", "/ready")  # without a key
+# Seconds in which what a refused client still sends is thrown away.
+LINGER = 5.0
 
 
 class Gate:
@@ -47,7 +50,7 @@ class Gate:
 
             await self.app(scope, replay, noted)
         except Refused as error:
-            await error.response(scope, receive, noted)
+            await _unread(error, scope, receive, noted)
         finally:
             path = getattr(scope.get("route"), "path", "other")
             self.metrics.requests.labels(path, str(status or 499)).inc()
@@ -83,3 +86,26 @@ class Gate:
                         return b"".join(parts)
         except TimeoutError:
             raise Refused(408, "the body took too long to arrive", code="timeout") from None
+
+
+async def _unread(error: Refused, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers a request whose body was not read to its end, and closes the connection.
+
+    Not at once: a client that is still sending would hear of a connection reset, not of the answer.
+    """
+
+    async def begun(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "more_body": True}
+        await send(message)
+
+    response = error.response
+    response.headers["Connection"] = "close"
+    await response(scope, receive, begun)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            more = True
+            while more:
+                message = await receive()
+                more = message["type"] == "http.request" and message.get("more_body", False)
+    await send({"type": "http.response.body", "body": b""})

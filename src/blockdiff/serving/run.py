@@ -11,6 +11,7 @@ import logging
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from blockdiff.serving.app import make_app
 from blockdiff.serving.limits import Limits
 from blockdiff.serving.room import SHARE
 from blockdiff.serving.served import NO_PROMISE, Served
+from blockdiff.serving.wire import Wire
 from blockdiff.serving.worker import Worker
 
 _LOG = logging.getLogger("blockdiff.serving")
@@ -98,8 +100,8 @@ def run(models: dict[str, Served], limits: Limits, sockets: Any, opening: Any) -
 
     app.router.lifespan_context = life
     server = Drained(models, limits, uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, date_header=False,
-        timeout_graceful_shutdown=int(limits.drain_seconds) + 5,
+        app, http=Wire, log_level="warning", access_log=False, server_header=False,
+        date_header=False,
     ))  # fmt: skip
     # The thread that computes waits so long at most for one that writes answers.
     sys.setswitchinterval(0.0005)
@@ -129,7 +131,11 @@ class Drained(uvicorn.Server):
         threading.Thread(target=self._drain, daemon=True).start()
 
     def _drain(self) -> None:
+        begin = time.monotonic()
         drain(self.models, self.limits.drain_seconds)
+        # What was written is read within the same time, and a second more.
+        left = self.limits.drain_seconds - (time.monotonic() - begin)
+        self.config.timeout_graceful_shutdown = int(max(left, 0)) + 1
         self.should_exit = True
 
 
