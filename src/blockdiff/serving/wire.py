@@ -7,6 +7,8 @@ import asyncio
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from blockdiff.serving.errors import Refused
+
 
 class Wire(H11Protocol):
     """One connection.
@@ -40,6 +42,21 @@ class Wire(H11Protocol):
             self._head = None
         elif self._head is None:
             self._head = self.loop.call_later(self.head_seconds, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is told so as every other error is, where nothing was answered yet."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.abort()
+            return
+        answer = Refused(400, "this is no HTTP request", code="invalid_http").response
+        headers = [*answer.raw_headers, (b"connection", b"close")]
+        for event in (
+            h11.Response(status_code=400, headers=headers),
+            h11.Data(data=bytes(answer.body)),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
