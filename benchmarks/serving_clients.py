@@ -305,4 +305,4 @@ def status_of(link: socket.socket, patience: float = PATIENCE) -> str:
     except OSError:
         return "reset"
     status = int(told.split()[1])
-    return "200" if status == 200 else refused(status, told[found.end() :])
+    return "200" if status == 200 else refused(status, told[found.end() :][: int(found[1])])
