@@ -454,6 +454,7 @@ REFUSED = [
     ({"tools": [{}]}, "tools"),
     ({"frequency_penalty": 1.0}, "frequency_penalty"),
     ({"logit_bias": {"x": 1.0}}, "logit_bias"),
+    ({"logit_bias": {"1": 1e308}}, "logit_bias"),
     ({"logit_bias": {"999999": 1.0}}, "logit_bias"),
     ({"logprobs": 5}, "logprobs"),
     ({"prompt": "a " * 400}, "prompt"),

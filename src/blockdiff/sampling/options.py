@@ -302,8 +302,10 @@ def _biases(given: Any) -> dict[int, float] | None:
             raise InputError(
                 f"`logit_bias` {pair!r} is no id with a number; write 17=-5, or 17=-inf to ban it"
             ) from None
-        if not number < float("inf"):
-            raise InputError(f"`logit_bias` of {token} is {number}; it must be a number, or -inf")
+        if not number < 1e30:  # with a logit it has to be a number in float32, too
+            raise InputError(
+                f"`logit_bias` of {token} is {number}; it must be a number below 1e30, or -inf"
+            )
         found[token] = number
     return found or None
 
