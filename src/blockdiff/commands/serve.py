@@ -76,7 +76,7 @@ def _run(given: Given) -> None:
     from blockdiff.serving.port import listen
 
     taken = listen(wish.host, wish.port)
-    need("fastapi", "uvicorn", "prometheus_client", extra="serve", what="the server")
+    need("fastapi", "uvicorn", "httptools", "prometheus_client", extra="serve", what="the server")
     from blockdiff.serving.run import serve
 
     serve(wish, taken, wish.api_key or os.environ.get("BLOCKDIFF_API_KEY") or None)

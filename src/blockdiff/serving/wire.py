@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import asyncio
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from blockdiff.serving.errors import Refused
 
 
-class Wire(H11Protocol):
+class Wire(HttpToolsProtocol):
     """One connection.
 
-    By h11, whatever else is installed: it takes heads of 64 KiB at most, where httptools has no
-    bound. `head_seconds`: to send a head. `read_seconds`: without reading anything of what waits.
+    `head_seconds`: to send a head of at most `head_bytes`. `read_seconds`: without reading anything
+    of what waits.
     """
 
-    head_seconds, read_seconds = 30.0, 30.0
-    _head: asyncio.TimerHandle | None = None
+    head_bytes, head_seconds, read_seconds = 2**16, 30.0, 30.0
+    _head: asyncio.TimerHandle | None = None  # while one is awaited
     _reader: asyncio.TimerHandle | None = None
+    _seen = _fields = 0  # bytes of a head that has not ended, and of its fields
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._time_head()
+        self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -32,30 +32,44 @@ class Wire(H11Protocol):
                 timer.cancel()
 
     def data_received(self, data: bytes) -> None:
+        awaited = self._head
         super().data_received(data)
-        self._time_head()
+        if awaited is not None and self._head is awaited:
+            self._seen += len(data)
+            if self._seen > self.head_bytes and not self.transport.is_closing():
+                self.send_400_response("")
 
-    def _time_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
-            if self._head is not None:
-                self._head.cancel()
-            self._head = None
-        elif self._head is None:
+    def _await_head(self) -> None:
+        self._seen = self._fields = 0
+        if self._head is None:
             self._head = self.loop.call_later(self.head_seconds, self.transport.abort)
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_head()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._fields += len(name) + len(value)
+        if self._fields > self.head_bytes:
+            raise ValueError("the head is too large")
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+        self._head = None
+        super().on_headers_complete()
+
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP is told so as every other error is, where nothing was answered yet."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        """What is no HTTP is told so as every other error is, where no answer has begun."""
+        cycle = self.cycle
+        if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.abort()
             return
         answer = Refused(400, "this is no HTTP request", code="invalid_http").response
-        headers = [*answer.raw_headers, (b"connection", b"close")]
-        for event in (
-            h11.Response(status_code=400, headers=headers),
-            h11.Data(data=bytes(answer.body)),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event) or b"")
+        fields = [*answer.raw_headers, (b"connection", b"close")]
+        head = b"".join(name + b": " + value + b"\r\n" for name, value in fields)
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + bytes(answer.body))
         self.transport.close()
 
     def timeout_keep_alive_handler(self) -> None:
