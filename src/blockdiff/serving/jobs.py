@@ -64,12 +64,12 @@ class Progress:
         """Of the row at `place` of a step, of which `final` new tokens are."""
         options, start = ticket.job.options, len(ticket.job.prompt)
         new = slice(start, start + options.max_new_tokens)
-        fixed = step.fixed[place, new].numpy()
-        edited = None if step.edited is None else step.edited[place, new].numpy()
+        fixed = step.fixed.numpy()[place, new]
+        edited = None if step.edited is None else step.edited.numpy()[place, new]
         at = (fixed if edited is None else fixed | edited).nonzero()[0]
-        tokens, logprobs = step.tokens[place, new].numpy()[at], None
+        tokens, logprobs = step.tokens.numpy()[place, new][at], None
         if options.logprobs and step.logprobs is not None:
-            logprobs = step.logprobs[place, new].numpy()[at].tolist()
+            logprobs = step.logprobs.numpy()[place, new][at].tolist()
         again = [] if edited is None else edited.nonzero()[0].tolist()
         return cls(ticket.nfe, at.tolist(), tokens.tolist(), again, final, logprobs, ticket.seconds)
 
