@@ -71,8 +71,8 @@ class ServeOptions:
 
 def _run(given: Given) -> None:
     wish = given.make(ServeOptions)
-    # Threads that compute share the cores with the one that listens: they wait asleep, not awake.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # Threads that compute share the cores with the one that answers: they soon wait asleep, not awake.
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     from blockdiff.serving.port import listen
 
     taken = listen(wish.host, wish.port)

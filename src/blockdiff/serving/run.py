@@ -7,6 +7,7 @@ says 503). SIGTERM and Ctrl-C: no new rows, those running finish within the limi
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -88,6 +89,9 @@ def run(models: dict[str, Served], limits: Limits, sockets: Any, opening: Any) -
         def opened() -> None:
             try:
                 models.update(opening())
+                # The collector would look through all that is loaded again and again.
+                gc.collect()
+                gc.freeze()
                 if models:
                     say("ready")
             except BaseException as error:
