@@ -430,7 +430,10 @@ def test_denoising_as_events(address):
         written |= dict(zip(step["at"], step["text"], strict=True))
     assert "".join(written[i] for i in range(12)) == done["text"]
     whole = httpx.post(f"{address}/v1/completions", json=body).json()
-    assert whole["choices"][0]["text"] == done["text"] and whole["usage"] == done["usage"]
+    assert whole["choices"][0]["text"] == done["text"]
+    one, two = whole["usage"], done["usage"]  # the prompt is known the second time
+    assert one["completion_tokens"] == two["completion_tokens"] == 12
+    assert 0 <= two["evaluations"] - one["evaluations"] <= 1
 
 
 # What cannot be

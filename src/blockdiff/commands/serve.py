@@ -71,7 +71,7 @@ class ServeOptions:
 
 def _run(given: Given) -> None:
     wish = given.make(ServeOptions)
-    # Threads that compute share the cores with the one that answers: they soon wait asleep, not awake.
+    # Threads that compute share the cores with the one that answers: they soon wait asleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
     from blockdiff.serving.port import listen
 
