@@ -330,6 +330,16 @@ def test_the_frontier_leaves_out_what_is_dull_and_what_is_beaten():
     )  # fmt: skip
     decide(record, 0.05, 0.02)
     assert [one["frontier"] for one in record["points"]] == [True, True, False, False, True]
+    # In either panel the line joins what is best there: more for it costs perplexity.
+    record["points"][1]["tokens_per_nfe"] = 0.5
+    for axes, figure in zip(
+        frontier_plot(record).axes, ("tokens_per_second", "tokens_per_nfe"), strict=True
+    ):
+        x, y = axes.lines[0].get_data()
+        assert len(x) >= 1 and (np.diff(x) >= 0).all() and (np.diff(y) >= 0).all()
+        best = [p for p in record["points"] if p["lively"]]
+        assert max(p[figure] for p in best) == x[-1]
+    assert frontier_plot(record).axes[0].lines[0].get_xdata().tolist() == [50, 100, 200]
 
 
 def test_figures_are_means_and_paired_ratios():

@@ -26,6 +26,7 @@ from matplotlib.ticker import (
 )
 
 from blockdiff.errors import InputError
+from blockdiff.printing import names_of
 
 # Okabe and Ito's colours, distinct to colour-blind eyes too, darkest first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -261,7 +262,7 @@ def frontier_plot(record: Mapping[str, Any], path: Path | None = None) -> Figure
     """Draws perplexity over tokens/s and over tokens an evaluation, as a PNG.
 
     `record`: that of `evaluation.tuning.tune`. An order is a colour, a block size a marker, hollow
-    where the texts are duller than allowed; beside it are its settings. The line is the frontier,
+    where the texts are duller than allowed; beside it are its settings. The lines are frontiers,
     the green band what the tolerance allows, the ring the choice. Returns the figure, and writes no
     file where `path` is None.
     """
@@ -278,7 +279,12 @@ def frontier_plot(record: Mapping[str, Any], path: Path | None = None) -> Figure
     figures = ("tokens_per_second", "tokens/s"), ("tokens_per_nfe", "tokens an evaluation (TPF)")
     for axes, (figure_of, name) in zip(panels, figures, strict=True):
         axes.axhspan(0, most, color=COLOURS[2], alpha=0.08, linewidth=0)
-        line = [(one[figure_of], one["perplexity"]["value"]) for one in points if one["frontier"]]
+        good = [(one[figure_of], one["perplexity"]["value"]) for one in points if one["lively"]]
+        line = [
+            (x, y)
+            for x, y in good
+            if not any(a >= x and b <= y for a, b in good if (a, b) != (x, y))
+        ]
         axes.plot(*zip(*sorted(line), strict=True), color="0.7", linewidth=1.2, zorder=1)
         for one in points:
             options, value = one["options"], one["perplexity"]["value"]
@@ -302,7 +308,7 @@ def frontier_plot(record: Mapping[str, Any], path: Path | None = None) -> Figure
         axes.set_ylim(least / 1.2, top)
     panels[0].set_ylabel(f"perplexity (judge: {settings['judge']})")
     panels[1].tick_params(labelleft=False)
-    figure.suptitle(f"{settings['model']} on {settings['data']}", x=0.01, ha="left")
+    figure.suptitle(f"{settings['model']} on {names_of(settings['data'])}", x=0.01, ha="left")
     key = [_entry(order.replace("_", " "), "o", colours[order]) for order in orders]
     if len(sizes) > 1:
         key += [_entry(f"L' = {size}", markers[size], "0.35") for size in sizes]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,12 @@ _CONTROLS |= {127: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 def printable(text: str) -> str:
     """The text with control characters, which a terminal would obey, as pictures."""
     return text.translate(_CONTROLS)
+
+
+def names_of(data: object) -> str:
+    """A corpus, or several, by their last names; what lies nowhere has none."""
+    each = data if isinstance(data, list | tuple) else [data]
+    return ", ".join(Path(str(one)).name for one in each if one is not None)
 
 
 def plain_console(**options: Any) -> Console:

@@ -12,7 +12,7 @@ import numpy as np
 from blockdiff.evaluation.likelihood import perplexity_of
 from blockdiff.evaluation.samples import Measured
 from blockdiff.evaluation.statistics import mean_error, paired_error, ratio_error
-from blockdiff.printing import table_text
+from blockdiff.printing import names_of, table_text
 from blockdiff.starter import packaged
 
 Point = dict[str, Any]  # fields of `SamplingOptions`
@@ -129,7 +129,7 @@ def tuning_table(record: Record) -> str:
         f"{settings['prompt_tokens']}; judge: {settings['judge']}; speed: {settings['batch_size']} "
         f"at once, {settings['precision']}, {settings['device']}"
     )
-    title = f"{settings['model']} on {settings['data']} ({settings['part']})"
+    title = f"{settings['model']} on {names_of(settings['data'])} ({settings['part']})"
     return table_text(head, rows, 150, title=title, caption=caption) + "\n" + summary(record)
 
 

@@ -27,7 +27,7 @@ from blockdiff.jobs import Job, open_job
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load_in
 from blockdiff.models.weights import fingerprint
-from blockdiff.printing import table_text
+from blockdiff.printing import names_of, table_text
 from blockdiff.progress import advance
 from blockdiff.starter import packaged
 from blockdiff.training.stored import held_out
@@ -356,8 +356,6 @@ def likelihood_in(
 def summary_table(record: dict[str, object]) -> str:
     """A record for people."""
     bound = "" if record["estimator"] == "ar" else "≤ "
-    data = record["data"]
-    names = data if isinstance(data, str) else ", ".join(map(str, data or []))  # type: ignore[call-overload]
     per_token, error = record["nats_per_token"], record["stderr"]
     assert isinstance(per_token, float) and isinstance(error, float)
     figures = (
@@ -377,6 +375,6 @@ def summary_table(record: dict[str, object]) -> str:
         f"{record['kind']}, L' = {record['block_size']}, {record['sequences']} sequences of "
         f"{record['length']} tokens; estimator {record['estimator']}, noise of the masks: {noise}"
     )
-    title = f"{record['model']} on {names} ({record['part']})"
+    title = f"{record['model']} on {names_of(record['data'])} ({record['part']})"
     head = ("measure", "value", "± standard error")
     return table_text(head, rows, 88, title=title, caption=caption)
