@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ httpx = pytest.importorskip("httpx2")
 pytest.importorskip("prometheus_client")
 
 from blockdiff.serving import schemas  # noqa: E402
+from blockdiff.serving.answers import Choice, Completion  # noqa: E402
 from blockdiff.serving.app import make_app  # noqa: E402
 from blockdiff.serving.errors import Refused  # noqa: E402
 from blockdiff.serving.jobs import Draining, Failed, Finished, Full, Job, Progress  # noqa: E402
@@ -277,6 +279,24 @@ def test_completions_are_what_generate_writes(client, starter):
         assert "".join(choice.logprobs.tokens) == choice.text
         place = choice.logprobs.text_offset[3]
         assert choice.text[place:].startswith(choice.logprobs.tokens[3])
+
+
+def test_where_a_streamed_token_begins(starter):
+    """Part of its text may have come before, while the rest may have begun one of the stops."""
+    tokenizer = starter[1]
+    ids = tokenizer.encode(" the moment of the people")
+    for stops in ((), ("t~", "n of~", "e~")):
+        choice, found = Choice(Writer(tokenizer, [], stops)), []
+        for place, one in enumerate(ids):
+            step = Progress(place, [place], [one], [], place + 1, [-1.0], 0.0)
+            text, tokens = choice.see(step)
+            piece = Completion.piece(SimpleNamespace(logprobs=True), text, tokens, choice)
+            found += piece["logprobs"]["text_offset"]
+        text, tokens = choice.see(Finished(ids, 9, False, [-1.0] * len(ids), 0.0, 0.0))
+        piece = Completion.piece(SimpleNamespace(logprobs=True), text, tokens, choice)
+        found += piece["logprobs"]["text_offset"]
+        sizes = [len(token.text) for token in choice.given]
+        assert len(found) == len(ids) and found == [sum(sizes[:n]) for n in range(len(ids))]
 
 
 def test_every_sampling_option_is_served_or_refused():

@@ -124,3 +124,17 @@ def test_a_listener_that_fails_takes_only_its_own_row(working, caplog):
     while worker.stats().rows and time.monotonic() < until:
         time.sleep(0.01)
     assert gone.state == "cancelled" and worker.stats().rows == 0
+
+
+def test_a_row_that_is_cancelled_as_its_end_is_told_has_finished(working):
+    """It is counted once: what hears of the last end of a request may close it at once."""
+    worker, heard = working(), Heard()
+
+    def closes(ticket, event):
+        worker.cancel(ticket)
+        heard(ticket, event)
+
+    (ticket,) = worker.submit([Job([1, 2], PLAIN, progress=False)], closes)
+    heard.end(ticket)
+    assert ticket.state == "finished"
+    assert (worker.stats().finished, worker.stats().cancelled) == (1, 0)

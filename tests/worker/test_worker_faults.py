@@ -11,7 +11,7 @@ import blockdiff
 from blockdiff import SamplingOptions, plugins, registry
 from blockdiff.errors import InputError, WrongAnswer
 from blockdiff.serving.room import Room, need_of
-from blockdiff.serving.worker import Failed, Finished, Interrupted, Job, Progress
+from blockdiff.serving.worker import Draining, Failed, Finished, Interrupted, Job, Progress
 from helpers import tiny_model
 from worker.listening import FAST, LONG, PLAIN, Heard, alone, replayed
 
@@ -270,3 +270,23 @@ def test_room_by_memory():
     with pytest.raises(InputError):
         need_of(model, 1, SamplingOptions(block_size=5))
     assert isinstance(Failed(ValueError()).error, ValueError)
+
+
+def test_a_device_that_is_lost_ends_the_worker_and_nobody_waits(working, monkeypatch, caplog):
+    """Where no engine can be made any more, what runs and waits is told, and no more is taken."""
+    model = tiny_model(vocab_size=9)
+    worker, heard = working(model, rows=2), Heard()
+    running = worker.submit([Job([1], LONG), Job([2], LONG)], heard)
+    waiting = worker.submit([Job([3], PLAIN)], heard)
+    heard.wait(running[1], bool)
+
+    def lost(*given, **options):
+        raise RuntimeError("the device is lost")
+
+    for name in ("new_cache", "encode", "decode"):
+        monkeypatch.setattr(model, name, lost)
+    for ticket in running + waiting:
+        assert isinstance(heard.end(ticket).error, Draining) and ticket.state == "failed"
+    with pytest.raises(Draining):
+        worker.submit([Job([1], PLAIN)], heard)
+    assert worker.draining and worker.stats().failed == 3

@@ -262,7 +262,8 @@ class Completion(Answer):
     def piece(self, text: str, tokens: list[Token], choice: Choice) -> dict[str, Any]:
         found = None
         if self.logprobs:
-            ends, end = [], len(choice.writer.text) - len(text)
+            # A token is given out with its last character: its first may have come sooner.
+            ends, end = [], choice.writer.made - sum(len(token.text) for token in tokens)
             for token in tokens:
                 ends.append(end)
                 end += len(token.text)

@@ -44,7 +44,7 @@ class Writer:
         self._partial: list[int] = []
         self._held = ""  # what may begin one of the stops
         self._tokens: list[Token] = []  # whose text was not given out yet
-        self._made = 0  # characters of the tokens whose text was given out
+        self.made = 0  # characters of the tokens whose text was given out
         self._left_out = 0  # characters it began with that were stripped
 
     def write(
@@ -99,10 +99,10 @@ class Writer:
         # Those of a character that is not whole wait for its last.
         while (
             len(self._tokens) > len(self._partial)
-            and self._made + len(self._tokens[0].text) <= whole
+            and self.made + len(self._tokens[0].text) <= whole
         ):
             token = self._tokens.pop(0)
-            self._made += len(token.text)
+            self.made += len(token.text)
             given.append(token)
         return text, given
 

@@ -242,7 +242,12 @@ class Worker:
                 if self._engine.active:
                     self._report(self._engine.step())
             except BaseException as error:
-                self._begin_again(error)
+                try:
+                    self._begin_again(error)
+                except BaseException:  # of a device that is lost, say
+                    LOG.critical("no evaluation can follow; the worker ends", exc_info=True)
+                    with self._changed:
+                        self._draining = self._ended = True
             self._count(busy=time.perf_counter() - begin)
         self._give_up("the server stopped before the text was finished")
 
@@ -342,16 +347,16 @@ class Worker:
 
     def _begin_again(self, error: BaseException) -> None:
         """After an evaluation failed: a new engine, and its rows at the head of the queue."""
-        with self._changed:
-            tickets = [one for one in self._running.values() if one.state == "running"]
-            self._running.clear()
-            self._gone.clear()
-        LOG.error("an evaluation of %d rows failed", len(tickets), exc_info=error)
+        LOG.error("an evaluation of %d rows failed", len(self._running), exc_info=error)
         self._engine = self._make()
         error.__traceback__ = None  # which holds the old engine
         gc.collect()
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
+        with self._changed:
+            tickets = [one for one in self._running.values() if one.state == "running"]
+            self._running.clear()
+            self._gone.clear()
         self._most = max(len(tickets) // 2, 1)
         back = []
         for ticket in tickets:
@@ -383,9 +388,9 @@ class Worker:
         with self._changed:
             if ticket.state == "cancelled":
                 return
+            ticket.state = state  # before its listener hears of it, who may cancel at once
             self._count(**{state: 1})
         self._tell(ticket, event)
-        ticket.state = state
 
     def _tell(self, ticket: Ticket, event: Event) -> None:
         """A listener's fault is its own: its row leaves."""
