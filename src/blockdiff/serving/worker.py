@@ -363,8 +363,7 @@ class Worker:
             if len(tickets) == 1:
                 self._end(ticket, "failed", Failed(error))
             elif ticket.told and self.model.dtype != torch.float32:
-                message = "the evaluation that it was part of failed; ask for it again"
-                self._end(ticket, "failed", Failed(Interrupted(message)))
+                self._end(ticket, "failed", Failed(Interrupted("its evaluation failed; ask again")))
             else:
                 ticket.nfe, ticket.read, ticket.again = 0, 0.0, ticket.told
                 back.append(ticket)
@@ -377,11 +376,9 @@ class Worker:
 
     def _leave(self, ticket: Ticket) -> None:
         """The row is out of the engine."""
-        with self._changed:
-            names = [name for name, one in self._running.items() if one is ticket]
-            for name in names:
+        for name in [name for name, one in self._running.items() if one is ticket]:
+            with self._changed:
                 del self._running[name]
-        for name in names:
             self._engine.drop(name)
 
     def _end(self, ticket: Ticket, state: State, event: Event) -> None:
