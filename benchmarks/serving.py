@@ -222,11 +222,21 @@ def their_body(model: str, tokenizer: Any, job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
+async def _all(port: int, wishes: list[dict[str, Any]]) -> None:
+    await asyncio.gather(*(asked(port, "/v1/completions", wish) for wish in wishes))
+
+
 def memory(load: Load, port: int, process: psutil.Process, minutes: float) -> dict[str, Any]:
     """RSS every ten seconds under sixteen clients whose wishes differ, of which some go away."""
     seen: list[tuple[float, float]] = []
     done = {"texts": 0, "gone": 0}
-    chance, end = random.Random(0), time.monotonic() + 60 * minutes
+    chance = random.Random(0)
+    # Every way at its largest, all clients at once: what comes after is a part of that.
+    for sampler in ("first_hitting", "entropy_bound", "verified") * 3:
+        wish = our_body(load.job(0)) | {"sampler": sampler, "top_p": 0.9, "logprobs": 1}
+        each = [wish | {"prompt": 3 * load.job(2**20 + n).prompt} for n in range(16)]
+        asyncio.run(_all(port, each))
+    end = time.monotonic() + 60 * minutes
 
     async def client() -> None:
         while time.monotonic() < end:
