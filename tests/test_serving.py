@@ -547,7 +547,8 @@ def test_a_client_that_goes_away_frees_its_row(client, address, served):
     stats = served.worker.stats
     wait_for(lambda: stats().rows == 0)
     before = stats().cancelled
-    asked = {"model": "starter", "prompt": "A", "max_tokens": 250, "extra_body": {"stop": None}}
+    never = {str(served.model.config.eos_token_id): -100}  # a text that ends early is another thing
+    asked = {"model": "starter", "prompt": "A", "max_tokens": 250, "logit_bias": never}
     streams = [client.completions.create(**asked, stream=True) for _ in range(4)]
     wait_for(lambda: stats().rows == 4)
     for stream in streams:
@@ -556,7 +557,7 @@ def test_a_client_that_goes_away_frees_its_row(client, address, served):
     assert stats().cancelled == before + 4
 
     host, port = address.removeprefix("http://").split(":")
-    body = json.dumps({"prompt": "A", "max_tokens": 250}).encode()
+    body = json.dumps(asked).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n"
     raw = socket.create_connection((host, int(port)))
     raw.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
