@@ -205,12 +205,12 @@ def over_http(load: Load, port: int, body: Callable[[Job], dict[str, Any]], path
 def our_body(job: Job) -> dict[str, Any]:
     """A job as a request."""
     options = job.options
-    more = {"sampler": options.sampler} if options.block_size is None else {"block_size": 1}
     return {
         "prompt": job.prompt, "max_tokens": options.max_new_tokens, "seed": options.seed,
         "temperature": options.temperature, "stream": True,
         "stream_options": {"include_usage": True}, "logit_bias": options.logit_bias,
-    } | more | ({} if options.threshold is None else {"threshold": options.threshold})  # fmt: skip
+        "sampler": options.sampler, "block_size": options.block_size,
+    }  # fmt: skip
 
 
 def their_body(model: str, tokenizer: Any, job: Job) -> dict[str, Any]:

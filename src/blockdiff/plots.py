@@ -279,12 +279,8 @@ def frontier_plot(record: Mapping[str, Any], path: Path | None = None) -> Figure
     figures = ("tokens_per_second", "tokens/s"), ("tokens_per_nfe", "tokens an evaluation (TPF)")
     for axes, (figure_of, name) in zip(panels, figures, strict=True):
         axes.axhspan(0, most, color=COLOURS[2], alpha=0.08, linewidth=0)
-        good = [(one[figure_of], one["perplexity"]["value"]) for one in points if one["lively"]]
-        line = [
-            (x, y)
-            for x, y in good
-            if not any(a >= x and b <= y for a, b in good if (a, b) != (x, y))
-        ]
+        best = [one for one in points if figure_of in one["frontier"]]
+        line = [(one[figure_of], one["perplexity"]["value"]) for one in best]
         axes.plot(*zip(*sorted(line), strict=True), color="0.7", linewidth=1.2, zorder=1)
         for one in points:
             options, value = one["options"], one["perplexity"]["value"]

@@ -26,9 +26,9 @@ def printable(text: str) -> str:
 
 
 def names_of(data: object) -> str:
-    """A corpus, or several, by their last names; what lies nowhere has none."""
-    each = data if isinstance(data, list | tuple) else [data]
-    return ", ".join(Path(str(one)).name for one in each if one is not None)
+    """A corpus, or several: files without their folders, hub ids whole."""
+    each = [str(one) for one in (data if isinstance(data, list | tuple) else [data]) if one]
+    return ", ".join(Path(one).name if Path(one).exists() else one for one in each)
 
 
 def plain_console(**options: Any) -> Console:

@@ -29,8 +29,8 @@ class ServeOptions:
             int8 and auto (bf16 where the processor is made for it) do not promise it.
         tokenizer: Folder or hub id of the tokenizer, where the models have none.
         chat_template: File with the chat template (Jinja) in place of the tokenizers' own.
-        rows: Texts written at once, for each model; by default what half of the free memory has
-            room for, at most 128.
+        rows: Texts written at once, for each model; by default what two fifths of the free memory
+            have room for, at most 128.
         queue: Texts that may wait for a row; further ones are answered 429.
         max_prompt_tokens: Longest prompt; the model's context when left out.
         max_new_tokens: Longest text that a request may ask for.

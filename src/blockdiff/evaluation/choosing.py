@@ -23,8 +23,9 @@ def decide(record: Record, tolerance: float, entropy_tolerance: float) -> None:
     """Adds to a record what its points are worth, and which is `chosen` (its place).
 
     Of each point `perplexity`, `entropy` and their ratios to the reference's with standard errors,
-    `tokens_per_second`, whether it is `lively` enough, whether it is `allowed`, and whether it is
-    on the `frontier`: none that is lively is both faster and better. `tuned` has the tolerances.
+    `tokens_per_second`, whether it is `lively` enough, whether it is `allowed`, and the figures of
+    whose `frontier` it is: none that is lively has more of it and is better. `tuned` has the
+    tolerances.
     """
     points, settings = record["points"], record["settings"]
     base = next(one for one in points if one["options"] == settings["reference"])
@@ -33,25 +34,27 @@ def decide(record: Record, tolerance: float, entropy_tolerance: float) -> None:
         speeds = one["tokens_per_nfe"] / np.array(one["seconds_per_nfe"])
         one["tokens_per_second"] = float(np.median(speeds))
         base_speeds = base["tokens_per_nfe"] / np.array(base["seconds_per_nfe"])
-        lively = one["entropy_ratio"]["value"] >= 1 - entropy_tolerance
-        one["lively"] = bool(lively or one is base)
+        one["lively"] = bool(one is base or one["entropy_ratio"]["value"] >= 1 - entropy_tolerance)
         good = one["perplexity_ratio"]["value"] <= 1 + tolerance
         faster = (speeds > base_speeds).all()
         one["allowed"] = bool(one is base or (one["lively"] and good and faster))
     record["real"] |= texts_figures(record["real"]["texts"], base["texts"])
+    lively = [one for one in points if one["lively"]]
     for one in points:
-        one["frontier"] = one["lively"] and not any(
-            _beats(other, one) for other in points if other["lively"]
-        )
+        one["frontier"] = [
+            figure
+            for figure in ("tokens_per_second", "tokens_per_nfe")
+            if one["lively"] and not any(_beats(other, one, figure) for other in lively)
+        ]
     allowed = [i for i, one in enumerate(points) if one["allowed"]]
     record["chosen"] = max(allowed, key=lambda i: points[i]["tokens_per_second"])
     record["reference"] = points.index(base)
     record["tuned"] = {"tolerance": tolerance, "entropy_tolerance": entropy_tolerance}
 
 
-def _beats(one: Record, other: Record) -> bool:
-    better = one["perplexity"]["value"], -one["tokens_per_second"]
-    than = other["perplexity"]["value"], -other["tokens_per_second"]
+def _beats(one: Record, other: Record, figure: str) -> bool:
+    better = one["perplexity"]["value"], -one[figure]
+    than = other["perplexity"]["value"], -other[figure]
     return better != than and all(a <= b for a, b in zip(better, than, strict=True))
 
 

@@ -14,7 +14,7 @@ from blockdiff.serving.errors import Refused
 from blockdiff.serving.jobs import Event, Job, Progress, Ticket
 from blockdiff.serving.worker import Worker
 
-# Seconds between two parts of a text: each costs the cores that compute a tenth of a millisecond.
+# Seconds between two parts of a text: each takes time from the cores that compute.
 PAUSE = 0.05
 
 

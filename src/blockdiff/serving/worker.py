@@ -184,11 +184,6 @@ class Worker:
     def draining(self) -> bool:
         return self._draining
 
-    @property
-    def capacity(self) -> int:
-        """How many rows there may be."""
-        return self.rows
-
     def stats(self) -> Stats:
         with self._changed:
             prefixes = self._engine.prefixes
