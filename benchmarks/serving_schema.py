@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import schemathesis
+import uvicorn
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
@@ -24,6 +29,13 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
+
+import blockdiff
+from blockdiff.serving.app import make_app
+from blockdiff.serving.limits import Limits
+from blockdiff.serving.port import listen
+from blockdiff.serving.served import Served
+from blockdiff.serving.worker import Worker
 
 CHECKS = [
     not_a_server_error,
@@ -84,6 +96,26 @@ def _ask(strategy, examples: int, count: Counter[str]) -> None:
     ask()
 
 
+@contextmanager
+def starter(new_tokens: int) -> Iterator[str]:
+    """The address of a server of the starter, in a thread; texts have at most so many tokens."""
+    model, tokenizer = blockdiff.load("starter")
+    worker = Worker(model, rows=16, queue=64)
+    worker.start()
+    served = Served("starter", model, tokenizer, worker)
+    app = make_app({"starter": served}, Limits(new_tokens=new_tokens, body_bytes=2**26))
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+    thread = threading.Thread(target=server.run, args=[[listener]], daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+    worker.drain(0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--examples", type=int, default=300, help="of each kind and route")
@@ -92,30 +124,9 @@ def main() -> None:
     if given_.address is not None:
         print(json.dumps(campaign(given_.address, given_.examples), indent=2))
         return
-    import threading
-    import time
-
-    import uvicorn
-
-    import blockdiff
-    from blockdiff.serving.app import make_app
-    from blockdiff.serving.limits import Limits
-    from blockdiff.serving.port import listen
-    from blockdiff.serving.served import Served
-    from blockdiff.serving.worker import Worker
-
-    model, tokenizer = blockdiff.load("starter")
-    worker = Worker(model, rows=16, queue=64)
-    worker.start()
-    served = Served("starter", model, tokenizer, worker)
-    app = make_app({"starter": served}, Limits(new_tokens=16, body_bytes=2**26))
-    listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False))
-    threading.Thread(target=server.run, args=[[listener]], daemon=True).start()
-    while not server.started:
-        time.sleep(0.01)
-    begin = time.perf_counter()
-    answers = campaign(f"http://127.0.0.1:{listener.getsockname()[1]}", given_.examples)
+    with starter(16) as address:
+        begin = time.perf_counter()
+        answers = campaign(address, given_.examples)
     record = {
         "model": "starter",
         "examples": given_.examples,

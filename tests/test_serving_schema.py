@@ -2,13 +2,9 @@
 
 import copy
 import runpy
-import threading
-import time
 from pathlib import Path
 
 import pytest
-
-import blockdiff
 
 schemathesis = pytest.importorskip("schemathesis")
 uvicorn = pytest.importorskip("uvicorn")
@@ -16,37 +12,22 @@ httpx = pytest.importorskip("httpx2")
 
 from schemathesis.core.failures import FailureGroup  # noqa: E402
 
-from blockdiff.serving.app import make_app  # noqa: E402
-from blockdiff.serving.limits import Limits  # noqa: E402
-from blockdiff.serving.port import listen  # noqa: E402
-from blockdiff.serving.served import Served  # noqa: E402
-from blockdiff.serving.worker import Worker  # noqa: E402
-
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "serving_schema.py"
 
 
 @pytest.fixture(scope="module")
-def address():
-    model, tokenizer = blockdiff.load("starter")
-    worker = Worker(model, rows=16, queue=64)
-    worker.start()
-    served = Served("starter", model, tokenizer, worker)
-    app = make_app({"starter": served}, Limits(new_tokens=4, body_bytes=2**26))
-    taken = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
-    thread = threading.Thread(target=server.run, args=([taken],), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{taken.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
-    worker.drain(0)
+def script():
+    return runpy.run_path(str(SCRIPT))
 
 
-def test_requests_made_of_the_schema_are_answered_as_it_says(address):
+@pytest.fixture(scope="module")
+def address(script):
+    with script["starter"](4) as found:
+        yield found
+
+
+def test_requests_made_of_the_schema_are_answered_as_it_says(address, script):
     """A few of each route, right ones and wrong ones; the script asks many."""
-    script = runpy.run_path(str(SCRIPT))
     answers = script["campaign"](address, 10)
     assert {"POST /v1/completions", "GET /ready", "POST /v1/score"} <= set(answers)
     for route, count in answers.items():
@@ -68,12 +49,11 @@ def test_requests_made_of_the_schema_are_answered_as_it_says(address):
         ("POST /v1/denoise", {"prompt": "A"}, b'"nfe":', b'"evaluations":'),
     ],
 )  # fmt: skip
-def test_an_answer_of_another_shape_is_seen(address, route, body, right, wrong):
+def test_an_answer_of_another_shape_is_seen(address, script, route, body, right, wrong):
     schema = schemathesis.openapi.from_url(f"{address}/openapi.json")
     operation = next(o.ok() for o in schema.get_all_operations() if o.ok().label == route)
     case = operation.Case(body=body, media_type="application/json")
-    checks = runpy.run_path(str(SCRIPT))["CHECKS"]
-    response = case.call()
+    checks, response = script["CHECKS"], case.call()
     other = copy.copy(response)
     other.content = response.content.replace(right, wrong)
     assert other.content != response.content

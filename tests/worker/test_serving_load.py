@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "serving.py"
+import blockdiff
+from blockdiff.sampling.generate import generate_tokens
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+SCRIPT = SCRIPTS / "serving.py"
 
 
 def test_a_little_load(tmp_path, capsys):
@@ -24,3 +28,19 @@ def test_a_little_load(tmp_path, capsys):
         assert 0 < load["first_token_p50"] <= load["first_token_p99"]
         assert load["of_generate"] > 0 and load["tokens_per_second"] > 0
     assert "3 rows of up to" in capsys.readouterr().out
+
+
+def test_clients_over_http_are_counted_as_they_are_answered():
+    pytest.importorskip("schemathesis")
+    script = runpy.run_path(str(SCRIPT))
+    sampler = {"sampler": "entropy_bound", "block_size": 8}
+    load = script["Load"](blockdiff.load("starter")[0], 9, 16, sampler, True)
+    with runpy.run_path(str(SCRIPTS / "serving_schema.py"))["starter"](16) as address:
+        port = int(address.rsplit(":", 1)[1])
+        send = script["over_http"](load, port, script["our_body"], "/v1/completions")
+        seconds, records = send(3, 5)
+    jobs = [load.job(number) for number in range(5)]
+    alone = [generate_tokens(load.model, [job.prompt], job.options) for job in jobs]
+    assert sum(one.tokens for one in records) == 5 * 16
+    assert sum(one.evaluations for one in records) == sum(one.nfe[0] for one in alone)
+    assert all(0 < one.first <= one.seconds < seconds for one in records)
