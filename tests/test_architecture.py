@@ -31,6 +31,7 @@ FLOORS = [
         "registry",
         "schedules",
         "starter",
+        "version",
     ],
     ["noising", "estimators", "attention", "attention.*", "cache", "data", "data.*"],
     ["models", "models.*"],

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from blockdiff.training.run import train
 
 from blockdiff import auto
+from blockdiff.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 auto.register()
 

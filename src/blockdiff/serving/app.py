@@ -11,7 +11,6 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -29,6 +28,7 @@ from blockdiff.serving.limits import Limits
 from blockdiff.serving.metrics import Metrics
 from blockdiff.serving.page import page_response
 from blockdiff.serving.served import Served
+from blockdiff.version import VERSION
 
 T = TypeVar("T")
 _SAID: dict[int | str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ def make_app(models: Mapping[str, Served], limits: Limits | None = None) -> Fast
     """The application; `models` by name, the first is meant where a request names none."""
     server = Server(models, Limits() if limits is None else limits)
     app = FastAPI(
-        title="blockdiff", version=version("blockdiff"), docs_url=None, redoc_url=None,
+        title="blockdiff", version=VERSION, docs_url=None, redoc_url=None,
         summary="Block diffusion language models behind OpenAI's API.",
     )  # fmt: skip
     app.state.server = server

@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from blockdiff.plugins import loaded_plugins
 from blockdiff.training.config import TrainConfig
 from blockdiff.training.data import TrainingData
 from blockdiff.training.stored import save_config
+from blockdiff.version import VERSION
 
 
 def session(device: torch.device) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def session(device: torch.device) -> dict[str, Any]:
         "device": name,
         "plugins": loaded_plugins(),
         "versions": {
-            "blockdiff": version("blockdiff"),
+            "blockdiff": VERSION,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from blockdiff.apps.reproduction.wording import NAMES, label, verdict
 from blockdiff.outputs import to_json, write_text
 from blockdiff.plots import variance_plot
 from blockdiff.printing import markdown_table
+from blockdiff.version import VERSION
 
 # LM1B perplexities.
 PAPER_PERPLEXITY = {"ar": "22.83", "L4": "28.23", "mdlm": "31.78"}
@@ -167,7 +167,7 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "processor": processor_name(),
         "torch": torch.__version__,
-        "blockdiff": version("blockdiff"),
+        "blockdiff": VERSION,
     }
 
 
