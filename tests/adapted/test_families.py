@@ -40,6 +40,7 @@ def close(found, expected):
 def test_blocks_of_one_are_the_model_itself(family):
     """Logits, nll without the mask token, and the likelihood, which is then exact."""
     lm = lm_of(family)
+    lm.set_attn_implementation("eager")  # the default of some leaves a soft cap out
     x_0 = tokens(2, CONTEXT)
     with torch.no_grad():
         own = lm(input_ids=x_0).logits

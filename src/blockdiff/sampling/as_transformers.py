@@ -31,7 +31,14 @@ from transformers.generation.logits_process import (
 from blockdiff.checks import SEEDS, real_number, whole_number
 from blockdiff.errors import InputError
 from blockdiff.registry import GENERATION
-from blockdiff.sampling.defaults import KEY, ORDERING, options_for, stored_options, without
+from blockdiff.sampling.defaults import (
+    KEY,
+    LENGTHS,
+    ORDERING,
+    options_for,
+    stored_options,
+    without,
+)
 from blockdiff.sampling.generate import stream_tokens
 from blockdiff.sampling.guides import bound
 from blockdiff.sampling.options import SamplingOptions, translated
@@ -61,6 +68,9 @@ _ARGUMENTS = {
 _NEUTRAL_AT_ONE = {
     *("num_beams", "num_beam_groups", "encoder_repetition_penalty", "typical_p", "top_h"),
 }
+
+# What a pipeline of some versions fills a configuration up with.
+_DEFAULTS: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
 
 
 class _AsTransformers:
@@ -135,7 +145,11 @@ def _settings(
     if not isinstance(config, GenerationConfig | None):
         raise InputError(f"`generation_config` is {type(config).__name__}, not a GenerationConfig")
     given = translated({name: value for name, value in given.items() if value is not None})
+    if given.keys() >= LENGTHS:
+        raise InputError("`max_new_tokens` and `max_length` were both given; leave one out")
     told = {} if config is None else translated(_flat(config))
+    if told.keys() >= LENGTHS:  # a pipeline's own; the first is what it means
+        del told["max_length"]
     told = without(told, given) | given
     # What the folder's own key cannot mean is refused with the file's name.
     options_for(model, {name: value for name, value in told.items() if name in ORDERING})
@@ -147,12 +161,6 @@ def _settings(
         raise InputError(
             f"`generate` has no option `{name}`; it reads {', '.join(sorted(_OURS | _THEIRS))}"
         )
-    if "max_new_tokens" in told and "max_length" in told:
-        raise InputError("`max_new_tokens` and `max_length` were both given; leave one out")
-    if "max_length" in told:  # whatever the folder says
-        own.pop("max_new_tokens", None)
-    elif "max_new_tokens" in told:
-        own.pop("max_length", None)
     for name, value in told.items():
         if _asks(name, value):
             shown = f" {value!r}" if isinstance(value, int | float | str) else ""
@@ -180,6 +188,8 @@ def _flat(config: GenerationConfig, folder: bool = False) -> dict[str, Any]:
 
 def _asks(name: str, value: Any) -> bool:
     """Whether a setting that is not read asks for something."""
+    if value == _DEFAULTS.get(name):
+        return False
     if name in _OURS | _THEIRS | _UNREAD or name.startswith("_"):
         return False
     if isinstance(value, int | float):

@@ -32,6 +32,7 @@ KEY = "blockdiff"
 FILE = "generation_config.json"
 ORDERING = frozenset({"sampler", *SETTINGS})
 _ONE_OF = {"steps", "tokens_per_step"}  # which exclude each other
+LENGTHS = {"max_length", "max_new_tokens"}
 
 Kind = TypeVar("Kind", bound=SamplingOptions)
 
@@ -107,7 +108,7 @@ def without(stored: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any
     if not (same and given <= set(reads)):
         gone |= ORDERING
     said = {name for name, value in told.items() if value is not None}
-    for exclude in (_ONE_OF, set(CONSTRAINTS)):
+    for exclude in (_ONE_OF, LENGTHS, set(CONSTRAINTS)):
         if said & exclude:
             gone |= exclude
     return {name: value for name, value in stored.items() if name not in gone}
