@@ -1,9 +1,12 @@
 """The sliced loss against the obvious one."""
 
+import itertools
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from blockdiff.models import loss
+from blockdiff.models import loss, loss_by_position
 from blockdiff.models.loss import (
     score_entropy_from_logits,
     subs_nll,
@@ -11,19 +14,20 @@ from blockdiff.models.loss import (
 )
 from helpers import Operators
 
-POSITIONS, VOCABULARY, WIDTH = 37, 1000, 16
+POSITIONS, VOCABULARY, WIDTH = 37, 1001, 16
+
+FILLED = 1024  # the next multiple of 64
 
 
 @pytest.fixture(params=["words", "positions", "all"])
 def sliced(request, monkeypatch):
     """Slices of 256 words, as on a CPU; of 5 positions, as on a GPU; one slice."""
     if request.param == "words":
-        monkeypatch.setattr(loss, "LOGITS", {"cpu": 1})
+        monkeypatch.setattr(loss, "LOGITS", 1)
     elif request.param == "positions":
-        by_device = loss.slices
-        monkeypatch.setattr(loss, "LOGITS_ELSEWHERE", 5 * VOCABULARY)
-        monkeypatch.setattr(loss, "slices", lambda p, v, _: by_device(p, v, torch.device("cuda")))
-        assert len(loss.slices(POSITIONS, VOCABULARY, None)) == 8
+        monkeypatch.setattr(loss, "_SubsNLL", loss_by_position.ByPosition)
+        monkeypatch.setattr(loss_by_position, "LOGITS", 5 * VOCABULARY)
+        assert len(loss_by_position.slices(POSITIONS, VOCABULARY)) == 8
     return request.param
 
 
@@ -130,8 +134,10 @@ def test_no_tensor_holds_all_logits(sliced):
     leaves, targets = example()
     with Operators() as seen:
         subs_nll(*leaves, targets, 400).sum().backward()
-    largest = max(rows * columns for rows, columns in seen.tables({POSITIONS, 5, VOCABULARY, 256}))
-    parts = {"words": POSITIONS * 256, "positions": 5 * VOCABULARY, "all": POSITIONS * VOCABULARY}
+    largest = max(
+        rows * columns for rows, columns in seen.tables({POSITIONS, 5, VOCABULARY, FILLED, 256})
+    )
+    parts = {"words": POSITIONS * 256, "positions": 5 * FILLED, "all": POSITIONS * VOCABULARY}
     assert largest == parts[sliced]
 
 
@@ -143,14 +149,38 @@ def test_no_slice_waits_for_the_host(sliced):
     assert seen.waits() == []
 
 
-def test_a_device_decides_what_is_sliced():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    by_words, by_positions = (loss.slices(8704, 50_258, device) for device in (cpu, cuda))
-    assert all(part == slice(0, 8704) for part, _ in by_words) and len(by_words) > 100
-    assert all(words == slice(0, 50_258) for _, words in by_positions) and len(by_positions) == 4
-    for parts in (by_words, by_positions):
-        area = sum((p.stop - p.start) * (w.stop - w.start) for p, w in parts)
-        assert area == 8704 * 50_258
+@pytest.mark.parametrize("slices, size", [(loss.slices, 50_258), (loss_by_position.slices, 8704)])
+def test_slices_are_the_whole(slices, size):
+    found = slices(8704, 50_258)
+    assert len(found) > 1 and found[0].start == 0 and found[-1].stop == size
+    assert all(a.stop == b.start for a, b in itertools.pairwise(found))
+
+
+def test_kernels_of_a_gpu_are_compiled_once_for_any_number_of_positions():
+    """Without a break, and to the same numbers as uncompiled."""
+    torch._dynamo.reset()
+    z = torch.randn(9, FILLED)
+    targets, outer = torch.arange(9), torch.linspace(-1, 2, 9)
+    for function, more in ((loss_by_position._read, ()), (loss_by_position._slope, (outer, outer))):
+        graphs = CompileCounter()
+        compiled = loss_by_position.compiled(function, graphs)
+        for count in (7, 8, 9):
+            given = [x[:count].clone() for x in (z, targets, *more)] + [VOCABULARY, 400, 4.0]
+            expected, found = function(*given), compiled(*given)
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other)
+        assert graphs.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_a_frozen_weight_gets_no_gradient(sliced):
+    """As under LoRA: its product is not computed."""
+    (h, weight, bias), targets = example()
+    subs_nll(h, weight.detach(), bias.detach(), targets, 400).sum().backward()
+    alone = h.grad
+    h.grad = None
+    subs_nll(h, weight, bias, targets, 400).sum().backward()
+    assert torch.equal(alone, h.grad) and weight.grad is not None
 
 
 def test_autocast_computes_in_bf16(sliced):

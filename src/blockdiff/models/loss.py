@@ -12,7 +12,7 @@ entropy and a penalty that is 0 only where the network's scores add up to a prob
 The logits are made a slice at a time: the forward keeps the log-sum-exp, the backward computes a
 slice of the probabilities again and leaves its part of every gradient. On a CPU a slice is some
 words of the vocabulary for all positions, small enough for its cache, whatever the vocabulary. On a
-GPU it is some positions with the whole vocabulary: few kernels, and the host waits for none.
+GPU it is some positions with the whole vocabulary (`loss_by_position`).
 
 Shapes: P chosen positions, E width, V vocabulary.
 """
@@ -26,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits computed at a time. On a CPU 8 MiB in float32, so that a slice stays in its cache;
-# elsewhere (not measured yet) 512 MiB, so that launching the kernels takes no time to speak of.
-LOGITS = {"cpu": 2**21}
-LOGITS_ELSEWHERE = 2**27
+from blockdiff.models.loss_by_position import ByPosition
+
+LOGITS = 2**21  # computed at a time: 8 MiB in float32, so that a slice stays in a CPU's cache
 
 
 def subs_nll(
@@ -53,7 +52,8 @@ def subs_nll(
     if torch.is_autocast_enabled(h.device.type):
         dtype = torch.get_autocast_dtype(h.device.type)
     with torch.autocast(h.device.type, enabled=False):
-        result: Tensor = _SubsNLL.apply(
+        law = _SubsNLL if h.device.type == "cpu" else ByPosition
+        result: Tensor = law.apply(
             h.to(dtype), weight, bias, targets, mask_token_id, score, softcap
         )
     return result
@@ -78,21 +78,10 @@ def score_entropy_from_logits(logits: Tensor, targets: Tensor, mask_token_id: in
     return logits.exp().sum(-1) - 1 - of_target
 
 
-Slices = list[tuple[slice, slice]]
-
-
-def slices(positions: int, vocabulary: int, device: torch.device) -> Slices:
-    """(positions, words) of each slice; the largest has `LOGITS` logits or little more."""
-    everywhere, every_word = slice(0, positions), slice(0, vocabulary)
-    if device.type == "cpu":
-        size = max(256, LOGITS["cpu"] // max(positions, 1))
-        return [(everywhere, words) for words in _cut(vocabulary, size)]
-    size = max(1, LOGITS.get(device.type, LOGITS_ELSEWHERE) // vocabulary)
-    return [(part, every_word) for part in _cut(positions, size)]
-
-
-def _cut(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def slices(positions: int, vocabulary: int) -> list[slice]:
+    """The words of each slice; the largest has `LOGITS` logits or little more."""
+    size = max(256, LOGITS // max(positions, 1))
+    return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
 
 def _logits(
@@ -116,8 +105,7 @@ def _logits(
 def _columns(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
     """[p, 1]: the column of each target in the slice, and whether the target is in it at all.
 
-    Where it is not, the column is some other, to be masked: to find the rows whose target is in the
-    slice (`nonzero`), the host would wait for the GPU.
+    Where it is not, the column is some other, to be masked.
     """
     inside = (targets >= words.start) & (targets < words.stop)
     column = (targets - words.start).clamp(0, words.stop - words.start - 1)
@@ -138,12 +126,11 @@ class _SubsNLL(torch.autograd.Function):
     ) -> Tensor:
         log_sum = torch.full(targets.shape, -torch.inf, device=h.device)
         of_target = torch.zeros_like(log_sum)
-        for part, words in slices(len(h), len(weight), h.device):
-            logits = _logits(h[part], weight, bias, words, mask_token_id, softcap)
-            log_sum[part] = torch.logaddexp(log_sum[part], logits.logsumexp(-1))
-            column, inside = _columns(targets[part], words)
-            found = torch.where(inside, logits.gather(-1, column), 0.0)
-            of_target[part] += found.squeeze(-1)
+        for words in slices(len(h), len(weight)):
+            logits = _logits(h, weight, bias, words, mask_token_id, softcap)
+            log_sum = torch.logaddexp(log_sum, logits.logsumexp(-1))
+            column, inside = _columns(targets, words)
+            of_target += torch.where(inside, logits.gather(-1, column), 0.0).squeeze(-1)
         nll = log_sum - of_target
         if score:
             fixed = torch.full_like(log_sum, math.log(len(weight) - 1))
@@ -157,23 +144,24 @@ class _SubsNLL(torch.autograd.Function):
         h, weight, bias, targets, log_sum = ctx.saved_tensors
         (outer,) = gradients
         of_h = torch.zeros(h.shape, device=h.device)
-        of_weight = torch.zeros_like(weight)
-        of_bias = None if bias is None else torch.zeros_like(bias)
-        for part, words in slices(len(h), len(weight), h.device):
+        of_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        of_bias = None if bias is None else torch.empty_like(bias)
+        for words in slices(len(h), len(weight)):
             # ∂ nll / ∂ logits = p − [v = target]; for the score entropy p̃ in place of p
-            slope = _logits(h[part], weight, bias, words, ctx.mask_token_id, ctx.softcap)
+            slope = _logits(h, weight, bias, words, ctx.mask_token_id, ctx.softcap)
             bend = None
             if ctx.softcap is not None:  # of c tanh(z / c); 0 for the mask token, at −inf
                 bend = 1 - (slope / ctx.softcap).square_().clamp_(max=1)
-            slope = slope.sub_(log_sum[part, None]).exp_()
-            column, inside = _columns(targets[part], words)
+            slope = slope.sub_(log_sum[:, None]).exp_()
+            column, inside = _columns(targets, words)
             slope.scatter_add_(-1, column, -inside.to(slope.dtype))
-            slope *= outer[part, None]
+            slope *= outer[:, None]
             if bend is not None:
                 slope *= bend
             if of_bias is not None:
-                of_bias[words] += slope.sum(0)
+                of_bias[words] = slope.sum(0)
             slope = slope.to(h.dtype)
-            of_h[part] += slope @ weight[words].to(h.dtype)
-            of_weight[words] += slope.mT @ h[part]
+            of_h += slope @ weight[words].to(h.dtype)
+            if of_weight is not None:
+                of_weight[words] = slope.mT @ h
         return of_h.to(h.dtype), of_weight, of_bias, None, None, None, None
