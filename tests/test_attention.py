@@ -365,6 +365,27 @@ def test_flex_refuses_to_train_on_the_cpu():
         model(x_0, x_0=x_0, backend="flex")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        *LAYOUTS,
+        *(
+            BlockLayout(24 - offset, size, clean=clean, inside=inside, offset=offset)
+            for size in (1, 3, 4, 24) for offset in (0, size // 2)
+            for clean in ("block", "causal") for inside in ("bidirectional", "causal")
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_kernels_predicate_is_the_mask(layout, kind):
+    """Written with few operations, it sees what the definition says."""
+    queries, keys = KINDS[kind]
+    query = torch.arange(queries * layout.length)[:, None]
+    key = torch.arange(keys * layout.length)[None, :]
+    assert torch.equal(flex.predicate(layout, kind)(query, key), dense_mask(layout, kind, CPU))
+
+
 def test_choice_of_a_backend():
     assert choose_backend("auto", torch.device("cpu")) == "blockwise"
     assert choose_backend("auto", torch.device("mps")) == "blockwise"
@@ -383,6 +404,14 @@ def test_choice_of_a_backend():
             with_documents = replace(layout, documents=some_documents(layout))
             found = choose_backend("auto", torch.device(device), 64, with_documents, "clean")
             assert found != "sdpa"
+    cuda, layout = torch.device("cuda"), BlockLayout(1024, 4)
+    assert choose_backend("auto", cuda, 8, layout, "clean", 16) == "dense"
+    assert choose_backend("auto", cuda, 8, layout, "clean", 17) == "blockwise"
+    assert choose_backend("auto", cuda, 64, layout, "clean", 16) == "flex"
+    with torch.no_grad():
+        assert choose_backend("auto", cuda, 64, layout, "clean", 16) == "dense"
+        assert choose_backend("auto", cuda, 64, layout, "clean", 17) == "flex"
+        assert choose_backend("auto", cuda, 64, layout, "noised", 9) == "flex"
     with pytest.raises(InputError, match="flex"):
         choose_backend("flash", torch.device("cpu"))
     q, k, v = inputs(LAYOUTS[0], "clean")

@@ -32,6 +32,11 @@ BACKENDS = ("auto", "dense", "blockwise", "flex")
 _ROOMS: dict[str, Any] = {"dense": dense, "blockwise": blockwise, "flex": flex, "sdpa": dense}
 
 
+# On CUDA: without a gradient, SDPA with a mask tensor of up to so many numbers takes at most 1.7
+# times as long as flex, which compiles for seconds for each number of prompts and each length.
+SMALL = 2**24
+
+
 class Mask(NamedTuple):
     """Who sees whom in one pass, in the form that `backend` reads."""
 
@@ -45,11 +50,14 @@ def choose_backend(
     head_dim: int = flex.NARROWEST,
     layout: BlockLayout | None = None,
     kind: str = "two_stream",
+    rows: int | None = None,
 ) -> str:
-    """Resolves "auto" by the device, and by the layout where one is given.
+    """Resolves "auto" by the device, and by the layout and its number of rows where they are given.
 
     `sdpa` where the layout needs no mask and that is faster; `flex` on CUDA, where it has a kernel
-    for heads of `head_dim`; else `blockwise`. Raises `InputError` for a name not in `BACKENDS`.
+    for heads of `head_dim`, but `dense` for a pass that is `SMALL` where that has none, or where
+    there is no gradient, as over a prompt; else `blockwise`. Raises `InputError` for a name not in
+    `BACKENDS`.
     """
     if backend not in BACKENDS:
         raise InputError(f"no attention backend {backend!r}; choose one of {', '.join(BACKENDS)}")
@@ -57,7 +65,15 @@ def choose_backend(
         return backend
     if layout is not None and dense.pays_without_mask(layout, kind, device):
         return "sdpa"
-    return "flex" if device.type == "cuda" and head_dim >= flex.NARROWEST else "blockwise"
+    if device.type != "cuda":
+        return "blockwise"
+    wide, small = head_dim >= flex.NARROWEST, False
+    if layout is not None:
+        _, queries, keys = KINDS[kind]
+        small = (rows or 1) * queries * keys * layout.length**2 <= SMALL
+    if small and not (wide and torch.is_grad_enabled()):
+        return "dense"
+    return "flex" if wide else "blockwise"
 
 
 def make_mask(
@@ -77,7 +93,7 @@ def make_mask(
     row i of the layout's [B, L].
     """
     if backend != "sdpa":
-        backend = choose_backend(backend, device, head_dim, layout, kind)
+        backend = choose_backend(backend, device, head_dim, layout, kind, rows)
     if backend == "sdpa":
         assert dense.needs_no_mask(layout, kind)
         return Mask(backend, dense.is_causal(layout, kind))

@@ -170,7 +170,7 @@ class Cached:
         k, v = (x.to(q.device) for x in self.cache.stage(layer, k, v))
         seen = self.seen if sliding is None else self._within(sliding)
         if seen is None:
-            seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool)
+            seen = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool, device=q.device)
         return attend(q, k, v, Mask("dense", seen.to(q.device)), **score)
 
     def _within(self, sliding: int) -> Tensor:
