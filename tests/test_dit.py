@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
 import blockdiff
@@ -374,31 +373,6 @@ def test_a_layer_runs_through_its_forward():
     model.encode(x_0)
     generate_tokens(model, [x_0[0, :5].tolist()], SamplingOptions(max_new_tokens=1))
     assert seen[:4] == [0, 1, 0, 1] and len(seen) > 4
-
-
-def test_shapes_of_a_graph_are_the_same_every_pass_and_weights_stay_where_they_are():
-    """As where layers are CUDA graphs: the same logits, the last layer whole, one fold."""
-    model = tiny_model(vocab_size=9, length=16)
-    prompt = random_tokens(model, 7).tolist()
-    options = SamplingOptions(max_new_tokens=12)
-    expected = generate_tokens(model, [prompt], options).tokens
-    assert model.fold() is not model.fold()
-    model.graphs = True
-    shapes = inputs_of(
-        model.layers[-1].mlp_in,
-        lambda: generate_tokens(model, [prompt], options),
-    )
-    assert {shape[-2] for shape in shapes} <= {4, 8} and all(len(shape) == 3 for shape in shapes)
-    assert generate_tokens(model, [prompt], options).tokens == expected
-    folded = model.fold()
-    assert model.fold() is folded
-    leaves = [x for x in tree_leaves(folded.layers[0]) if isinstance(x, torch.Tensor)]
-    assert leaves and not any(x.is_inference() or x.requires_grad for x in leaves)
-    with torch.no_grad():
-        model.layers[0].norm_1.weight.add_(1.0)
-    assert model.fold() is not folded, "a weight has changed"
-    model.to(torch.float64)
-    assert model.fold().layers[0].attention_out.folded[0].dtype == torch.float64
 
 
 def test_chosen_positions_are_found_once_a_pass(model):

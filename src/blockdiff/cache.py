@@ -58,9 +58,11 @@ class BlockCache:
         """Room for `rows` rows of `capacity` tokens in blocks of `block_size`; more is made."""
         self.layers, self.dtype, self.device = list(layers), dtype, torch.device(device)
         self.folded: Any = None  # what a network computes once for all evaluations with this cache
+        self.made = 0  # how often the tensors were made, each time somewhere else
+        self.rounded = False  # whether `used` is a power of two, so that few shapes are met
         self.rows = np.empty(0, np.int64)  # which rows of the caller's these are
         self.lengths, self.sizes, self.capacities = (self.rows.copy() for _ in range(3))
-        self.used = 0  # slots that hold a token of some row
+        self.used = 0  # slots that evaluations look at: those that hold a token of some row
         # Tokens that the tensors may have room for, unless the rows there are need more.
         self.most: int | None = None
         # Layers of one shape share a tensor, [M, places, H, front + room, D], made when it is used:
@@ -87,7 +89,7 @@ class BlockCache:
         places, room, front = self._needed
         self._needed = places, room, max(front, staged)
 
-    def _reserve(self) -> None:
+    def reserve(self) -> None:
         """Makes the tensors larger where they are too small; what they hold is kept."""
         places, room, front = self._needed
         if places <= self._places and room <= self._room and front <= self._front:
@@ -101,6 +103,7 @@ class BlockCache:
             places = max(min(places, self.most // (room + front)), held)
         self._needed = self._places, self._room, self._front = places, room, front
         self._stacks = {}
+        self.made += 1
         for shape in dict.fromkeys(self.layers):
             size = self.layers.count(shape), places, shape.heads, front + room
             made = tuple(
@@ -123,7 +126,7 @@ class BlockCache:
 
         Both [n, H, T + used, D], the T tokens first.
         """
-        self._reserve()
+        self.reserve()
         rows, tokens = len(keys), keys.shape[2]
         found = []
         for store, own in zip(self._of_layer[layer], (keys, values), strict=True):
@@ -221,7 +224,7 @@ class BlockCache:
 
     def restore(self, place: int, parts: Sequence[Part]) -> int:
         """Puts the first tokens of an empty row back, from left to right; how many these are."""
-        self._reserve()
+        self.reserve()
         slot = self._front
         for part in parts:
             end = slot + part[0][0].shape[2]
@@ -248,7 +251,7 @@ class BlockCache:
         given: Array | None = None,
     ) -> None:
         """From the staged tokens that begin at `begin` [m], or from keys and values given."""
-        self._reserve()
+        self.reserve()
         capacity = self.capacities[which]
         first = np.maximum(counts - capacity, 0)
         kept = counts - first
@@ -296,6 +299,13 @@ class BlockCache:
 
     def _count(self) -> None:
         self.used = int(np.minimum(self.lengths, self.capacities).max(initial=0))
+        if self.rounded:
+            self.used = min(rounded_up(self.used), int(self.capacities.max(initial=0)))
+
+
+def rounded_up(count: int) -> int:
+    """The next power of two; 0 for 0."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
 def _positions(length: Tensor, capacity: Tensor, used: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 import blockdiff
 from blockdiff import Engine, SamplingOptions, registry
 from blockdiff.errors import InputError
-from blockdiff.sampling import stopping
+from blockdiff.sampling import recorded, stopping
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.orders import base, scheduled
 from helpers import Operators, random_tokens, tiny_model
@@ -196,7 +196,7 @@ def test_graphs_see_few_shapes_and_give_the_same(kind, monkeypatch):
         shapes.append(x.shape)
         return decode(x, *rest, **options)
 
-    monkeypatch.setattr(model, "graphs", True)
+    monkeypatch.setattr(recorded, "DEVICES", {"cpu"})
     monkeypatch.setattr(model, "decode", spy)
     engine = Engine(model)
     names = [engine.admit(*row) for row in given]

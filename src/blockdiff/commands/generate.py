@@ -28,7 +28,7 @@ class GenerateOptions:
             where the processor is made for it; float32 with --out: in the others a text depends on
             those written beside it).
         tokenizer: Folder or hub id of the tokenizer, where the model has none.
-        compile: Compile the layers; on CUDA into CUDA graphs.
+        compile: Compile the layers with torch.compile.
         watch: Show the denoising live in the terminal.
         delay: Seconds to wait after each step of --watch.
         page: Also write an HTML page that replays the first text's denoising.

@@ -117,7 +117,8 @@ class Denoiser(Protocol):
     # Which ids of the vocabulary stand for a token, bool [V]; None where all do. `load` sets it.
     drawable: Tensor | None
     draft_table: Table | None
-    # Whether its layers are CUDA graphs, which are recorded anew for every shape of a pass.
+    # Whether a sampler on CUDA records its evaluations as graphs (`sampling.recorded`): all that
+    # hangs on the cache but its tensors, such as the positions of its tokens, is in the mask.
     graphs: bool
     # What a drafter adds to its logits, by the token before (`models.chain`); None where untrained.
     chain: Chain | None

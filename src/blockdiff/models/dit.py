@@ -28,7 +28,6 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from blockdiff.attention import Mask, attend, choose_backend, flex, make_mask, repeat
 from blockdiff.cache import BlockCache, LayerShape
@@ -99,7 +98,6 @@ class DiT(DenoiserModel):
         self.layers = nn.ModuleList(DiTLayer(config) for _ in range(config.num_hidden_layers))
         self.output = OutputLayer(config)
         self.chain = chain_of(config)
-        self._folded: tuple[object, Condition] | None = None
         self.post_init()
 
     # transformers' interface
@@ -124,14 +122,11 @@ class DiT(DenoiserModel):
     def compile_layers(self, backend: str = "inductor") -> None:
         """Compiles each layer around its attention, which runs its own kernels.
 
-        For sampling on CUDA the parts become CUDA graphs, by torch's own "reduce-overhead" mode
-        (not measured yet). A copy of the model, such as its average, is not compiled. `backend`:
-        torch.compile's.
+        A copy of the model, such as its average, is not compiled. `backend`: torch.compile's.
         """
-        self.graphs = self.device.type == "cuda" and not self.training
         compile_every_shape()
         for layer in self.layers:
-            layer.compile(backend=backend, mode="reduce-overhead" if self.graphs else None)
+            layer.compile(backend=backend)
 
     # the network; `forward` is `DenoiserModel`'s
 
@@ -193,9 +188,13 @@ class DiT(DenoiserModel):
         layout = layout or self.own_layout(x_0.shape[1])
         backend = backend or self.attention_backend
         length, last = x_0.shape[1], len(self.layers) - 1
-        room = choose_backend(backend, x_0.device, self._head_dim, layout, "clean")
-        if room == "flex" and length != self.config.length and not torch.is_grad_enabled():
-            # Prompts have many lengths, and `flex` compiles for each. The padding is in later
+        facts = backend, x_0.device, self._head_dim, layout, "clean", len(x_0)
+        if (
+            choose_backend(*facts) == "flex"
+            and length != self.config.length
+            and not torch.is_grad_enabled()
+        ):
+            # Long prompts have many lengths, and `flex` compiles for each. The padding is in later
             # blocks, where no token sees it.
             layout = flex.padded(layout)
             x_0 = F.pad(x_0, (0, layout.length - length))
@@ -204,15 +203,14 @@ class DiT(DenoiserModel):
 
         def attention(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
             if i == len(context.keys):  # not when activation checkpointing computes it again
-                for kept, x in ((context.keys, k), (context.values, v)):
-                    own = x[:, :, :length]
-                    kept.append(own.clone() if self.graphs else own)
+                context.keys.append(k[:, :, :length])
+                context.values.append(v[:, :, :length])
             return None if i == last and not self._reads_clean else attend(q, k, v, mask)
 
         cos, sin = _rope_table(x_0.shape[1], self._head_dim, x_0.device)
         h = self._run(x_0, cos, sin, self.condition(), attention)
         if self._reads_clean:
-            context.hidden = h[:, :length].clone() if self.graphs else h[:, :length]
+            context.hidden = h[:, :length]
         return context
 
     def _mask(self, layout: BlockLayout, kind: str, backend: str, rows: int) -> Mask:
@@ -256,25 +254,12 @@ class DiT(DenoiserModel):
         return cast(Tensor, self._read_out(h, condition, chosen, None).logits)
 
     def fold(self) -> Condition:
-        """Every layer under constant conditioning, for any number of passes without a gradient.
-
-        A CUDA graph reads weights at the addresses they had when it was recorded: with graphs the
-        result is kept until a weight changes.
-        """
-        weights = [(p.data_ptr(), p._version) for p in self.parameters()] if self.graphs else None
-        if self._folded is not None and self._folded[0] == weights:
-            return self._folded[1]
+        """Every layer under constant conditioning, for any number of passes without a gradient."""
         with torch.inference_mode(False), torch.no_grad():
             constant = self.condition().final
             assert not isinstance(constant, FoldedNorm)
             folded = [cast(DiTLayer, layer).fold(constant) for layer in self.layers]
-            condition = Condition(folded, self.output.fold(constant), True)
-        if self.graphs:
-            for tensor in tree_leaves(folded):
-                if isinstance(tensor, Tensor):
-                    torch._dynamo.mark_static_address(tensor)
-            self._folded = weights, condition
-        return condition
+            return Condition(folded, self.output.fold(constant), True)
 
     # parts of a forward pass
 
@@ -322,12 +307,10 @@ class DiT(DenoiserModel):
 
         `attention(i, q, k, v)` is that of layer i; see `DiTLayer.forward` for what it may answer.
         The last layer's MLP and the output are computed for the chosen positions alone, unless the
-        `whole` is wanted, modulations differ by token, or a CUDA graph needs the same shape always.
+        `whole` is wanted, or modulations differ by token.
         """
-        if self.graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last pass left may be reused
         h = self.embedding(tokens).float()  # the sum of all branches is float32 in any precision
-        few = chosen if condition.constant and not (whole or self.graphs) else None
+        few = chosen if condition.constant and not whole else None
         for i, (layer, own) in enumerate(zip(self.layers, condition.layers, strict=True)):
             last = i == len(self.layers) - 1
             h = layer(h, cos, sin, own, partial(attention, i), few if last else None)

@@ -59,7 +59,7 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
         attention_backend: auto, dense, blockwise or flex.
         estimator: What draws the masks of a loss, by name or as an object; when left out the clip
             the configuration names while training, else `exact_k`, which is unbiased.
-        graphs: Whether layers are CUDA graphs, which need the same shapes each pass.
+        graphs: Whether a sampler on CUDA records its evaluations as graphs.
         drawable: bool [V], which ids have a token; `load` knows.
         draft_table: What the order `verified` may draft with; `load` reads it from the folder.
     """
@@ -76,7 +76,7 @@ class DenoiserModel(PreTrainedModel, GenerationMixin):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.attention_backend = "auto"
-        self.graphs = False
+        self.graphs = True
         self.drawable: Tensor | None = None
         self.draft_table: Table | None = None
         ids = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id")}

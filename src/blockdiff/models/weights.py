@@ -94,7 +94,7 @@ def _widened_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _compiled_product(backend: str = "inductor") -> Any:
-    """`_widened_product` as one kernel, which reads each weight as 8 bits (not measured).
+    """`_widened_product` as one kernel, which reads each weight as 8 bits (docs/performance.md).
 
     torch's own kernel on CUDA reads a weight once for each row of x, which is slower than bf16.
     """

@@ -32,6 +32,7 @@ from blockdiff.sampling.logprobs import note_logprobs
 from blockdiff.sampling.options import SamplingOptions
 from blockdiff.sampling.orders.base import Order, RowState, answered, asked
 from blockdiff.sampling.prefill import Prefixes, prefill
+from blockdiff.sampling.recorded import decoder
 from blockdiff.sampling.rows import Rows
 from blockdiff.sampling.step import Step
 from blockdiff.sampling.twins import join, leaders, with_twins
@@ -65,6 +66,7 @@ class Engine:
         """
         self.model, self.rows = model, Rows(model.config, isolate)
         self.cache, self.prefixes = model.new_cache(0, 0, 1), prefixes
+        self._decode = decoder(model, self.cache)
         self._verifier: Verifier | None = None  # of rows whose tokens are drafted and verified
         self.waits = 0  # how often the host waited for the device
         self._timed = model.config.time_conditioning
@@ -165,7 +167,7 @@ class Engine:
             step = self.rows.step(rows, written, at, np.zeros(len(at), bool), rows)
         over = state["length"][cache.rows] >= 0
         # A finished row is padding for graphs, until half are: each drop changes the shapes.
-        if not (cache is self.cache and self.model.graphs) or 2 * over.sum() >= len(over):
+        if not (cache is self.cache and cache.rounded) or 2 * over.sum() >= len(over):
             if self.prefixes is not None:
                 self.prefixes.keep_finished(cache, self.rows, over.nonzero()[0])
             cache.drop(over.nonzero()[0])
@@ -232,7 +234,7 @@ class Engine:
         """
         state, shifted, device = self.rows.state[rows], self.rows.shifted, self.model.device
         finished = state["uncached"] > 0
-        cached = finished | (self.model.graphs & (state["capacity"] > 0))
+        cached = finished | (self.cache.rounded & (state["capacity"] > 0))
         clean = int(state["size"][cached].max(initial=0))
         # A first token, whose logits are the finished block's, needs no noised one.
         noised = position.shape[1] if not shifted or wanted[:, 1:].any() else 0
@@ -250,9 +252,7 @@ class Engine:
             clean, noised, finished,
             clean_stream=config.clean_stream, inside_block=config.inside_block,
         )  # fmt: skip
-        logits = self.model.decode(
-            x[0], x[1], self.cache, places, mask=mask, clean=clean, sigma=sigma
-        ).float()
+        logits = self._decode(*x, self.cache, places, mask=mask, clean=clean, sigma=sigma).float()
         return logits.masked_fill_(self._no_token, -torch.inf), noised
 
     def _choose(

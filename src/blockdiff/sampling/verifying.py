@@ -50,6 +50,7 @@ from blockdiff.sampling.drafters import drafted, drafter_of, drafts_of, joins
 from blockdiff.sampling.guides import NO_TOKEN, RowGuides
 from blockdiff.sampling.logprobs import note_logprobs
 from blockdiff.sampling.options import SamplingOptions
+from blockdiff.sampling.recorded import decoder
 from blockdiff.sampling.rows import Rows
 
 T = TypeVar("T")
@@ -104,6 +105,7 @@ class Verifier:
         """`no_token` bool [V]: ids that are never drawn."""
         self.model, self.rows, self.no_token = model, rows, no_token
         self.cache: BlockCache = model.new_cache(0, 0, 1)
+        self._decode = decoder(model, self.cache)
         self.tokens, self.counts = np.empty((0, 0), np.int64), np.empty(0, np.int64)
         self.q = torch.empty(0, 0, 0, device=model.device)
         self.waits, self._k = 0, 0  # how often the last evaluation waited for the device; k of it
@@ -190,7 +192,7 @@ class Verifier:
         at = np.arange(len(rows))[:, None] * x.shape[1] + columns.wanted
         self.cache.make_room(x.shape[1])
         mask = self._mask(position, valid, self.rows.state["capacity"][rows], columns)
-        logits = self.model.decode(
+        logits = self._decode(
             parts[0], parts[1], self.cache, torch.from_numpy(at.flatten()).to(device),
             mask=mask, clean=k + 1,
         ).float()  # fmt: skip
