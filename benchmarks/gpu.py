@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as change
@@ -44,6 +45,7 @@ if "--into" in sys.argv:  # the parent needs none of it, and starts at once
     from torch.profiler import ProfilerActivity, profile
 
     import blockdiff
+    from adapted.families import MASK, tiny
     from blockdiff import objectives
     from blockdiff.apps.benchmark import works
     from blockdiff.apps.benchmark.compare import processor_name, product_rate, timed
@@ -55,18 +57,21 @@ if "--into" in sys.argv:  # the parent needs none of it, and starts at once
     from blockdiff.estimators import make_estimator
     from blockdiff.evaluation.likelihood import likelihood
     from blockdiff.layout import BlockLayout
+    from blockdiff.models import loss, loss_by_position
+    from blockdiff.models.adapting import adapt
     from blockdiff.models.config import PRESETS
     from blockdiff.models.dit import DiT
-    from blockdiff.models.loss import slices, subs_nll
+    from blockdiff.models.loss import subs_nll
     from blockdiff.models.released_dit import released_config, released_weights
     from blockdiff.models.weights import Linear, convert
     from blockdiff.noising import stratified_noise
+    from blockdiff.sampling import recorded
     from blockdiff.sampling.engine import Engine
     from blockdiff.sampling.generate import generate_tokens, stream_tokens
     from blockdiff.sampling.options import SamplingOptions
     from blockdiff.training.ema import Average
     from blockdiff.training.parallel import gathered, shard_layers, shard_like
-    from helpers import GOLDEN, Operators, random_tokens, read_golden, tiny_model
+    from helpers import GOLDEN, Operators, random_masks, random_tokens, read_golden, tiny_model
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 # What a reading of the code and of torch's made one expect on a GPU, before the code was mended.
@@ -97,8 +102,8 @@ ROW_SECONDS = 120  # a row that takes longer is given up
 AIMS = (
     ("training, share of the bf16 rate", "train, flex, compiled", "share", 0.4),
     ("attention, flex over dense", "attention, both streams", "flex_over_dense", 5.0),
-    ("one row, tokens/s", "sample 1, ours, graphs", "tokens_per_second", 300.0),
-    ("64 rows, tokens/s", "sample 64, ours, graphs", "tokens_per_second", 8000.0),
+    ("one row, tokens/s", "sample 1, ours", "tokens_per_second", 300.0),
+    ("64 rows, tokens/s", "sample 64, ours", "tokens_per_second", 8000.0),
 )
 
 
@@ -127,12 +132,32 @@ def main() -> None:
         return work(asked)
     begin = time.time()
     until = begin + 60 * asked.minutes
+    parts = [f"{i}/{asked.jobs}" for i in range(asked.jobs)]
+    with ThreadPoolExecutor(asked.jobs) as pool:  # what must be right; then alone what is timed
+        found = [*pool.map(partial(follow, asked, until), parts), follow(asked, until, "timed")]
+    head = next((head for head, _ in found if head), {})
+    rows = [row for _, rows in found for row in rows]
+    record = head | {"seconds": time.time() - begin, "expected": EXPECTED, "rows": rows}
+    record["aims"] = aims([] if asked.smoke else rows)
+    print(table(record), flush=True)
+    if asked.out:
+        path = Path(asked.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {path}")
+
+
+def follow(
+    asked: argparse.Namespace, until: float, part: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a part of the rows tells of the machine, and found; its process ends with some."""
+    rows: list[dict[str, Any]] = []
+    head: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        into, head = Path(folder) / "rows.jsonl", {}
-        rows: list[dict[str, Any]] = []
+        into = Path(folder) / "rows.jsonl"
         while True:
             before = len(rows)
-            again = [sys.executable, __file__, *sys.argv[1:], "--into", str(into)]
+            again = [sys.executable, __file__, *sys.argv[1:], "--into", str(into), "--part", part]
             child = subprocess.Popen([*again, "--begin", str(len(rows)), "--until", str(until)])
             try:
                 code: int | str = child.wait(max(until + 15 - time.time(), 1))
@@ -151,20 +176,13 @@ def main() -> None:
                     print(json.dumps({"row": lost}), file=file)
                 rows.append(lost)
             if any("end" in x for x in told) or isinstance(code, str):
-                break
+                return head, rows
             if code == 2 and not rows:  # one line was said
-                sys.exit(2)
+                os._exit(2)
             if len(rows) == before:
-                rows.append({"name": "start", "ok": False, "text": f"FAILS: exit code {code}"})
-                break
-    record = head | {"seconds": time.time() - begin, "expected": EXPECTED, "rows": rows}
-    record["aims"] = aims([] if asked.smoke else rows)
-    print(table(record), flush=True)
-    if asked.out:
-        path = Path(asked.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {path}")
+                return head, [
+                    *rows, {"name": "start", "ok": False, "text": f"FAILS: exit code {code}"}
+                ]  # fmt: skip
 
 
 def _arguments() -> argparse.Namespace:
@@ -173,8 +191,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="everything minutely")
     parser.add_argument("--minutes", type=float, default=9, help="rows after that are left out")
     parser.add_argument("--out", help="where the JSON goes; by default benchmarks/results/gpu.json")
-    parser.add_argument("--only", default="", help="rows whose name begins so")
-    for hidden in ("--into", "--begin", "--until"):  # for the rows' process
+    parser.add_argument("--only", nargs="*", help="rows whose name begins with one of these")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of what must be right")
+    for hidden in ("--into", "--begin", "--until", "--part"):  # for the rows' process
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.out is None and asked.device != "cpu" and not asked.smoke and not asked.only:
@@ -232,7 +251,10 @@ def work(asked: argparse.Namespace) -> None:
             print(f"gpu.py: {error}", file=sys.stderr)
             sys.exit(2)
         tell(head=setting.head())
-        rows = [row for row in all_rows(setting) if row.name.startswith(asked.only)]
+        part = getattr(asked, "part", None) or "timed"
+        rows = [
+            row for row in rows_of(setting, part) if row.name.startswith(tuple(asked.only or [""]))
+        ]
         for row in rows[int(asked.begin) :]:
             known = {"name": row.name, "settles": row.settles}
             tell(begin=known)
@@ -291,7 +313,7 @@ class Setting:
             *sizes, precision="bf16", tokens=4 if smoke else 128, device=str(self.device)
         )
         self.sample = change(self.train, block_size=4)
-        self.rows = (1, 2) if smoke else (1, 16, 64)
+        self.rows = (1, 2, 3) if smoke else (1, 16, 64)
         self.repeats = 1 if smoke else 7
         self.rate: float | None = None  # GFLOP/s of bf16 products
 
@@ -355,15 +377,23 @@ def verdict(gap: float, limit: float, more: str = "") -> Found:
     return Found(f"largest gap {gap:.1e}{more}", gap <= limit, {"gap": gap})
 
 
-def all_rows(s: Setting) -> list[Row]:
-    """First what must be right, then what is aimed at, then the rest, while there is time."""
+def rows_of(s: Setting, part: str) -> list[Row]:
+    """Every N-th of what must be right, from number i on ("i/N"), or what is "timed"."""
     rows: list[Row] = []
 
     def add(name: str, settles: str, run: Callable[..., Found], *given: Any) -> None:
         rows.append(Row(name, settles, partial(run, s, *given)))
 
+    if part != "timed":
+        add_checks(s, add)
+        first, every = map(int, part.split("/"))
+        return rows[first::every]
+    add_timed(s, add)
+    return rows
+
+
+def add_checks(s: Setting, add: Callable[..., None]) -> None:
     backends = ("dense", "blockwise", "flex")
-    add("rate of products", "G8", rates)
     for backend in backends:
         add(f"golden tensors, {backend}", "", golden, backend)
     for backend in backends[1:]:
@@ -376,12 +406,15 @@ def all_rows(s: Setting) -> list[Row]:
         add(
             f"train after sampling, {kind}, {backend}", "D2 G4", train_after_sampling, kind, backend
         )
+    for family in ADAPTED:
+        add(f"adapted {family} against a CPU", "", adapted_against_cpu, family)
+    add("orders at temperature 0 against a CPU", "", orders_against_cpu)
     add("average of a compiled model", "D1", average_of_compiled)
     add("FSDP2 of one process", "D3", sharded)
     add("text on the host, model by load", "D6", loaded)
-    add("int8 product", "S5", int8_product)
     for compiled in (False, True):
-        add(f"ten prompt lengths, {_how(compiled)}", "G2", recompiles, compiled)
+        add(f"ten prompt lengths{_how(compiled)}", "G2", recompiles, compiled)
+    add("ten numbers of prompts", "G2", recompiles_of_rows)
     add("one step compiled", "G3", graphs_of_a_step)
     for name, changed in {
         "plain": {}, "top-p": {"top_p": 0.9}, "threshold": {"sampler": "threshold"},
@@ -390,40 +423,53 @@ def all_rows(s: Setting) -> list[Row]:
         add(f"host waits, sampling, {name}", "S2", waits_of_sampling, changed)
     add("host waits, training", "S1 S8", waits_of_training)
 
+
+def add_timed(s: Setting, add: Callable[..., None]) -> None:
+    """First what is aimed at, then the rest, while there is time."""
+    add("rate of products", "G8", rates)
     add("attention, both streams", "", attention)
     add("train, flex, compiled", "S1", train, "ours", {"compile": True}, "flex")
-    add("sample 1, ours, graphs", "S2 G6", sample, 1, "ours", True)
-    many = s.rows[-1]
-    add(f"sample {many}, ours, graphs", "S2 G6", sample, many, "ours", True)
-    for count in s.rows:
-        add(f"sample {count}, ours", "S2", sample, count, "ours", False)
+    one, *some, many = s.rows
+    for count in (one, many):
+        add(f"sample {count}, ours", "S2 G6", sample, count, "ours")
+        add(f"sample {count}, gpt2 of transformers", "", sample, count, GPT2_BF16)
+        add(f"sample {count}, ar", "", sample, count, "ar")
+    add(f"sample {one}, adapted", "", sample_adapted, one)
+    add(f"sample {one}, its base model by transformers", "", sample_base, one)
+    add(f"sample {one}, ours, no graphs", "S2", sample, one, "ours", {}, False)
     add("train, flex", "", train, "ours", {}, "flex")
     add("train, ar, compiled", "S4", train, "ar", {"compile": True}, "auto")
-    add("train, ar", "S4", train, "ar", {}, "auto")
-    add("train, flex, checkpointed", "", train, "ours", {"checkpoint_activations": True}, "flex")
     add("train, dense", "", train, "ours", {}, "dense")
-    for count in s.rows:
-        add(f"sample {count}, ar", "", sample, count, "ar", False)
-        add(f"sample {count}, gpt2 of transformers", "", sample, count, GPT2_BF16, False)
-    add("sample 1, int8", "S5", sample, 1, "int8", False)
-    add("sample 1, int8, graphs", "S5", sample, 1, "int8", True)
     add("loss alone", "S1", loss_alone)
     add("attention of AR, sdpa over flex", "S4", attention_of_ar)
     add("masks of documents", "S3", masks_of_documents)
     add("an update of the average", "S8", update_of_average)
+    add("operators of a step", "S2 G5", operators_of_a_step, True)
+    add(f"sample {one}, int8", "S5", sample, one, "int8")
+    add("int8 product", "S5", int8_product)
     add("validation, bf16 and float32", "S6", validation)
-    for compiled in (False, True):
-        add(f"operators of a step, {_how(compiled)}", "S2 G5", operators_of_a_step, compiled)
+    for count in some:
+        add(f"sample {count}, ours", "S2 G6", sample, count, "ours")
+        add(f"sample {count}, adapted", "", sample_adapted, count)
+        add(f"sample {count}, its base model by transformers", "", sample_base, count)
+    add(f"sample {one}, ours, compiled", "S2 G6", sample, one, "ours", {"compile": True})
+    add(f"sample {one}, adapted, no graphs", "", sample_adapted, one, False)
+    add("train, ar", "S4", train, "ar", {}, "auto")
+    add("train, flex, checkpointed", "", train, "ours", {"checkpoint_activations": True}, "flex")
+    add("operators of a step, no graphs", "S2 G5", operators_of_a_step, False)
+    add(f"sample {many}, ours, compiled", "S2 G6", sample, many, "ours", {"compile": True})
+    add(f"sample {many}, ours, no graphs", "S2", sample, many, "ours", {}, False)
+    for count in some:
+        add(f"sample {count}, gpt2 of transformers", "", sample, count, GPT2_BF16)
+        add(f"sample {count}, ar", "", sample, count, "ar")
     add("train, blockwise", "", train, "ours", {}, "blockwise")
     add("train, dense, compiled", "", train, "ours", {"compile": True}, "dense")
-    add("sample 1, ar, graphs", "", sample, 1, "ar", True)
     for kind in ("naive", "naive, bf16 autocast"):
         add(f"train, {kind}, batch 4", "", train, kind, {"batch_size": 4}, "auto")
-    return rows
 
 
 def _how(compiled: bool) -> str:
-    return "graphs" if compiled else "plain"
+    return ", compiled" if compiled else ""
 
 
 # what must be right
@@ -469,12 +515,12 @@ def golden(s: Setting, backend: str) -> Found:
 
 
 def against_dense(s: Setting, backend: str) -> Found:
-    """Gradients of one step, then the losses of ten, in float32, with documents and without."""
+    """Gradients of one step, then the losses of three, in float32, with documents and without."""
     if backend == "flex" and not s.cuda:
         return Found("flex has no backward on a CPU")
     shapes = [(32, 4, True), (24, 8, False)]
     if not s.smoke:
-        shapes = [(96, 16, True), (100, 4, True), (1000, 8, False)]
+        shapes = [(100, 4, True), (1000, 8, False)]
     gaps = []
     for length, size, many in shapes:
         start = s.tiny(length=length, block_size=size).train()
@@ -487,7 +533,7 @@ def against_dense(s: Setting, backend: str) -> Found:
             model.attention_backend = name
             optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
             losses = []
-            for step in range(3 if s.smoke else 10):
+            for step in range(3):  # rounding grows tenfold with each of the next
                 noise = stratified_noise(2, layout, torch.Generator(s.device).manual_seed(step))
                 maskable = objectives.maskable_positions(x_0, True, owner)
                 mask = model.config.mask_token_id
@@ -537,7 +583,7 @@ def attention_in_bf16(s: Setting) -> Found:
 
 
 def graphs_against_none(s: Setting, tokens: int) -> Found:
-    """The same tokens compiled, in rows that end one after another, and after a weight changed."""
+    """The same tokens, in rows that end one after another, and after a weight changed."""
 
     def written(model: Any) -> Any:
         *_, step = stream_tokens(model, [[1 + i] * (tokens + i) for i in range(3)], options)
@@ -545,14 +591,16 @@ def graphs_against_none(s: Setting, tokens: int) -> Found:
 
     options = SamplingOptions(max_new_tokens=6 if s.smoke else 20, stop="none")
     model = s.tiny()
-    plain, compiled = model, copy.deepcopy(model)
+    plain, compiled = copy.deepcopy(model), copy.deepcopy(model)
+    plain.graphs = False
     compiled.compile_layers()
     same = []
     for _ in range(2):
         expected = written(plain)
-        same += [torch.equal(written(compiled), expected) for _ in range(1 if s.smoke else 3)]
+        for one in (model, compiled):
+            same += [torch.equal(written(one), expected) for _ in range(1 if s.smoke else 3)]
         with torch.no_grad():
-            for one in (plain, compiled):
+            for one in (model, plain, compiled):
                 one.layers[0].attention_out.weight.mul_(-1.5)
     return Found(f"the same: {same}", all(same))
 
@@ -578,6 +626,103 @@ def train_after_sampling(s: Setting, kind: str, backend: str) -> Found:
     nats.sum().backward()
     finite = all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
     return Found("a gradient, finite" if finite else "not finite", finite)
+
+
+# Base models that differ in what attention is asked: grouped heads; a soft cap and windows in some
+# layers; a sink in each head; keys wider than values. Heads are wide enough for flex.
+ADAPTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("block", {}),
+    "gemma2": (
+        "causal",
+        {
+            "query_pre_attn_scalar": 11, "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0, "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "gpt_oss": (
+        "block",
+        {
+            "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"],
+            "num_experts_per_tok": 2, "num_local_experts": 4,
+        },
+    ),
+    "deepseek_v3": (
+        "causal",
+        {
+            "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 16,
+            "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
+            "v_head_dim": 16, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        },
+    ),
+}  # fmt: skip
+
+
+def adapted_against_cpu(s: Setting, family: str) -> Found:
+    """Logits and gradients of an adapted model, against the whole mask on a CPU."""
+    clean, own = ADAPTED[family]
+    drop = {"head_dim"} if family == "deepseek_v3" else set()
+    wide = {} if drop else {"head_dim": 16}
+    lm = tiny(family, drop, hidden_size=64, num_attention_heads=4, **(wide | own))
+    prediction = "shift" if clean == "causal" else "same"
+    alone = adapt(lm, mask_token_id=MASK, block_size=4, clean=clean, prediction=prediction)
+    there = copy.deepcopy(alone).to(s.device)
+    x_0 = torch.randint(MASK, (2, 32), generator=torch.Generator().manual_seed(1))
+    x_t = random_masks(x_0, MASK)
+    found = []
+    for model, backend, device in ((alone, "dense", "cpu"), (there, "auto", s.device)):
+        logits = model(x_t.to(device), x_0.to(device), backend=backend).logits
+        (logits.float().log_softmax(-1)[..., 3]).sum().backward()
+        pairs = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        found.append((logits.detach().cpu(), {name: grad.cpu() for name, grad in pairs}))
+    (expected, slopes), (logits, gradients) = found
+    gap = ((logits - expected).abs().max() / expected.abs().max()).item()
+    of_gradients = max(
+        ((gradients[name] - slope).norm() / slope.norm().clamp(min=1e-3)).item()
+        for name, slope in slopes.items()
+    )
+    return verdict(max(gap, of_gradients), 2e-3, f"; of gradients {of_gradients:.1e}")
+
+
+def orders_against_cpu(s: Setting) -> Found:
+    """Greedy texts of every order and guide, rows of several lengths, against a CPU's."""
+    wishes: dict[str, dict[str, Any]] = {
+        "first_hitting": {}, "confidence": {"tokens_per_step": 2}, "threshold": {"threshold": 0.3},
+        "margin": {"margin": 0.2}, "entropy": {"sampler": "entropy", "steps": 2},
+        "entropy_bound": {"entropy_bound": 1.3}, "verified": {"sampler": "verified"},
+        "editing": {"edit_threshold": 0.3, "threshold": 0.25},
+        "guides": {"cfg_scale": 0.5, "repetition_penalty": 1.2, "logit_bias": {3: 1.0}},
+        "ancestral": {"sampler": "ancestral", "steps": 4}, "logprobs": {"logprobs": True},
+    }  # fmt: skip
+    sizes = {
+        "vocab_size": 40,
+        "length": 64,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "bos_token_id": 0,
+    }
+    causal = tiny_model(clean_stream="causal", block_sizes=(1, 4), **sizes)
+    adapted = adapt(
+        tiny("llama", hidden_size=64, head_dim=16), mask_token_id=MASK, block_size=4, clean="causal"
+    )
+    wrong = []
+    for kind, model in (("block", tiny_model(**sizes)), ("causal", causal), ("adapted", adapted)):
+        there = copy.deepcopy(model).to(s.device)
+        for name, wish in wishes.items():
+            if name == "verified" and kind == "block":
+                continue
+            options = SamplingOptions(
+                max_new_tokens=12, stop="none", temperature=0, **({"seed": 1} | wish)
+            )
+            prompts = [[1 + i, 2, 3, 4, 5, 6, 7][: 2 + 2 * i] for i in range(3)]
+            texts = [generate_tokens(one, prompts, options).tokens for one in (model, there)]
+            if texts[0] != texts[1]:
+                wrong.append(f"{kind} {name}")
+    text = (
+        f"not the same: {', '.join(wrong)}" if wrong else f"the same: {3 * len(wishes) - 1} texts"
+    )
+    return Found(text, not wrong)
 
 
 def average_of_compiled(s: Setting) -> Found:
@@ -696,6 +841,18 @@ def recompiles(s: Setting, compiled: bool) -> Found:
     return Found(text, not given_up, {"graphs": counts, "given_up": len(given_up)})
 
 
+def recompiles_of_rows(s: Setting) -> Found:
+    """Graphs compiled for prompts that come in tens, nines and so on: a server's day."""
+    model, counts, begin = s.tiny(length=64), [], _graphs()
+    with fallbacks() as given_up:
+        for rows in range(1, 11):
+            prompts = [[1] * (9 + rows)] * rows
+            generate_tokens(model, prompts, SamplingOptions(max_new_tokens=2, stop="none"))
+            counts.append(_graphs() - begin)
+    text = f"graphs after each: {counts}, given up {len(given_up)} times"
+    return Found(text, counts[-1] <= 4 and not given_up, {"graphs": counts})
+
+
 def graphs_of_a_step(s: Setting) -> Found:
     """A layer is two graphs, before and after its attention, and no more."""
     options = change(s.train, preset="nano", vocab_size=64, length=32, batch_size=2, compile=True)
@@ -783,9 +940,26 @@ def train(s: Setting, kind: str, changed: dict[str, Any], backend: str) -> Found
     })  # fmt: skip
 
 
-def sample(s: Setting, count: int, kind: str, compiled: bool) -> Found:
+@contextmanager
+def evaluations(graphs: bool) -> Iterator[None]:
+    """Recorded as graphs on CUDA, as by default, or nowhere."""
+    before = recorded.DEVICES
+    recorded.DEVICES = before if graphs else set()
+    try:
+        yield
+    finally:
+        recorded.DEVICES = before
+
+
+def sample(
+    s: Setting, count: int, kind: str, changed: dict[str, Any] | None = None, graphs: bool = True
+) -> Found:
     """New tokens a second of `count` rows after a prompt of one token, weights in bf16."""
-    wish = change(s.sample, batch_size=count, compile=compiled)
+    with evaluations(graphs):
+        return _sample(s, kind, change(s.sample, batch_size=count, **(changed or {})))
+
+
+def _sample(s: Setting, kind: str, wish: BenchmarkOptions) -> Found:
     run = works.sampling(wish, str(s.device), kind)
     done: dict[str, float] = {}
     first = timed(lambda: done.update(run() or {}), s.device)
@@ -798,6 +972,58 @@ def sample(s: Setting, count: int, kind: str, compiled: bool) -> Found:
         "tokens_per_second": speed, "seconds": taken, "nfe": done["nfe"],
         "graphs_later": _graphs() - graphs,
     })  # fmt: skip
+
+
+def base_model(s: Setting) -> Any:
+    """Of the shapes of SmolLM2-135M, with random weights in bf16."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if not s.smoke:
+        sizes = {
+            "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
+            "intermediate_size": 1536, "vocab_size": 49152,
+        }  # fmt: skip
+    config = transformers.LlamaConfig(
+        **sizes, num_key_value_heads=sizes["num_attention_heads"] // 3 or 1,
+        max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).to(s.device, torch.bfloat16).eval()
+
+
+def sample_adapted(s: Setting, count: int, graphs: bool = True) -> Found:
+    """An adapted Llama in blocks of 4, one token an evaluation, as `sample`."""
+    lm = base_model(s)
+    model = adapt(lm, mask_token_id=1, block_size=4, clean="causal", prediction="shift")
+    wish = SamplingOptions(max_new_tokens=s.sample.tokens, stop="none")
+
+    def run() -> int:
+        done = generate_tokens(model, [[0]] * count, wish)
+        return sum(map(len, done.tokens))
+
+    with evaluations(graphs):
+        return _speed(s, run)
+
+
+def sample_base(s: Setting, count: int) -> Found:
+    """The same network as it is, by transformers' own `generate`."""
+    lm, x = base_model(s), torch.zeros(count, 1, dtype=torch.int64, device=s.device)
+    new = s.sample.tokens
+
+    def run() -> int:
+        mask = torch.ones_like(x)
+        return int(lm.generate(x, attention_mask=mask, max_new_tokens=new, do_sample=True)
+                   [:, 1:].numel())  # fmt: skip
+
+    return _speed(s, run)
+
+
+def _speed(s: Setting, run: Callable[[], int]) -> Found:
+    done: list[int] = []
+    first = timed(lambda: done.append(run()), s.device)
+    taken = s.seconds(run, 1 if s.smoke else 3)
+    speed = done[0] / median(taken)
+    text = f"{speed:,.0f} tokens/s, {spread(taken)}, first {first:.1f} s"
+    return Found(text, None, {"tokens_per_second": speed, "seconds": taken})
 
 
 def attention(s: Setting) -> Found:
@@ -847,7 +1073,8 @@ def loss_alone(s: Setting) -> Found:
             nll = subs_nll(h, weight, bias, targets, words - 1)
         torch.autograd.grad(nll.sum(), [h, weight, bias])
 
-    taken, parts = s.seconds(step), len(slices(count, words, s.device))
+    taken = s.seconds(step)
+    parts = len((loss_by_position if s.cuda else loss).slices(count, words))
     return Found(f"{spread(taken)}, {count} tokens in {parts} slices", None, {"seconds": taken})
 
 
@@ -885,12 +1112,11 @@ def validation(s: Setting) -> Found:
     return Found(text, None, {"tokens_per_second": speeds})
 
 
-def operators_of_a_step(s: Setting, compiled: bool) -> Found:
+def operators_of_a_step(s: Setting, graphs: bool) -> Found:
     """Operators, launches and copies of one evaluation of eight rows of the paper's network."""
     model = works.build_model(s.sample, str(s.device)).eval()
     convert(model, "bf16", s.device)
-    if compiled:
-        model.compile_layers()
+    model.graphs = graphs
     engine = Engine(model)
     for _ in range(8):
         engine.admit([1], SamplingOptions(max_new_tokens=19, stop="none"))
