@@ -38,12 +38,12 @@ from blockdiff import load_model, save_model
 from blockdiff.errors import InputError
 from blockdiff.estimators import ESTIMATORS, Estimator
 from blockdiff.evaluation.likelihood import likelihood
+from blockdiff.laws import objective_of
 from blockdiff.layout import BlockLayout
 from blockdiff.models import card
 from blockdiff.models.adapted import Adapted
 from blockdiff.models.dit import DiT
 from blockdiff.noising import stratified_noise
-from blockdiff.objectives import objective_of
 from helpers import random_tokens, tiny_model
 
 KINDS = {

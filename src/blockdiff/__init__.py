@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from blockdiff.evaluation.likelihood import Likelihood, likelihood
     from blockdiff.evaluation.score import Score
     from blockdiff.infilling import Filled, infill
+    from blockdiff.laws import Objective
     from blockdiff.layout import BlockLayout
     from blockdiff.models.adapted import Adapted
     from blockdiff.models.adapting import adapt
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from blockdiff.models.config import DiTConfig
     from blockdiff.models.dit import DiT
     from blockdiff.models.hub import load_model, save_model
-    from blockdiff.objectives import Objective
     from blockdiff.registry import (
         register_estimator,
         register_objective,
@@ -54,7 +54,7 @@ _HOMES = {
     "Score": "evaluation.score",
     "InputError": "errors",
     "Estimator": "estimators",
-    "Objective": "objectives",
+    "Objective": "laws",
     "Likelihood": "evaluation.likelihood",
     "likelihood": "evaluation.likelihood",
     "BlockLayout": "layout",

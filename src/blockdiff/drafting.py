@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockdiff.laws import Objective
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Context
 from blockdiff.models.gated import is_draft
 from blockdiff.noising import Draw
-from blockdiff.objectives import Forward, Objective, bd3lm, place
+from blockdiff.objectives import Forward, bd3lm, place
 from blockdiff.registry import register_objective
 
 

@@ -20,7 +20,7 @@ from blockdiff.errors import InputError
 
 if TYPE_CHECKING:
     from blockdiff.estimators import Estimator
-    from blockdiff.objectives import Objective
+    from blockdiff.laws import Objective
     from blockdiff.sampling.orders.base import Order
     from blockdiff.sampling.stopping import StoppingRule
     from blockdiff.schedules import Schedule
@@ -217,7 +217,7 @@ ESTIMATORS: Registry[Estimator] = Registry(
 OBJECTIVES: Registry[Objective] = Registry(
     "objective",
     ("nats", "block_size", "network", "noised", "counted"),
-    {"blockdiff.objectives": "bd3lm mdlm sedd ar", "blockdiff.drafting": "joint draft"},
+    {"blockdiff.laws": "bd3lm mdlm sedd ar", "blockdiff.drafting": "joint draft"},
     any_blocks="bd3lm joint draft",
     shifts="joint",
     trains="draft",

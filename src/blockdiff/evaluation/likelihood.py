@@ -23,10 +23,10 @@ from blockdiff.categorical import uniform
 from blockdiff.errors import InputError
 from blockdiff.estimators import Estimator, MakeDraw, make_estimator
 from blockdiff.evaluation.statistics import ratio_error
+from blockdiff.laws import objective_of
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.noising import Noise
-from blockdiff.objectives import objective_of
 from blockdiff.registry import ESTIMATORS, SCHEDULES, Choices, name_of
 from blockdiff.schedules import Schedule
 

@@ -30,11 +30,11 @@ from blockdiff.errors import InputError
 from blockdiff.estimators import MakeDraw, make_estimator
 from blockdiff.evaluation.corpus import open_sequences, options_of_run, text_options
 from blockdiff.evaluation.options import VarianceOptions
+from blockdiff.laws import objective_of
 from blockdiff.layout import BlockLayout
 from blockdiff.models.denoiser import Denoiser
 from blockdiff.models.loading import load
 from blockdiff.noising import Noise, stratified_noise
-from blockdiff.objectives import objective_of
 from blockdiff.printing import table_text
 from blockdiff.progress import advance
 from blockdiff.registry import ESTIMATORS

@@ -144,7 +144,7 @@ class DiTConfig(BlockConfig, PackagedConfig):
     last trained with, for information. `initial_shift`: standard deviation of the adaLN shifts at
     initialisation. `initial_gate`: the adaLN gates there; 0 makes every layer start as the
     identity, 1 as a plain transformer layer. `objective`: the name of what it is trained by (see
-    `objectives.Objective`); by default that of its kind. `clean_stream`: what a clean token sees of
+    `laws.Objective`); by default that of its kind. `clean_stream`: what a clean token sees of
     its block, all of it or, "causal", the tokens up to itself. `prediction`: whether the logits at
     i are for token i or, "shift", for token i + 1, the clean stream predicting the first token of
     each block; blocks of one token are then exactly AR. `chain_rank`: of the chain that a drafter

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from blockdiff.estimators import make_estimator
 from blockdiff.evaluation.likelihood import addressed_noise
+from blockdiff.laws import objective_of
 from blockdiff.models.denoiser import Denoiser
-from blockdiff.objectives import objective_of
 from blockdiff.training.config import WHOLE
 
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
