@@ -33,8 +33,16 @@ def attend(
     if softcap is not None or sinks is not None:
         return _written_out(q, k, v, mask, scale, softcap, sinks)
     masked = {"is_causal": mask} if isinstance(mask, bool) else {"attn_mask": mask}
+    if q.device.type == "cuda" and not isinstance(mask, bool):
+        k, v = _every_head(q, k, v)  # its fused kernels with a mask know no grouped heads
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, **masked, scale=scale, enable_gqa=grouped)
+
+
+def _every_head(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """k and v [B, H_kv, S, D] as [B, H, S, D]."""
+    groups = q.shape[1] // k.shape[1]
+    return [x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (k, v)]
 
 
 def _written_out(
@@ -47,7 +55,7 @@ def _written_out(
     sinks: Tensor | None,
 ) -> Tensor:
     """The same step by step, for what SDPA cannot do; softmax in float32, or in q's if wider."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    k, v = _every_head(q, k, v)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
     if softcap is not None:
