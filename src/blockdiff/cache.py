@@ -40,6 +40,8 @@ class LayerShape(NamedTuple):
 
 # Keys and values of some tokens of one row, [M, H, T, D] of the layers of each shape.
 Part = list[tuple[Tensor, Tensor]]
+# Bytes of a slab of `Slots`. glibc gives what is above 64 MiB a mapping of its own, in any thread.
+SLAB = 2**27
 
 
 class BlockCache:
@@ -215,10 +217,10 @@ class BlockCache:
         self._append(which, counts, None, keys, values, source)
 
     def part(self, place: int, begin: int, end: int) -> Part:
-        """A copy of the tokens `begin` to `end` of a row that has not filled its ring."""
+        """The tokens `begin` to `end` of a row that has not filled its ring; no copy."""
         slots = slice(self._front + begin, self._front + end)
         return [
-            (keys[:, place, :, slots].clone(), values[:, place, :, slots].clone())
+            (keys[:, place, :, slots], values[:, place, :, slots])
             for keys, values in self._stacks.values()
         ]
 
@@ -306,6 +308,58 @@ class BlockCache:
 def rounded_up(count: int) -> int:
     """The next power of two; 0 for 0."""
     return 1 << (count - 1).bit_length() if count else 0
+
+
+class Slots:
+    """Room for parts of at most T tokens, in slabs that are made when needed and used again.
+
+    A part that is forgotten leaves its slots whole: nothing that comes and goes cuts memory up.
+    """
+
+    def __init__(self, cache: BlockCache, tokens: int, room: int) -> None:
+        """For parts of `cache`, of `tokens` tokens and less; at most `room` bytes."""
+        self.tokens, self._dtype, self._device = tokens, cache.dtype, cache.device
+        # Of each tensor of a part: layers, heads and width.
+        self._shapes = [
+            (cache.layers.count(shape), shape.heads, width)
+            for shape in dict.fromkeys(cache.layers)
+            for width in (shape.key_width, shape.value_width)
+        ]
+        self._widths = [layers * heads * tokens * width for layers, heads, width in self._shapes]
+        self.bytes = sum(self._widths) * self._dtype.itemsize  # of a slot
+        self.made, self.free = 0, list[int]()
+        self._most, self._each = room // self.bytes, max(SLAB // self.bytes, 1)
+        self._slabs: list[list[Tensor]] = []  # [slots, M, H, T, D] of each shape in `_shapes`
+
+    def grow(self) -> bool:
+        """Makes a slab, whose slots are free; False where there is no room for more."""
+        count = min(self._most - self.made, self._each)
+        if count <= 0:
+            return False
+        slab = torch.empty(count, sum(self._widths), dtype=self._dtype, device=self._device)
+        self._slabs.append([
+            part.unflatten(1, (layers, heads, self.tokens, width))
+            for part, (layers, heads, width) in zip(
+                slab.split(self._widths, 1), self._shapes, strict=True
+            )
+        ])  # fmt: skip
+        self.free += reversed(range(self.made, self.made + count))
+        self.made += count
+        return True
+
+    def put(self, part: Part) -> tuple[int, int]:
+        """Copies a part into a free slot: which, and how many tokens it holds."""
+        slot, tokens = self.free.pop(), part[0][0].shape[2]
+        for stores, pair in zip(self.part(slot, tokens), part, strict=True):
+            for store, own in zip(stores, pair, strict=True):
+                store.copy_(own)
+        return slot, tokens
+
+    def part(self, slot: int, tokens: int) -> Part:
+        """The first `tokens` tokens of a slot; no copy."""
+        slab = self._slabs[slot // self._each]
+        found = [tensor[slot % self._each, :, :, :tokens] for tensor in slab]
+        return list(zip(found[::2], found[1::2], strict=True))
 
 
 def _positions(length: Tensor, capacity: Tensor, used: int) -> Tensor:

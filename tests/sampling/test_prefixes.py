@@ -1,12 +1,14 @@
 """Beginnings of texts that are known already: the same tokens, and less is computed."""
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
 
 from adapted.families import CONTEXT, MASK, adapted, shifted_dit, tokens
 from blockdiff import Engine, SamplingOptions
-from blockdiff.cache import BlockCache
+from blockdiff.cache import BlockCache, LayerShape
 from blockdiff.sampling.generate import generate_tokens
 from blockdiff.sampling.prefill import PIECE, Prefixes
 from helpers import tiny_model
@@ -198,6 +200,16 @@ def test_a_window_that_slides():
         assert cached == (len(prompt) if number == 1 else 0)
 
 
+def whole_slots(prefixes):
+    """Bytes of the slots in use, each of which has one user or none; the slabs are in the room."""
+    slots = prefixes._slots
+    used = [slot for piece in prefixes._pieces.values() for slot, _ in piece]
+    assert sorted(used + slots.free) == list(range(slots.made))
+    slabs = [slab[0].untyped_storage().nbytes() for slab in slots._slabs]
+    assert slots.made * slots.bytes == sum(slabs) <= prefixes.room
+    return len(used) * slots.bytes
+
+
 def test_the_store_is_bounded_and_forgets_the_oldest():
     model, options = MODELS["block-causal"](), SamplingOptions(max_new_tokens=1, stop="none")
     whole = Prefixes(model.config, 2**24)
@@ -209,8 +221,7 @@ def test_the_store_is_bounded_and_forgets_the_oldest():
     for text in (*texts[:2], texts[0], texts[2]):
         run(engine, text, options, 0)
         assert prefixes.held <= prefixes.room
-        held = [tensor for part, _ in prefixes._pieces.values() for pair in part for tensor in pair]
-        assert prefixes.held == sum(tensor.untyped_storage().nbytes() for tensor in held)
+        assert prefixes.held == whole_slots(prefixes)
     cached = [run(engine, text, options, 0)[1] for text in (texts[0], texts[2])]
     assert cached == [40, 40]
     # Of the one that was not asked for again the end went first: its beginning may be there still.
@@ -246,3 +257,78 @@ def test_pieces_end_with_blocks():
                 assert sum(part[0][0].shape[2] for part in few) <= 20
         if size > 1:  # another grid knows nothing of it
             assert prefixes.find(text[:kept], size, (offset + 1) % size) == []
+
+
+def made_up(text, layers, size, offset):
+    """Keys and values of each layer: any numbers that follow from what each token sees."""
+    ends = (np.arange(len(text)) + offset) // size * size + size - offset
+    seen = [zlib.crc32(text[:end].tobytes(), size + 99 * offset) % 9973 for end in ends]
+    own = torch.tensor(seen)[:, None] + torch.arange(len(text))[:, None] / 96
+    pairs: tuple[list, list] = [], []
+    for number, shape in enumerate(layers):
+        for tensors, width in zip(pairs, shape[1:], strict=True):
+            of_head = torch.arange(shape.heads)[:, None, None] + torch.arange(width) / width
+            tensors.append((own * (1 + number + of_head + len(tensors) / 3))[None])
+    return pairs
+
+
+@pytest.mark.parametrize("size, offset", [(1, 0), (4, 3), (6, 5), (16, 0), (20, 7), (48, 11)])
+def test_what_is_found_is_what_was_kept_to_the_bit(size, offset, monkeypatch):
+    """Texts of a tree in a store that forgets all the time, whose slots lie in several slabs."""
+    model = dit(length=96)
+    layers = [LayerShape(2, 8, 4), LayerShape(1, 4, 4), LayerShape(2, 8, 4)]
+    monkeypatch.setattr("blockdiff.cache.SLAB", 3 * 16 * 4 * 56)
+    room = 7 * 16 * 4 * 56 + 5  # seven slots in three slabs
+    prefixes, draws, known = Prefixes(model.config, room), np.random.default_rng(size), 0
+    for number in range(300):
+        # Every tenth token tells one branch from the other.
+        text = np.where(np.arange(96) % 10 < 9, 7, draws.integers(0, 2, 96))
+        text = text[: (draws.integers(1, 96) + offset) // size * size - offset]
+        if len(text) == 0:
+            continue
+        keys, values = made_up(text, layers, size, offset)
+        cache = BlockCache(layers, 2, 96, size)
+        cache.admit(np.array([4, 5]), np.array([size, size]), np.array([96, 96]))
+        if number % 2:  # what is found counts as used, which the others are not when they are kept
+            cache.restore(1, prefixes.find(text, size, offset))
+        count = int(cache.lengths[1])
+        cache.append(np.array([0]), keys, values, np.array([len(text)]))
+        for place, length in ((0, len(text)), (1, count)):
+            for stores, own in zip(cache._of_layer, zip(keys, values, strict=True), strict=True):
+                for store, expected in zip(stores, own, strict=True):
+                    there = store[place, :, cache._front :][:, :length]
+                    assert torch.equal(there, expected[0, :, :length])
+        known += count
+        prefixes.keep(cache, 0, text, size, offset)
+        assert prefixes.held == whole_slots(prefixes)
+        # All of it is there, or as many of its first pieces as there are slots.
+        ends, here, left = prefixes._ends(len(text), size, offset), 0, 7
+        while here < len(text) and left >= -(-(ends(here)[-1] - here) // PIECE):
+            left -= -(-(ends(here)[-1] - here) // PIECE)
+            here = ends(here)[-1]
+        found = prefixes.find(text, size, offset)
+        assert sum(part[0][0].shape[2] for part in found) == here
+    assert known > 500 and len(prefixes._slots._slabs) == 3 and prefixes._slots.made == 7
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5, 8])
+def test_a_beginning_is_copied_before_its_slots_are_used_again(slots, monkeypatch):
+    """Rows that come together: what some have found is forgotten for the others' texts."""
+    model, options = MODELS["block-causal"](), SamplingOptions(max_new_tokens=6, stop="none")
+    whole = Prefixes(model.config, 2**24)
+    run(Engine(model, prefixes=whole), BEGINNING[:12], options, 0)
+    prefixes = Prefixes(model.config, slots * whole.held)
+    engine = Engine(model, prefixes=prefixes)
+    run(engine, BEGINNING, options, 0)
+    others = [tokens(1, 36, seed=seed)[0].tolist() for seed in range(3)]
+    prompts = [others[0], BEGINNING[:39], others[1], BEGINNING[:20] + [1] * 9, others[2]]
+    names = engine.admit_all(prompts, options, range(len(prompts)))
+    while engine.active:
+        step = engine.step()
+    assert (engine.rows.state["cached"][[1, 3]] >= 16).all()
+    expected = generate_tokens(model, prompts, options).tokens
+    for place, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+        assert step.rows[place] == name
+        found = step.tokens[place, len(prompt) : step.lengths[place]].tolist()
+        assert found == expected[place]
+    assert prefixes.held == whole_slots(prefixes) == slots * whole.held

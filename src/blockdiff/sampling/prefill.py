@@ -16,13 +16,13 @@ Shapes: n rows, T columns of an evaluation, S cached tokens.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from hashlib import blake2b
 
 import numpy as np
 import torch
 
-from blockdiff.cache import BlockCache, Part
+from blockdiff.cache import BlockCache, Part, Slots
 from blockdiff.categorical import Array
 from blockdiff.models.denoiser import Conventions, Denoiser
 from blockdiff.sampling.rows import Rows
@@ -37,11 +37,20 @@ class Prefixes:
 
     def __init__(self, config: Conventions, room: int) -> None:
         self.config, self.room = config, room
-        self.held = 0  # bytes
-        self._pieces: OrderedDict[bytes, tuple[Part, int]] = OrderedDict()
+        self._slots: Slots | None = None  # made with the first text
+        self._pieces: OrderedDict[bytes, list[tuple[int, int]]] = OrderedDict()  # slot, tokens
+
+    @property
+    def held(self) -> int:
+        """Bytes of the slots that are in use, however full; any thread may ask."""
+        slots = self._slots
+        return 0 if slots is None else slots.bytes * (slots.made - len(slots.free))
 
     def find(self, tokens: Array, size: int, offset: int) -> list[Part]:
-        """The longest beginning of tokens [T]; blocks of `size`, the first `offset` short of it."""
+        """The longest beginning of tokens [T]; blocks of `size`, the first `offset` short of it.
+
+        The parts are the store's own memory: to be read before the next `keep`, which may reuse it.
+        """
         found: list[bytes] = []
         key, ends = self._root(size, offset), self._ends(len(tokens), size, offset)
         here = 0
@@ -54,31 +63,51 @@ class Prefixes:
                 break
             found.append(longer)
             key, here = longer, end
-        # The first pieces are used last: without them the others are not found.
-        for one in reversed(found):
-            self._pieces.move_to_end(one)
-        return [self._pieces[one][0] for one in found]
+        self._use(found)
+        slots = self._slots
+        return [slots.part(*one) for key in found for one in self._pieces[key]] if slots else []
 
     def keep(self, cache: BlockCache, place: int, tokens: Array, size: int, offset: int) -> None:
         """Keeps what the cache holds of the row at `place`: of the text `tokens` [T]."""
         if len(tokens) > cache.capacities[place]:
             return
+        slots = self._slots = self._slots or Slots(cache, PIECE, self.room)
         key, ends = self._root(size, offset), self._ends(len(tokens), size, offset)
-        here, used = 0, []
+        pieces: dict[bytes, range] = {}
+        here = 0
         while here < len(tokens):
             end = ends(here)[-1]
             key = _key(key, tokens[here:end])
+            pieces[key], here = range(here, end), end
+        self._use(pieces)  # so that none of these makes room for another
+        for key, piece in pieces.items():
             if key not in self._pieces:
-                part = cache.part(place, here, end)
-                size_of = sum(tensor.nbytes for pair in part for tensor in pair)
-                self._pieces[key] = part, size_of
-                self.held += size_of
-            used.append(key)
-            here = end
-        for one in reversed(used):
-            self._pieces.move_to_end(one)
-        while self.held > self.room:
-            self.held -= self._pieces.popitem(last=False)[1][1]
+                parts = [piece[i : i + PIECE] for i in range(0, len(piece), PIECE)]
+                if not self._free(len(parts), pieces):
+                    break
+                self._pieces[key] = [
+                    slots.put(cache.part(place, part.start, part.stop)) for part in parts
+                ]
+        self._use(pieces)
+
+    def _free(self, count: int, kept: Collection[bytes]) -> bool:
+        """Makes so many slots free; not where that would take one of those to be `kept`."""
+        slots = self._slots
+        assert slots is not None
+        while len(slots.free) < count:
+            if slots.grow():
+                continue
+            oldest = next(iter(self._pieces), None)
+            if oldest is None or oldest in kept:
+                return False
+            slots.free += [slot for slot, _ in self._pieces.pop(oldest)]
+        return True
+
+    def _use(self, keys: Collection[bytes]) -> None:
+        """The first pieces of a text are used last: without them the others are not found."""
+        for one in reversed(list(keys)):
+            if one in self._pieces:
+                self._pieces.move_to_end(one)
 
     def keep_finished(self, cache: BlockCache, rows: Rows, places: Array) -> None:
         """`keep` of the rows at some places of the cache, but for those that failed."""
