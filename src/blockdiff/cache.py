@@ -343,8 +343,8 @@ class Slots:
                 slab.split(self._widths, 1), self._shapes, strict=True
             )
         ])  # fmt: skip
-        self.free += reversed(range(self.made, self.made + count))
-        self.made += count
+        begin, self.made = self.made, self.made + count
+        self.free += reversed(range(begin, self.made))
         return True
 
     def put(self, part: Part) -> tuple[int, int]:
