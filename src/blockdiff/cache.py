@@ -40,7 +40,7 @@ class LayerShape(NamedTuple):
 
 # Keys and values of some tokens of one row, [M, H, T, D] of the layers of each shape.
 Part = list[tuple[Tensor, Tensor]]
-# Bytes of a slab of `Slots`. glibc gives what is above 64 MiB a mapping of its own, in any thread.
+# Bytes of a slab of `Slots`. A thread of glibc has heaps of 64 MiB: what is larger lies by itself.
 SLAB = 2**27
 
 
