@@ -36,14 +36,14 @@ NEW = {"max_new_tokens": 12, "stop": "none"}
 @pytest.fixture
 def poisoned(tmp_path):
     """The names of orders of a plugin that go wrong at the third evaluation of a block."""
-    known = dict(registry.ORDERS._objects)
+    known = set(registry.ORDERS._objects)
     for name, wrong in WRONG.items():
         file = tmp_path / f"{name}.py"
         file.write_text(PLUGIN.replace("{wrong}", name, 1).replace("{wrong}", wrong))
         plugins.load_plugin(str(file))
     yield {name: f"poisoned_{name}" for name in WRONG}
-    registry.ORDERS._objects.clear()
-    registry.ORDERS._objects.update(known)
+    for name in registry.ORDERS._objects.keys() - known - registry.ORDERS._modules.keys():
+        del registry.ORDERS._objects[name]  # the package's own may have been imported since
     plugins._loaded.clear()
 
 

@@ -30,7 +30,11 @@ DEVICES = {"cuda"}
 def decoder(model: Denoiser, cache: BlockCache) -> Callable[..., Tensor]:
     """The model's `decode` for evaluations with this cache, recorded where that can be."""
     cache.rounded = model.graphs and model.device.type in DEVICES
-    return Recorded(model.decode) if cache.rounded else model.decode
+
+    def decode(*given: Any, **named: Any) -> Tensor:
+        return model.decode(*given, **named)  # looked up each time: it may be changed
+
+    return Recorded(decode) if cache.rounded else decode
 
 
 class Recorded:
