@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapted.families import adapted
 from blockdiff import Engine, SamplingOptions
 from blockdiff.cache import BlockCache, LayerShape, rounded_up
 from blockdiff.sampling import recorded
@@ -108,3 +109,17 @@ def test_slots_of_a_rounded_cache(lengths):
     if seen is not None:
         there = (seen[:, 0, 0, 4:] == 0).sum(-1).tolist()
         assert there == [min(length, 20) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    "family, recorded",
+    [("llama", True), ("gpt2", True), ("mistral", False), ("gemma2", False), ("mixtral", False)],
+)
+def test_which_adapted_models_are_recorded(family, recorded):
+    """Where all that hangs on the cache is in the mask, and nothing waits for the device."""
+    model = adapted(family)
+    assert model.graphs is recorded
+    prompts, options = [[2], [3, 4, 5, 6, 7]], SamplingOptions(max_new_tokens=20, stop="none")
+    found = generate_tokens(model, prompts, options).tokens
+    model.graphs = False
+    assert generate_tokens(model, prompts, options).tokens == found

@@ -104,7 +104,9 @@ def _probe(model: Adapted) -> None:
         )
     _check_windows(lm.config.get_text_config(), recorder.windows, config.length)
     model.shapes = [recorder.shapes[layer] for layer in range(layers)]
-    model.graphs = not any(recorder.windows.values())  # they ask the cache for positions
+    # Windows ask the cache for positions; experts may ask the device who is theirs (untried).
+    experts = any("experts" in name for name, _ in lm.named_modules())
+    model.graphs = not experts and not any(recorder.windows.values())
     causal = model._read_out(hidden, None).logits
     assert causal is not None
     if not _close(causal, own, model.dtype):
