@@ -324,7 +324,8 @@ def test_a_plain_model_is_measured_as_it_is(folder, tmp_path, capsys):
     assert model.config.kind == "ar"
     x_0 = tokens(3, 40) % 15
     found = likelihood(model, x_0)
-    torch.testing.assert_close(found.nats.float(), own_nats(folder, x_0).sum(1))
+    # Sums of 39 tokens; attention adds in another order.
+    torch.testing.assert_close(found.nats.float(), own_nats(folder, x_0).sum(1), rtol=1e-5, atol=0)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(WORDS * 20))
     cli.main(["evaluate", str(folder), str(text), "--length", "24", "--json"])
