@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from blockdiff.categorical import Array
+from blockdiff.device import rounded_up
 from blockdiff.layout import Clean, Inside
 
 
@@ -303,11 +304,6 @@ class BlockCache:
         self.used = int(np.minimum(self.lengths, self.capacities).max(initial=0))
         if self.rounded:
             self.used = min(rounded_up(self.used), int(self.capacities.max(initial=0)))
-
-
-def rounded_up(count: int) -> int:
-    """The next power of two; 0 for 0."""
-    return 1 << (count - 1).bit_length() if count else 0
 
 
 class Slots:

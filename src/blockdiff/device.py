@@ -63,6 +63,11 @@ def compile_every_shape() -> None:
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * SHAPES)
 
 
+def rounded_up(count: int) -> int:
+    """The next power of two, 0 for 0: what a compiler or a graph meets in few sizes."""
+    return 1 << (count - 1).bit_length() if count else 0
+
+
 def choose_device(name: str | torch.device | None = None) -> torch.device:
     """The device called `name` (cpu, cuda, cuda:1, mps); None or "auto": CUDA, else MPS, else CPU.
 

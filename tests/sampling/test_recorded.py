@@ -6,9 +6,11 @@ import torch
 
 from adapted.families import adapted
 from blockdiff import Engine, SamplingOptions
-from blockdiff.cache import BlockCache, LayerShape, rounded_up
+from blockdiff.cache import BlockCache, LayerShape
+from blockdiff.device import rounded_up
 from blockdiff.sampling import recorded
 from blockdiff.sampling.generate import generate_tokens
+from blockdiff.sampling.prefill import Prefixes
 from blockdiff.sampling.recorded import Recorded
 from helpers import random_tokens, tiny_model
 
@@ -59,6 +61,24 @@ def test_shapes_are_few():
         shapes |= {key[2:] for key in engine._decode._made}
     used = {key[0] for key in shapes}
     assert used <= {0, 1, 2, 4, 8, 16, 32, 64, 116, 120} and len(shapes) < 20
+
+
+def test_what_was_written_is_a_known_beginning():
+    """Also of a row that ends among others and is dropped at once, as a server does."""
+    model = tiny_model(9, length=64, clean_stream="causal")
+    prefixes = Prefixes(model.config, 2**20)
+    engine = Engine(model, prefixes=prefixes)
+    names = [
+        engine.admit([1, number], SamplingOptions(max_new_tokens=new, stop="none"))
+        for number, new in enumerate((8, 50, 50))
+    ]
+    done = False
+    while not done:
+        step = engine.step()
+        done = bool(step.done[0])
+    text = step.tokens[0][:8].numpy()
+    engine.drop(names[0])
+    assert sum(part[0][0].shape[2] for part in prefixes.find(text, 4, 0)) == 8
 
 
 def test_what_was_given_is_never_written_over():

@@ -32,7 +32,7 @@ BACKENDS = ("auto", "dense", "blockwise", "flex")
 _ROOMS: dict[str, Any] = {"dense": dense, "blockwise": blockwise, "flex": flex, "sdpa": dense}
 
 
-# On CUDA: without a gradient, SDPA with a mask tensor of up to so many numbers takes at most 1.7
+# On CUDA: without a gradient, SDPA with a mask tensor of up to so many numbers takes up to 1.9
 # times as long as flex, which compiles for seconds for each number of prompts and each length.
 SMALL = 2**24
 

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import (
 )
 
 from blockdiff.attention.masks import KINDS, Documents
-from blockdiff.device import cached, compile_every_shape
+from blockdiff.device import cached, compile_every_shape, rounded_up
 from blockdiff.errors import InputError
 from blockdiff.layout import BlockLayout
 
@@ -71,7 +71,7 @@ def padded(layout: BlockLayout) -> BlockLayout:
 
     These are the powers of two from 128 on, made multiples of the block size.
     """
-    length = max(128, 1 << (layout.length - 1).bit_length())
+    length = max(128, rounded_up(layout.length))
     length += -(length + layout.offset) % layout.block_size
     documents = layout.documents
     if documents is not None:

@@ -6,8 +6,8 @@
 
 What is done to z between products is compiled into these kernels where there is a gradient; plain
 operators write it out in float32 several times, a fifth of a step of the paper's `small`. The rows
-of a weight are filled up to a multiple of 64: products of 50,258 words take twice as long as those
-of 50,304, since tensor cores read 16 bytes at a time.
+of a weight are filled up to a multiple of 64: products of 50,258 words run on the slower kernels
+for rows that are no multiple of 16 bytes (docs/performance.md).
 
 Shapes: P positions, p of a slice, E width, V vocabulary, V' as it is filled up.
 """
@@ -33,7 +33,10 @@ def slices(positions: int, vocabulary: int) -> list[slice]:
 
 
 class ByPosition(torch.autograd.Function):
-    """The nll [P] of h [P, E], weight [V, E], bias [V] or None and targets [P]; see `subs_nll`."""
+    """−log p [P] in nats of h [P, E], weight [V, E], bias [V] or None and targets [P].
+
+    As `subs_nll` says, whose work it does on a device that is no CPU.
+    """
 
     @staticmethod
     def forward(

@@ -166,8 +166,10 @@ class Engine:
             self.waits += self._verifier.waits
             step = self.rows.step(rows, written, at, np.zeros(len(at), bool), rows)
         over = state["length"][cache.rows] >= 0
-        # A finished row is padding for graphs, until half are: each drop changes the shapes.
-        if not (cache is self.cache and cache.rounded) or 2 * over.sum() >= len(over):
+        # A finished row is padding for graphs, until half are: each drop changes the shapes. Where
+        # beginnings are kept, its own is, before somebody drops it.
+        padding = cache is self.cache and cache.rounded and self.prefixes is None
+        if not padding or 2 * over.sum() >= len(over):
             if self.prefixes is not None:
                 self.prefixes.keep_finished(cache, self.rows, over.nonzero()[0])
             cache.drop(over.nonzero()[0])

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockdiff.cache import BlockCache, rounded_up
+from blockdiff.cache import BlockCache
+from blockdiff.device import rounded_up
 from blockdiff.models.denoiser import Denoiser
 
 MOST = 64  # graphs; past that they are recorded anew
